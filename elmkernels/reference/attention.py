@@ -25,9 +25,7 @@ def attention(
     k, v = (t.repeat_interleave(group, dim=2).transpose(1, 2) for t in (k, v))
     lq, lk = q.shape[1], k.shape[2]
     if key_mask is None and lq in (1, lk):
-        out = scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, is_causal=lq > 1, scale=scale
-        )
+        out = scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=lq > 1, scale=scale)
     else:
         visible = visible_keys(lq, lk, key_mask, q.device)
         out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=visible, scale=scale)

@@ -1,0 +1,181 @@
+"""The whole dispatch: which backends exist, why one can't run here, and which an op takes.
+
+A backend is a name, its devices, and the reason why it can't run here, if it can't. Every raw
+kernel `rms_norm_fwd` is the torch op `elmkernels_<backend>::rms_norm_fwd`. Availability is decided
+once, at import; after that dispatch only reads dicts, which `torch.compile` can trace.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parent
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the kernels: `missing` is None, or the reason why it can't run here."""
+
+    name: str
+    devices: tuple[str, ...]
+    missing: str | None = None
+
+
+def build_report() -> dict[str, str]:
+    """What the installation built: {library: "built" or the reason why not}."""
+    path = PACKAGE / "build_report.json"
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text())
+
+
+def _load_library(name: str, unsupported: str | None) -> str | None:
+    """Load the compiled library of one backend; returns why it is missing, or None."""
+    if unsupported:
+        return unsupported
+    path = PACKAGE / f"_{name}.so"
+    if not path.is_file():
+        return build_report().get(name, "not built; reinstall to build it")
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} can't be loaded: {error}"
+    return None
+
+
+def _cpu_lacks(capability: str, flag: str) -> str | None:
+    """Why this processor can't run an instruction set, by torch's own detection."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"needs an x86-64 processor, this is {platform.machine()}"
+    if not getattr(torch.cpu, flag)():
+        return f"this processor has no {capability}"
+    return None
+
+
+def _cuda_lacks() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def _triton_lacks(interpreted: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None if interpreted else _cuda_lacks()
+
+
+def _detect() -> dict[str, Backend]:
+    # Triton's own switch: its kernels then run on CPU tensors, slowly, for tests.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    found = (
+        Backend(
+            "avx512",
+            ("cpu",),
+            _load_library("avx512", _cpu_lacks("AVX-512", "_is_avx512_supported")),
+        ),
+        Backend("avx2", ("cpu",), _load_library("avx2", _cpu_lacks("AVX2", "_is_avx2_supported"))),
+        Backend("cuda", ("cuda",), _load_library("cuda", _cuda_lacks())),
+        Backend(
+            "triton", ("cuda", "cpu") if interpreted else ("cuda",), _triton_lacks(interpreted)
+        ),
+        Backend(REFERENCE, ("cpu", "cuda")),
+    )
+    return {backend.name: backend for backend in found}
+
+
+BACKENDS: dict[str, Backend] = _detect()
+
+# Backends in order of preference for each device. The CUDA C++ kernels and the Triton ones have
+# not been measured against each other on a GPU yet; Triton covers every op, so it goes first.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("avx512", "avx2"),
+    "cuda": ("triton", "cuda"),
+}
+
+_KERNELS: dict[tuple[str, str], Callable] = {}
+_CHOICE: dict[tuple[str, str, str | None], str] = {}
+_OPS: dict[str, tuple[str, ...]] = {}
+
+# Ops that have CUDA C++ kernels; every other backend implements every op.
+CUDA_OPS = ("rms_norm", "add_rms_norm")
+
+
+def implements(backend: str, op: str) -> bool:
+    """Whether a backend has kernels for an op at all, able to run here or not."""
+    return op in _OPS and (backend != "cuda" or op in CUDA_OPS)
+
+
+def define(op: str, **kernels: tuple[str, Callable]) -> None:
+    """Declare an op's raw kernels, {suffix: (schema, fake)}, for every backend that has them."""
+    _OPS[op] = tuple(kernels)
+    for backend in BACKENDS.values():
+        if backend.name == REFERENCE or not implements(backend.name, op):
+            continue
+        for suffix, (schema, fake) in kernels.items():
+            name = f"{op}_{suffix}"
+            qualified = f"elmkernels_{backend.name}::{name}"
+            torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(qualified, fake)
+            if backend.name == "triton" and backend.missing is None:
+                for device in backend.devices:
+                    torch.library.impl(qualified, device, _late(op, name))
+            namespace = getattr(torch.ops, f"elmkernels_{backend.name}")
+            _KERNELS[name, backend.name] = getattr(namespace, name).default
+    _decide(op)
+
+
+def _late(op: str, name: str) -> Callable:
+    """Triton takes 0.3 s to import, so its modules are imported at the first launch."""
+
+    def launch(*args):
+        return getattr(importlib.import_module(f"elmkernels.triton.{op}"), name)(*args)
+
+    return launch
+
+
+def _decide(op: str) -> None:
+    for device, names in PREFERENCE.items():
+        usable = [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
+        _CHOICE[op, device, None] = (usable + [REFERENCE])[0]
+    for backend in BACKENDS.values():
+        if backend.missing is None and (backend.name == REFERENCE or implements(backend.name, op)):
+            for device in backend.devices:
+                _CHOICE[op, device, backend.name] = backend.name
+
+
+def kernel(name: str, backend: str) -> Callable:
+    """The raw kernel `name` ("rms_norm_fwd") of one backend."""
+    return _KERNELS[name, backend]
+
+
+def choose(op: str, device: str, backend: str | None) -> str:
+    """The backend an op takes on a device type: the preferred one, or the one the caller named.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that
+    can't run the op here: a named backend never falls back to another.
+    """
+    chosen = _CHOICE.get((op, device, backend))
+    if chosen is None:
+        _refuse(op, device, backend)
+    return chosen
+
+
+def _refuse(op: str, device: str, name: str | None) -> None:
+    if name is None:
+        raise RuntimeError(f"{op} runs on {' or '.join(PREFERENCE)}, got a tensor on {device}")
+    backend = BACKENDS.get(name)
+    if backend is None:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if backend.missing is not None:
+        raise RuntimeError(f"backend {name!r} can't run here: {backend.missing}")
+    if name != REFERENCE and not implements(name, op):
+        raise RuntimeError(f"backend {name!r} has no kernels for {op}")
+    raise RuntimeError(
+        f"backend {name!r} runs {op} on {' or '.join(backend.devices)}, got a tensor on {device}"
+    )

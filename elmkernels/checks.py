@@ -1,0 +1,91 @@
+"""Argument validation of the ops, in one form of message: `weight must be [1280], got [64]`."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fail(name: str, expected: object, got: object, kind: type[Exception] = ValueError) -> None:
+    """Raise `kind` saying what argument `name` must be and what it was."""
+    raise kind(f"{name} must be {expected}, got {got}")
+
+
+def _shape(shape: tuple | list) -> str:
+    return str(list(shape))
+
+
+def tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        fail(name, "a tensor", type(x).__name__, TypeError)
+
+
+def floating(name: str, x: Tensor) -> None:
+    """x is a tensor in a dtype that the kernels take."""
+    if not isinstance(x, Tensor):
+        tensor(name, x)
+    if x.dtype not in DTYPES:
+        fail(name, "float32, bfloat16 or float16", x.dtype, TypeError)
+
+
+def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """x has the dtype and device of another argument."""
+    if not isinstance(x, Tensor):
+        tensor(name, x)
+    if x.dtype != other.dtype:
+        fail(name, f"{other.dtype} like {other_name}", x.dtype, TypeError)
+    if x.device != other.device:
+        fail(name, f"on {other.device} like {other_name}", x.device)
+
+
+def shape(name: str, x: Tensor, expected: tuple) -> None:
+    if x.shape != expected:
+        fail(name, _shape(expected), _shape(x.shape))
+
+
+def weight(name: str, w: Tensor, n: int, x_name: str, x: Tensor) -> None:
+    """w is a norm's weight [n], on x's device, in x's dtype or in float32 (autocast)."""
+    if not isinstance(w, Tensor):
+        tensor(name, w)
+    if w.dtype != x.dtype and w.dtype != torch.float32:
+        fail(name, f"{x.dtype} like {x_name}, or torch.float32", w.dtype, TypeError)
+    if w.dim() != 1 or w.shape[0] != n:
+        fail(name, _shape((n,)), _shape(w.shape))
+    if w.device != x.device:
+        fail(name, f"on {x.device} like {x_name}", w.device)
+
+
+def integers(name: str, x: Tensor, device: torch.device) -> None:
+    """x is an int64 tensor on a device (positions, slots)."""
+    if not isinstance(x, Tensor):
+        tensor(name, x)
+    if x.dtype != torch.int64:
+        fail(name, "torch.int64", x.dtype, TypeError)
+    if x.device != device:
+        fail(name, f"on {device}", x.device)
+
+
+def broadcastable(name: str, x: Tensor, expected: tuple) -> None:
+    """x.shape broadcasts to `expected`."""
+    if x.dim() > len(expected) or any(
+        a not in (1, b) for a, b in zip(reversed(x.shape), reversed(expected), strict=False)
+    ):
+        fail(name, f"broadcastable to {_shape(expected)}", _shape(x.shape))
+
+
+def positive(name: str, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or value < 1:
+        fail(name, "a positive integer", repr(value))
+
+
+def within(name: str, x: Tensor, limit: int, what: str) -> None:
+    """Every element of x lies in [0, limit). Reads the data: for CPU tensors, outside tracing."""
+    if x.numel():
+        low, high = (int(v) for v in torch.aminmax(x))
+        if low < 0 or high >= limit:
+            fail(name, f"in [0, {limit}) ({what})", low if low < 0 else high)
+
+
+def last_dim_packed(x: Tensor) -> Tensor:
+    """x itself when its last dimension has stride 1, as every hot path has; else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -1,0 +1,78 @@
+"""add_rms_norm: sum = round(x + residual), normed = rms_norm(sum, weight), in one pass.
+
+Backward: with dz = dnormed * weight and z = sum * rstd, both addends receive
+    dx = dsum + rstd * (dz - z * mean(dz * z)),   and dweight = sum over rows of dnormed * round(z).
+Only the sum and the weight are saved; the sum is the next residual, so it is alive anyway.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backends import REFERENCE, choose, define, kernel
+from ..checks import floating, last_dim_packed, like, shape
+from ..checks import weight as check_weight
+
+define(
+    "add_rms_norm",
+    fwd=(
+        "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+        lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    ),
+    bwd=(
+        "(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor weight, float eps) -> (Tensor, Tensor)",
+        lambda dnormed, dsum, sum, weight, eps: (
+            sum.new_empty(sum.shape),
+            weight.new_empty(weight.shape),
+        ),
+    ),
+)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, backend):
+        normed, total = kernel("add_rms_norm_fwd", backend)(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.backend = eps, backend
+        ctx.set_materialize_grads(False)
+        return normed, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnormed, dsum):
+        total, weight = ctx.saved_tensors
+        if dnormed is None:
+            return dsum, dsum, None, None, None
+        dsum = None if dsum is None else last_dim_packed(dsum)
+        dx, dweight = kernel("add_rms_norm_bwd", ctx.backend)(
+            last_dim_packed(dnormed), dsum, total, weight, ctx.eps
+        )
+        return dx, dx, dweight, None, None
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and RMS normalisation: returns (normed, sum), as CoreNet rounds them.
+
+    x, residual: [..., n] of one dtype (float32, bfloat16 or float16) and shape, any strides.
+    weight: [n] in that dtype or float32. Both results are [..., n], contiguous, in x's dtype.
+    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    """
+    floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    like("residual", residual, "x", x)
+    shape("residual", residual, x.shape)
+    check_weight("weight", weight, x.shape[-1], "x", x)
+    backend = choose("add_rms_norm", x.device.type, backend)
+    if backend == REFERENCE:
+        return reference.add_rms_norm(x, residual, weight, eps)
+    x, residual = last_dim_packed(x), last_dim_packed(residual)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or weight.requires_grad
+    ):
+        return _AddRMSNorm.apply(x, residual, weight, eps, backend)
+    return kernel("add_rms_norm_fwd", backend)(x, residual, weight, eps)

@@ -1,0 +1,79 @@
+"""attention: softmax(scale q k^T) v, causal, grouped-query, over a cache of any length.
+
+It is torch's own scaled_dot_product_attention, called so that no key or value is ever repeated in
+memory and that the mask is implicit wherever it can be. Gradients are torch's.
+"""
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .. import reference
+from ..checks import fail, floating, like
+from ..reference.attention import visible_keys
+
+BACKENDS = ("sdpa", "reference")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    floating("q", q)
+    like("k", k, "q", q)
+    like("v", v, "q", q)
+    if q.dim() != 4:
+        fail("q", "[batch, length, q_heads, head_dim]", list(q.shape))
+    batch, lq, q_heads, head_dim = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != head_dim:
+        fail("k", f"[{batch}, length, kv_heads, {head_dim}]", list(k.shape))
+    if v.shape != k.shape:
+        fail("v", f"{list(k.shape)} like k", list(v.shape))
+    if k.shape[1] < lq:
+        fail("k", f"at least as long as q ({lq})", k.shape[1])
+    if k.shape[2] == 0 or q_heads % k.shape[2]:
+        fail("q", f"of a multiple of {k.shape[2]} heads (those of k)", q_heads)
+    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype.is_floating_point):
+        fail("key_mask", f"bool {list(k.shape[:2])}", f"{key_mask.dtype} {list(key_mask.shape)}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal grouped-query attention; query i of lq sits at key index i + lk - lq.
+
+    q: [batch, lq, q_heads, head_dim]; k, v: [batch, lk, kv_heads, head_dim], lk >= lq, any strides
+    with a packed head_dim; key_mask: bool [batch, lk], False for padding; scale: head_dim^-0.5.
+    Returns [batch, lq, q_heads, head_dim]; a query that sees no key gives zeros.
+    Raises TypeError or ValueError for a wrong argument. backend: "sdpa" or "reference".
+    """
+    _check(q, k, v, key_mask)
+    if backend is not None and backend not in BACKENDS:
+        fail("backend", " or ".join(BACKENDS) + " for attention", repr(backend))
+    key_mask = None if key_mask is None else key_mask.bool()
+    if backend == "reference" or q.numel() == 0:
+        return reference.attention(q, k, v, key_mask, scale)
+    batch, lq, q_heads, head_dim = q.shape
+    lk, kv_heads = k.shape[1:3]
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    if lq == 1:
+        # The query heads of a group become the rows of one small matrix: each key is read once.
+        grouped = q.view(batch, kv_heads, q_heads // kv_heads, head_dim)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        return out.reshape(batch, 1, q_heads, head_dim)
+    queries = q.transpose(1, 2)
+    if key_mask is None and lq == lk:
+        out = scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        )
+    else:
+        visible = visible_keys(lq, lk, key_mask, q.device)
+        out = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+        )
+        if key_mask is not None:
+            out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return out.transpose(1, 2)

@@ -1,0 +1,208 @@
+"""qk_norm_rope: split the fused projection q | k | v, RMS-normalise q and k, rotate both.
+
+For a head x of q or k: u = round(x * rstd) * weight, then on its halves (a, b)
+    y = round(a cos - b sin), round(b cos + a sin), in float32 between the roundings.
+v stays where it is: the result is a view. With a cache, k and v go straight to its slots.
+
+Backward rotates by the opposite angle, du = (dy_a cos + dy_b sin, dy_b cos - dy_a sin), then is
+rms_norm's over each head; dv is copied. Only qkv, the weights and the positions are saved.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backends import REFERENCE, choose, define, kernel
+from ..checks import broadcastable, fail, floating, integers, last_dim_packed, positive, within
+from ..checks import shape as check_shape
+from ..checks import weight as check_weight
+
+_INPUTS = (
+    "Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor positions, Tensor rope_table, "
+    "int q_heads, int kv_heads, float eps"
+)
+
+
+def _heads(qkv, heads, rope_table):
+    return qkv.new_empty((*qkv.shape[:2], heads, rope_table.shape[1]))
+
+
+def _fake_bwd(dq, dk, dv, qkv, q_weight, k_weight, positions, rope_table, eps):
+    dweights = (
+        qkv.new_empty(0) if w is None else torch.empty_like(w) for w in (q_weight, k_weight)
+    )
+    return qkv.new_empty(qkv.shape), *dweights
+
+
+define(
+    "qk_norm_rope",
+    fwd=(
+        f"({_INPUTS}) -> (Tensor, Tensor)",
+        lambda qkv, qw, kw, positions, table, q_heads, kv_heads, eps: (
+            _heads(qkv, q_heads, table),
+            _heads(qkv, kv_heads, table),
+        ),
+    ),
+    cache=(
+        f"({_INPUTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor",
+        lambda qkv, qw, kw, positions, table, q_heads, *_: _heads(qkv, q_heads, table),
+    ),
+    bwd=(
+        "(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
+        "Tensor positions, Tensor rope_table, float eps) -> (Tensor, Tensor, Tensor)",
+        _fake_bwd,
+    ),
+)
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps, backend):
+        ctx.save_for_backward(qkv, q_weight, k_weight, positions, table)
+        ctx.eps, ctx.backend = eps, backend
+        q, k = kernel("qk_norm_rope_fwd", backend)(
+            qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps
+        )
+        return q, k, _values(qkv, kv_heads, table.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        qkv, q_weight, k_weight, positions, table = ctx.saved_tensors
+        dqkv, dq_weight, dk_weight = kernel("qk_norm_rope_bwd", ctx.backend)(
+            last_dim_packed(dq), last_dim_packed(dk), last_dim_packed(dv),
+            qkv, q_weight, k_weight, positions, table, ctx.eps,
+        )  # fmt: skip
+        dq_weight = None if q_weight is None else dq_weight
+        dk_weight = None if k_weight is None else dk_weight
+        return dqkv, dq_weight, dk_weight, None, None, None, None, None, None
+
+
+def _values(qkv: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+    return qkv.narrow(-1, qkv.shape[-1] - kv_heads * head_dim, kv_heads * head_dim).unflatten(
+        -1, (kv_heads, head_dim)
+    )
+
+
+def _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table) -> None:
+    floating("qkv", qkv)
+    positive("q_heads", q_heads)
+    positive("kv_heads", kv_heads)
+    if rope_table.dim() != 2 or rope_table.shape[1] % 2 or rope_table.dtype != torch.float32:
+        fail("rope_table", "float32 [length, even head_dim]",
+             f"{rope_table.dtype} {list(rope_table.shape)}")  # fmt: skip
+    head_dim = rope_table.shape[1]
+    width = (q_heads + 2 * kv_heads) * head_dim
+    if qkv.dim() not in (2, 3) or qkv.shape[-1] != width:
+        expected = f"[batch, length, {width}] ({q_heads} + 2 x {kv_heads} heads of {head_dim})"
+        fail("qkv", expected, list(qkv.shape))
+    if (q_weight is None) != (k_weight is None):
+        fail("k_weight", "given exactly when q_weight is", "only one of them")
+    if q_weight is not None:
+        check_weight("q_weight", q_weight, head_dim, "qkv", qkv)
+        check_weight("k_weight", k_weight, head_dim, "qkv", qkv)
+        if q_weight.dtype != k_weight.dtype:
+            fail("k_weight", f"{q_weight.dtype} like q_weight", k_weight.dtype, TypeError)
+    integers("positions", positions, qkv.device)
+    broadcastable("positions", positions, qkv.shape[:-1])
+    if rope_table.device != qkv.device:
+        fail("rope_table", f"on {qkv.device} like qkv", rope_table.device)
+
+
+def _check_cache(qkv, kv_heads, head_dim, k_cache, v_cache, slots) -> None:
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache is None or slots is None:
+            fail("k_cache, v_cache and slots", "given together", f"{name} or slots as None")
+        if cache.dtype != qkv.dtype or cache.device != qkv.device:
+            expected = f"{qkv.dtype} on {qkv.device} like qkv"
+            fail(name, expected, f"{cache.dtype} on {cache.device}", TypeError)
+        if cache.dim() != 4 or cache.shape[0] != qkv.shape[0] or cache.stride(3) != 1:
+            fail(name, f"[{qkv.shape[0]}, max_length, {kv_heads}, {head_dim}]", list(cache.shape))
+        check_shape(name, cache, (qkv.shape[0], cache.shape[1], kv_heads, head_dim))
+    if v_cache.shape != k_cache.shape:
+        fail("v_cache", f"{list(k_cache.shape)} like k_cache", list(v_cache.shape))
+    integers("slots", slots, qkv.device)
+    broadcastable("slots", slots, qkv.shape[:-1])
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Tensor,
+    q_heads: int,
+    kv_heads: int,
+    rope_table: Tensor,
+    *,
+    eps: float = 1e-6,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    slots: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From qkv_proj's output to the rotated queries and keys of one layer, in one pass.
+
+    qkv: [batch, length, (q_heads + 2 kv_heads) head_dim] or [tokens, ...], columns q | k | v.
+    q_weight, k_weight: [head_dim] in qkv's dtype or float32, or both None (no QK norm).
+    positions: int64, broadcastable to qkv.shape[:-1]; one per token, so that ragged and padded
+    batches work. On a CPU a position outside the table is an error; on a GPU, where the check
+    would cost a synchronisation, its q and k are NaN.
+    rope_table: float32 [table_length, head_dim] from `rope_table()`.
+    Returns q [..., q_heads, head_dim], k and v [..., kv_heads, head_dim]; v is a view of qkv.
+    With k_cache and v_cache [batch, max_length, kv_heads, head_dim] and slots (int64,
+    broadcastable to [batch, length]: where along max_length each token goes), k and v are written
+    there and the caches themselves are returned in their place; that way carries no gradient.
+    """
+    _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
+    cached = k_cache is not None or v_cache is not None or slots is not None
+    flat = qkv.dim() == 2
+    if cached:
+        if flat:
+            fail("qkv", "[batch, length, width] when a cache is written", list(qkv.shape))
+        _check_cache(qkv, kv_heads, rope_table.shape[1], k_cache, v_cache, slots)
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            raise RuntimeError("qkv must not require a gradient when a cache is written")
+    backend = choose("qk_norm_rope", qkv.device.type, backend)
+    if backend == REFERENCE:
+        return _by_reference(
+            qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table, eps,
+            k_cache, v_cache, slots,
+        )  # fmt: skip
+    qkv = last_dim_packed(qkv)
+    if flat:
+        qkv = qkv.unsqueeze(0)
+    if positions.shape != qkv.shape[:2]:
+        positions = positions.expand(qkv.shape[:2])
+    inputs = (qkv, q_weight, k_weight, positions, rope_table, q_heads, kv_heads, eps)
+    if cached:
+        slots = slots.expand(qkv.shape[:2])
+        q = kernel("qk_norm_rope_cache", backend)(*inputs, k_cache, v_cache, slots)
+        return q, k_cache, v_cache
+    if torch.is_grad_enabled() and (
+        qkv.requires_grad
+        or (q_weight is not None and (q_weight.requires_grad or k_weight.requires_grad))
+    ):
+        q, k, v = _QKNormRope.apply(*inputs, backend)
+    else:
+        q, k = kernel("qk_norm_rope_fwd", backend)(*inputs)
+        v = _values(qkv, kv_heads, rope_table.shape[1])
+    return (q[0], k[0], v[0]) if flat else (q, k, v)
+
+
+def _by_reference(
+    qkv, q_weight, k_weight, positions, q_heads, kv_heads, table, eps, k_cache, v_cache, slots
+) -> tuple[Tensor, Tensor, Tensor]:
+    if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        within("positions", positions, table.shape[0], "rope_table's length")
+    q, k, v = reference.qk_norm_rope(
+        qkv, q_weight, k_weight, positions, q_heads, kv_heads, table, eps
+    )
+    if k_cache is None:
+        return q, k, v
+    if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        within("slots", slots, k_cache.shape[1], "the cache's length")
+    index = slots.expand(qkv.shape[:2])[..., None, None].expand(k.shape)
+    k_cache.scatter_(1, index, k)
+    v_cache.scatter_(1, index, v)
+    return q, k_cache, v_cache

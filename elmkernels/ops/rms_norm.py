@@ -1,0 +1,62 @@
+"""rms_norm: y = round(x * rstd) * weight, rstd = (mean(x^2) + eps)^-1/2 over the last dimension.
+
+Backward, with z = x * rstd and dz = dy * weight:
+    dx = rstd * (dz - z * mean(dz * z)),   dweight = sum over rows of dy * round(z).
+Nothing but x and the weight is saved: a backward kernel reads the row anyway and recomputes rstd.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backends import REFERENCE, choose, define, kernel
+from ..checks import floating, last_dim_packed
+from ..checks import weight as check_weight
+
+define(
+    "rms_norm",
+    fwd=(
+        "(Tensor x, Tensor weight, float eps) -> Tensor",
+        lambda x, weight, eps: x.new_empty(x.shape),
+    ),
+    bwd=(
+        "(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+        lambda dy, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    ),
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, backend):
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.backend = eps, backend
+        return kernel("rms_norm_fwd", backend)(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx, dweight = kernel("rms_norm_bwd", ctx.backend)(last_dim_packed(dy), x, weight, ctx.eps)
+        return dx, dweight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
+    """RMS normalisation over the last dimension, as CoreNet's `rms_norm.py` rounds it.
+
+    x: [..., n] float32, bfloat16 or float16, any strides (a last dimension of stride other than 1
+    is copied). weight: [n] in x's dtype or float32. Returns [..., n], contiguous, in x's dtype.
+    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    """
+    floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    check_weight("weight", weight, x.shape[-1], "x", x)
+    backend = choose("rms_norm", x.device.type, backend)
+    if backend == REFERENCE:
+        return reference.rms_norm(x, weight, eps)
+    x = last_dim_packed(x)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps, backend)
+    return kernel("rms_norm_fwd", backend)(x, weight, eps)

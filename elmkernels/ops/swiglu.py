@@ -1,0 +1,57 @@
+"""swiglu: y = round(silu(gate)) * up for gate_up = [gate | up] along the last dimension.
+
+Backward, with s = sigmoid(gate): dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * silu(gate),
+written as one [dgate | dup]. Only gate_up is saved; silu is recomputed.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backends import REFERENCE, choose, define, kernel
+from ..checks import fail, floating, last_dim_packed
+
+define(
+    "swiglu",
+    fwd=(
+        "(Tensor gate_up) -> Tensor",
+        lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+    ),
+    bwd=(
+        "(Tensor dy, Tensor gate_up) -> Tensor",
+        lambda dy, gate_up: gate_up.new_empty(gate_up.shape),
+    ),
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, backend):
+        ctx.save_for_backward(gate_up)
+        ctx.backend = backend
+        return kernel("swiglu_fwd", backend)(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (gate_up,) = ctx.saved_tensors
+        return kernel("swiglu_bwd", ctx.backend)(last_dim_packed(dy), gate_up), None
+
+
+def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
+    """The gated activation of OpenELM's feed-forward network on proj_1's output.
+
+    gate_up: [..., 2n] float32, bfloat16 or float16, any strides. Returns [..., n], contiguous.
+    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    """
+    floating("gate_up", gate_up)
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        fail("gate_up", "[..., 2n]", list(gate_up.shape))
+    backend = choose("swiglu", gate_up.device.type, backend)
+    if backend == REFERENCE:
+        return reference.swiglu(gate_up)
+    gate_up = last_dim_packed(gate_up)
+    if gate_up.requires_grad and torch.is_grad_enabled():
+        return _SwiGLU.apply(gate_up, backend)
+    return kernel("swiglu_fwd", backend)(gate_up)
