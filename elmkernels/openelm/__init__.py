@@ -1,0 +1,8 @@
+"""OpenELM models: configuration, reference model, checkpoints, cache and decoding."""
+
+from .cache import KVCache
+from .config import OpenELMConfig
+from .generate import greedy
+from .model import OpenELM, next_token_loss
+
+__all__ = ["KVCache", "OpenELM", "OpenELMConfig", "greedy", "next_token_loss"]

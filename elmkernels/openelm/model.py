@@ -1,0 +1,329 @@
+"""OpenELM in plain PyTorch, built on the reference of every op: what the fast model must equal.
+
+    h = x + out_proj(attention(qk_norm_rope(qkv_proj(attn_norm(x)))))
+    y = h + proj_2(swiglu(proj_1(ffn_norm(h))))
+    logits = norm(y of the last layer) @ classifier.T    (token_embeddings when they are tied)
+
+Modules and parameters have CoreNet's names. The protocol between them, which any replacement of
+a module keeps: `layer(x, context)` and `attn(x, context)`, `ffn(x)` and `norm(x)`, where one
+`Context` is built by every forward pass and shared by its layers.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..reference import attention, qk_norm_rope, rms_norm, rope_table, swiglu
+from .cache import KVCache
+from .config import OpenELMConfig
+
+
+class Context(NamedTuple):
+    """What the layers of one forward pass over [batch, length] tokens share."""
+
+    positions: Tensor  # int64 [batch, length], maybe of stride 0
+    rope_table: Tensor  # float32 [rope_max_length, head_dim]
+    key_mask: Tensor | None  # bool [batch, past + length], False = padding; None = all real
+    cache: KVCache | None
+    slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class Attention(nn.Module):
+    def __init__(
+        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.q_heads = config.num_query_heads[layer_index]
+        self.kv_heads = config.num_kv_heads[layer_index]
+        self.head_dim = config.head_dim
+        self.eps = config.norm_eps
+        width = (self.q_heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.model_dim, width, bias=False, dtype=dtype)
+        normalize = config.normalize_qk_projections
+        self.q_norm = RMSNorm(self.head_dim, self.eps, dtype=dtype) if normalize else None
+        self.k_norm = RMSNorm(self.head_dim, self.eps, dtype=dtype) if normalize else None
+        self.out_proj = nn.Linear(
+            self.q_heads * self.head_dim, config.model_dim, bias=False, dtype=dtype
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q, k, v = qk_norm_rope(
+            self.qkv_proj(x),
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            context.positions,
+            self.q_heads,
+            self.kv_heads,
+            context.rope_table,
+            self.eps,
+        )
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer_index, k, v)
+        return self.out_proj(attention(q, k, v, context.key_mask).flatten(-2))
+
+    def extra_repr(self) -> str:
+        return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
+
+
+class FeedForward(nn.Module):
+    def __init__(
+        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        width = config.ffn_dims[layer_index]
+        self.with_glu = config.ffn_with_glu
+        width_1 = 2 * width if self.with_glu else width
+        self.proj_1 = nn.Linear(config.model_dim, width_1, bias=False, dtype=dtype)
+        self.proj_2 = nn.Linear(width, config.model_dim, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj_1(x)
+        return self.proj_2(swiglu(x) if self.with_glu else F.silu(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(
+        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer_index, dtype=dtype)
+        self.ffn = FeedForward(config, layer_index, dtype=dtype)
+        self.attn_norm = RMSNorm(config.model_dim, config.norm_eps, dtype=dtype)
+        self.ffn_norm = RMSNorm(config.model_dim, config.norm_eps, dtype=dtype)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), context)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class OpenELM(nn.Module):
+    """The language model: token ids in, logits out.
+
+    `seed` draws the initial weights from a generator of its own (the stream depends on the
+    device's kind); without it the default generator is used. `gradient_checkpointing = True`
+    recomputes each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: OpenELMConfig,
+        *,
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        device = torch.get_default_device() if device is None else torch.device(device)
+        # Built on "meta" first, so that nn.Linear's own initialisation costs nothing.
+        with torch.device("meta"):
+            self.token_embeddings = nn.Embedding(
+                config.vocab_size, config.model_dim, config.padding_index, dtype=dtype
+            )
+            self.layers = nn.ModuleList(
+                DecoderLayer(config, i, dtype=dtype) for i in range(config.num_transformer_layers)
+            )
+            self.norm = RMSNorm(config.model_dim, config.norm_eps, dtype=dtype)
+            self.classifier = (
+                None
+                if config.share_input_output_layers
+                else nn.Linear(config.model_dim, config.vocab_size, bias=False, dtype=dtype)
+            )
+        # A plain attribute, not a buffer: it stays float32 under .to(dtype) and real under
+        # to_empty() and load_state_dict(assign=True), and no state_dict holds it.
+        self.rope_table = torch.empty(0, device="meta")
+        if device.type == "meta":
+            self._place_rope_table(device)
+        else:
+            self.to_empty(device=device)
+            generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+            self.reset_parameters(generator)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: OpenELMConfig,
+        seed: int | None = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "OpenELM":
+        """A freshly initialised model; the same seed gives the same weights."""
+        return cls(config, seed=seed, dtype=dtype, device=device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        config: OpenELMConfig | str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "OpenELM":
+        """See `checkpoint.load`: a Hugging Face folder, or CoreNet's .pt with its `config`."""
+        from .checkpoint import load
+
+        return load(path, config=config, dtype=dtype, device=device)
+
+    def save_pretrained(self, path: str | Path, max_shard_bytes: int | None = None) -> None:
+        """See `checkpoint.save`: a Hugging Face folder, replaced in one step."""
+        from .checkpoint import save
+
+        save(self, path, max_shard_bytes=max_shard_bytes)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal with std in_features^-0.5, out_proj and proj_2 model_dim^-0.5 (2 layers)^-0.5."""
+        residual_std = (2 * len(self.layers) * self.config.model_dim) ** -0.5
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            elif name.endswith(("out_proj.weight", "proj_2.weight")):
+                weight.normal_(0.0, residual_std, generator=generator)
+            else:
+                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """input_ids integer [batch, length] -> logits [batch, length, vocab_size], or of the last
+        `logits_to_keep` positions where that is not 0. With a cache the tokens follow those it
+        holds. attention_mask [batch, past + length], 1 = real and 0 = padding, moves the positions:
+        the first real token of a row is at 0.
+        """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
+        context = self._context(input_ids, attention_mask, cache)
+        x = self.token_embeddings(input_ids)
+        recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = (
+                checkpoint(layer, x, context, use_reentrant=False)
+                if recompute
+                else layer(x, context)
+            )
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        x = self.norm(x[:, -logits_to_keep:])
+        if self.classifier is None:
+            return F.linear(x, self.token_embeddings.weight)
+        return self.classifier(x)
+
+    def _context(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
+    ) -> Context:
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "input_ids must be int64 or int32 [batch, length], "
+                f"got {input_ids.dtype} {list(input_ids.shape)}"
+            )
+        batch, length = input_ids.shape
+        past = 0 if cache is None else cache.length
+        self._check_ids(input_ids)
+        if past + length > self.config.rope_max_length:
+            raise ValueError(
+                f"the rotary table has {self.config.rope_max_length} positions (rope_max_length), "
+                f"got {past} past + {length} new tokens"
+            )
+        if cache is not None:
+            self._check_cache(cache, batch, length, input_ids.device)
+        self._place_rope_table(input_ids.device)
+        new = torch.arange(past, past + length, device=input_ids.device).expand(batch, -1)
+        slots = None if cache is None else new
+        if attention_mask is None:
+            return Context(new, self.rope_table, None, cache, slots)
+        if attention_mask.shape != (batch, past + length):
+            raise ValueError(
+                f"attention_mask must be {[batch, past + length]} (past + new tokens), "
+                f"got {list(attention_mask.shape)}"
+            )
+        key_mask = attention_mask.bool()
+        positions = (key_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        return Context(positions, self.rope_table, key_mask, cache, slots)
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        # On a GPU the check would wait for the device; there the embedding itself fails.
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+            return
+        low, high = (int(i) for i in torch.aminmax(input_ids))
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids must lie in [0, {self.config.vocab_size}), got {low} to {high}"
+            )
+
+    def _check_cache(self, cache: KVCache, batch: int, length: int, device: torch.device) -> None:
+        weight = self.token_embeddings.weight
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        heads = [t.shape[2] for t in cache.k]
+        for name, expected, got in (
+            ("batch", batch, cache.batch),
+            ("dtype", dtype, cache.dtype),
+            ("device", device, cache.device),
+            ("key/value heads of each layer", list(self.config.num_kv_heads), heads),
+            ("head_dim", self.config.head_dim, cache.k[0].shape[3]),
+        ):
+            if got != expected:
+                raise ValueError(f"cache: {name} must be {expected}, got {got}")
+        cache.check_room(length)
+
+    def _place_rope_table(self, device: torch.device) -> None:
+        """Make the table on the CPU, for the same bits on every device, and bring it there."""
+        if self.rope_table.device == device and self.rope_table.shape[0]:
+            return
+        config = self.config
+        made_on = "meta" if device.type == "meta" else "cpu"
+        with torch.inference_mode(False):  # an inference tensor could not be saved for backward
+            self.rope_table = rope_table(
+                config.rope_max_length, config.head_dim, config.rope_freq_constant, device=made_on
+            ).to(device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._place_rope_table(self.token_embeddings.weight.device)
+        return self
+
+
+def next_token_loss(
+    logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy, in float32, of predicting input_ids[:, 1:] from logits[:, :-1]. With an
+    attention_mask only the pairs of two real tokens count; 0 where there is none.
+    """
+    batch, length, vocab = logits.shape
+    if input_ids.shape != (batch, length):
+        raise ValueError(f"input_ids must be {[batch, length]}, got {list(input_ids.shape)}")
+    targets = input_ids[:, 1:].long()
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be {[batch, length]}, got {list(attention_mask.shape)}"
+            )
+        real = attention_mask.bool()
+        targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    losses = F.cross_entropy(
+        logits[:, :-1].reshape(-1, vocab).float(), targets.reshape(-1), reduction="sum"
+    )
+    return losses / (targets != -100).sum().clamp(min=1)
