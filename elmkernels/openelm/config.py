@@ -117,7 +117,8 @@ class OpenELMConfig:
             raise ValueError(f"activation_fn_name must be 'swish', got {self.activation_fn_name!r}")
         if self.normalization_layer_name != "rms_norm":
             raise ValueError(
-                f"normalization_layer_name must be 'rms_norm', got {self.normalization_layer_name!r}"
+                "normalization_layer_name must be 'rms_norm', "
+                f"got {self.normalization_layer_name!r}"
             )
         if self.padding_index is not None and not 0 <= self.padding_index < self.vocab_size:
             raise ValueError(
@@ -223,7 +224,7 @@ class OpenELMConfig:
         return cls(**{name: values[name] for name in known if name in values})
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """Apple's config.json keys; what Apple's format can't say is added only where it differs."""
+        """Apple's config.json keys, and those it can't say only where they differ from Apple's."""
         hidden = {"ffn_dims", "model_name", "norm_eps", "padding_index"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         values |= {

@@ -130,7 +130,8 @@ def assert_matches(
 ) -> None:
     """got and expected are two evaluations of `exact` (float64) in one dtype, so the distance of
     each from it is a rounding error: they may not be further apart than twice got's own, by the
-    largest difference and by the root mean square, and got's not larger than twice expected's (1 ulp of the largest value on top).
+    largest difference and by the root mean square, and got's own is at most twice expected's.
+    Each with one ulp of the largest value on top.
     """
     assert got.shape == expected.shape == exact.shape, what
     assert torch.isfinite(got).all(), what
