@@ -1,0 +1,240 @@
+// qk_norm_rope: forward moves the q and k columns of qkv once in and once out (and v, with a cache);
+// backward reads qkv, dq, dk, dv and writes dqkv. A token's rotation is loaded once for its heads.
+#include "norm.h"
+#include "op.h"
+
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// A tensor [batch, length, heads, head_dim] or [batch, length, width] addressed by token.
+template <class T>
+struct Tokens {
+  T* data;
+  int64_t length, batch_stride, length_stride, head_stride;
+
+  explicit Tokens(const Tensor& x)
+      : data(static_cast<T*>(x.data_ptr())),
+        length(x.size(1)),
+        batch_stride(x.stride(0)),
+        length_stride(x.stride(1)),
+        head_stride(x.dim() == 4 ? x.stride(2) : 0) {}
+
+  T* operator[](int64_t token) const {
+    return data + (token / length) * batch_stride + (token % length) * length_stride;
+  }
+};
+
+// Everything the kernels know of one layer: head counts, weights, rotation, normalisation.
+template <class T, class W>
+struct Layer {
+  int64_t q_heads, kv_heads, head_dim;
+  const W *q_weight, *k_weight;
+  Tokens<const int64_t> positions;
+  const float* table;
+  float eps;
+
+  int64_t half() const { return head_dim / 2; }
+  const float* rotation(int64_t token) const { return table + *positions[token] * head_dim; }
+};
+
+void check_index(const char* name, const Tensor& index, int64_t limit, const char* what) {
+  const Tokens<const int64_t> at(index);
+  for (int64_t i = 0, n = index.numel(); i < n; ++i)
+    STD_TORCH_CHECK(*at[i] >= 0 && *at[i] < limit, name, " must be in [0, ", limit, ") (", what,
+                    "), got ", *at[i]);
+}
+
+// y = rotate(norm(x)) for one head; `weight` is null where q and k aren't normalised.
+template <class T, class W>
+inline void head_forward(const T* x, const W* weight, const float* rotation, T* y, int64_t half,
+                         float eps) {
+  const Vec scale = vec(weight == nullptr ? 1.0f : row_rstd(x, 2 * half, eps));
+  const auto unit = [&](int64_t i, auto part) {
+    const Vec a = load(x + i, part);
+    return weight == nullptr ? a
+                             : round_to<W>(round_to<T>(a * scale) * load(weight + i, part));
+  };
+  sweep(half, [&](int64_t i, auto part) {
+    const Vec cos = load(rotation + i, part), sin = load(rotation + half + i, part);
+    const Vec a = unit(i, part), b = unit(half + i, part);
+    store(y + i, fnma(b, sin, a * cos), part);
+    store(y + half + i, fma(a, sin, b * cos), part);
+  });
+}
+
+// dx for one head, and dweight += du round(z); `du` is scratch of head_dim floats.
+template <class T, class W>
+inline void head_backward(const T* dy, const T* x, const W* weight, const float* rotation, T* dx,
+                          float* du, float* dweight, int64_t half, float eps) {
+  sweep(half, [&](int64_t i, auto part) {
+    const Vec cos = load(rotation + i, part), sin = load(rotation + half + i, part);
+    const Vec a = load(dy + i, part), b = load(dy + half + i, part);
+    const Vec da = fma(b, sin, a * cos), db = fnma(a, sin, b * cos);
+    if (weight == nullptr) {
+      store(dx + i, da, part);
+      store(dx + half + i, db, part);
+    } else {
+      store(du + i, da, part);
+      store(du + half + i, db, part);
+    }
+  });
+  if (weight == nullptr) return;
+  const int64_t n = 2 * half;
+  float sums[2];
+  sweep_sums(n, sums, [&](int64_t i, auto part, Vec* acc) {
+    const Vec a = load(x + i, part);
+    acc[0] = fma(a, a, acc[0]);
+    acc[1] = fma(load(du + i, part) * load(weight + i, part), a, acc[1]);
+  });
+  const float rstd = rstd_of(sums[0], n, eps);
+  const Vec scale = vec(rstd), mean = vec(sums[1] * rstd / static_cast<float>(n));
+  sweep(n, [&](int64_t i, auto part) {
+    const Vec d = load(du + i, part), z = load(x + i, part) * scale;
+    store(dx + i, scale * fnma(z, mean, d * load(weight + i, part)), part);
+    store(dweight + i, fma(d, round_to<T>(z), load(dweight + i, part)), part);
+  });
+}
+
+// fn(Layer<T, W>, half) with half a compile-time constant for head_dim 64 and 128.
+template <class Fn>
+void with_layer(const Tensor& qkv, const Optional& q_weight, const Optional& k_weight,
+                const Tensor& positions, const Tensor& table, int64_t q_heads, int64_t kv_heads,
+                double eps, Fn&& fn) {
+  check_index("positions", positions, table.size(0), "rope_table's length");
+  const Tensor rotations = packed(table);
+  const Tensor qw = q_weight ? packed(*q_weight) : qkv, kw = k_weight ? packed(*k_weight) : qkv;
+  with_dtypes(qkv, qw, [&](auto t, auto u) {
+    using T = decltype(t);
+    using W = decltype(u);
+    const Layer<T, W> layer{q_heads,
+                            kv_heads,
+                            table.size(1),
+                            q_weight ? data<const W>(qw) : nullptr,
+                            k_weight ? data<const W>(kw) : nullptr,
+                            Tokens<const int64_t>(positions),
+                            data<const float>(rotations),
+                            static_cast<float>(eps)};
+    switch (layer.head_dim) {
+      case 64: return fn(layer, std::integral_constant<int64_t, 32>{});
+      case 128: return fn(layer, std::integral_constant<int64_t, 64>{});
+      default: return fn(layer, layer.half());
+    }
+  });
+}
+
+template <class T, class W, class Half, class KOut>
+inline void token_forward(const Layer<T, W>& layer, Half half, const T* x, const float* rotation,
+                          T* q, KOut&& k) {
+  for (int64_t h = 0; h < layer.q_heads; ++h, x += 2 * half, q += 2 * half)
+    head_forward(x, layer.q_weight, rotation, q, half, layer.eps);
+  for (int64_t h = 0; h < layer.kv_heads; ++h, x += 2 * half)
+    head_forward(x, layer.k_weight, rotation, k(h), half, layer.eps);
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(const Tensor& qkv, Optional q_weight,
+                                            Optional k_weight, const Tensor& positions,
+                                            const Tensor& table, int64_t q_heads,
+                                            int64_t kv_heads, double eps) {
+  const int64_t batch = qkv.size(0), length = qkv.size(1), head_dim = table.size(1);
+  Tensor q = output(qkv, {batch, length, q_heads, head_dim});
+  Tensor k = output(qkv, {batch, length, kv_heads, head_dim});
+  with_layer(qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+             [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
+               const Tokens<const T> in(qkv);
+               const int64_t elements = (q_heads + kv_heads) * head_dim;
+               parallel_rows(batch * length, elements, [&](int64_t begin, int64_t end) {
+                 for (int64_t t = begin; t < end; ++t) {
+                   T* keys = data<T>(k) + t * kv_heads * head_dim;
+                   token_forward(layer, half, in[t], layer.rotation(t),
+                                 data<T>(q) + t * q_heads * head_dim,
+                                 [&](int64_t h) { return keys + h * head_dim; });
+                 }
+               });
+             });
+  return {q, k};
+}
+
+Tensor qk_norm_rope_cache(const Tensor& qkv, Optional q_weight, Optional k_weight,
+                          const Tensor& positions, const Tensor& table, int64_t q_heads,
+                          int64_t kv_heads, double eps, Tensor k_cache, Tensor v_cache,
+                          const Tensor& slots) {
+  const int64_t batch = qkv.size(0), length = qkv.size(1), head_dim = table.size(1);
+  check_index("slots", slots, k_cache.size(1), "the cache's length");
+  Tensor q = output(qkv, {batch, length, q_heads, head_dim});
+  with_layer(
+      qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+      [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
+        const Tokens<const T> in(qkv);
+        const Tokens<const int64_t> slot(slots);
+        const Tokens<T> keys(k_cache), values(v_cache);
+        const int64_t elements = (q_heads + 2 * kv_heads) * head_dim;
+        parallel_rows(batch * length, elements, [&](int64_t begin, int64_t end) {
+          for (int64_t t = begin; t < end; ++t) {
+            const int64_t b = t / length, at = *slot[t];
+            T* k = keys.data + b * keys.batch_stride + at * keys.length_stride;
+            T* v = values.data + b * values.batch_stride + at * values.length_stride;
+            token_forward(layer, half, in[t], layer.rotation(t),
+                          data<T>(q) + t * q_heads * head_dim,
+                          [&](int64_t h) { return k + h * keys.head_stride; });
+            const T* value = in[t] + (q_heads + kv_heads) * head_dim;
+            for (int64_t h = 0; h < kv_heads; ++h)
+              std::memcpy(v + h * values.head_stride, value + h * head_dim, head_dim * sizeof(T));
+          }
+        });
+      });
+  return q;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(const Tensor& dq, const Tensor& dk,
+                                                    const Tensor& dv, const Tensor& qkv,
+                                                    Optional q_weight, Optional k_weight,
+                                                    const Tensor& positions, const Tensor& table,
+                                                    double eps) {
+  const int64_t tokens = qkv.size(0) * qkv.size(1), head_dim = table.size(1);
+  const int64_t q_heads = dq.size(2), kv_heads = dk.size(2);
+  Tensor dqkv = output_like(qkv);
+  Tensor dq_weight = q_weight ? output_like(*q_weight) : output(qkv, {0});
+  Tensor dk_weight = k_weight ? output_like(*k_weight) : output(qkv, {0});
+  with_layer(
+      qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+      [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
+        const Tokens<const T> in(qkv), grad_q(dq), grad_k(dk), grad_v(dv);
+        const int64_t width = (q_heads + 2 * kv_heads) * head_dim;
+        RowSum total(tokens, 2 * head_dim);
+        total.run(2 * width, [&](int64_t begin, int64_t end, float* partial) {
+          // A token's heads are summed before they join the block, so that no sum is long.
+          std::vector<float> scratch(3 * head_dim);
+          float* du = scratch.data();
+          float* token_sum = du + head_dim;
+          for (int64_t t = begin; t < end; ++t) {
+            const T* x = in[t];
+            T* dx = data<T>(dqkv) + t * width;
+            const float* rotation = layer.rotation(t);
+            std::fill(token_sum, token_sum + 2 * head_dim, 0.0f);
+            for (int64_t h = 0; h < q_heads; ++h, x += head_dim, dx += head_dim)
+              head_backward(grad_q[t] + h * grad_q.head_stride, x, layer.q_weight, rotation, dx, du,
+                            token_sum, half, layer.eps);
+            for (int64_t h = 0; h < kv_heads; ++h, x += head_dim, dx += head_dim)
+              head_backward(grad_k[t] + h * grad_k.head_stride, x, layer.k_weight, rotation, dx, du,
+                            token_sum + head_dim, half, layer.eps);
+            for (int64_t h = 0; h < kv_heads; ++h, dx += head_dim)
+              std::memcpy(dx, grad_v[t] + h * grad_v.head_stride, head_dim * sizeof(T));
+            sweep(2 * head_dim, [&](int64_t i, auto part) {
+              store(partial + i, load(partial + i, part) + load(token_sum + i, part), part);
+            });
+          }
+        });
+        if (q_weight) total.write(data<W>(dq_weight), 0, head_dim);
+        if (k_weight) total.write(data<W>(dk_weight), head_dim, head_dim);
+      });
+  return {dqkv, dq_weight, dk_weight};
+}
+
+}  // namespace
+
+ELMKERNELS_IMPL(m) {
+  m.impl("qk_norm_rope_fwd", TORCH_BOX(&qk_norm_rope_fwd));
+  m.impl("qk_norm_rope_cache", TORCH_BOX(&qk_norm_rope_cache));
+  m.impl("qk_norm_rope_bwd", TORCH_BOX(&qk_norm_rope_bwd));
+}

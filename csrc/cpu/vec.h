@@ -1,0 +1,236 @@
+// The only SIMD file: one vector of floats, loaded from and stored to float, bfloat16 and float16.
+// Compiled once per instruction set; the compiler's flags, not code, choose between the two below.
+// Half types exist in memory only: arithmetic is float, and round_to<T> is the one way to round.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// How much of a vector a step covers: all of it, or the `count` elements left in a row.
+struct Full {};
+struct Tail {
+  int64_t count;
+};
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  __m512 v;
+  static constexpr int64_t size = 16;
+};
+
+inline __mmask16 mask_of(Tail tail) { return static_cast<__mmask16>((1u << tail.count) - 1); }
+
+inline Vec vec(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+
+inline Vec widen(__m256i bits, bf16) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline Vec widen(__m256i bits, fp16) { return {_mm512_cvtph_ps(bits)}; }
+
+inline Vec load(const float* p, Full) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const float* p, Tail t) { return {_mm512_maskz_loadu_ps(mask_of(t), p)}; }
+template <class T>
+inline Vec load(const T* p, Full) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+}
+template <class T>
+inline Vec load(const T* p, Tail t) {
+  return widen(_mm256_maskz_loadu_epi16(mask_of(t), p), T{});
+}
+
+// Round to nearest even by integer addition. vcvtneps2bf16 would be shorter but flushes denormals,
+// and these kernels wait for memory, not for it. (A NaN stays one unless its payload is all ones.)
+inline __m512i bf16_rounded(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+inline __m256i narrow(Vec a, bf16) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_rounded(a), 16));
+}
+inline __m256i narrow(Vec a, fp16) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline void store(float* p, Vec a, Full) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, Vec a, Tail t) { _mm512_mask_storeu_ps(p, mask_of(t), a.v); }
+template <class T>
+inline void store(T* p, Vec a, Full) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
+}
+template <class T>
+inline void store(T* p, Vec a, Tail t) {
+  _mm256_mask_storeu_epi16(p, mask_of(t), narrow(a, T{}));
+}
+
+inline Vec rounded(Vec a, float) { return a; }
+inline Vec rounded(Vec a, bf16) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(bf16_rounded(a), _mm512_set1_epi32(0xffff0000)))};
+}
+inline Vec rounded(Vec a, fp16) { return widen(narrow(a, fp16{}), fp16{}); }
+
+inline Vec clamp(Vec a, float low, float high) {
+  // min and max return their second operand for a NaN: the constants go first, so a NaN stays.
+  return {_mm512_min_ps(vec(high).v, _mm512_max_ps(vec(low).v, a.v))};
+}
+inline Vec nearest(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Vec times_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// 14 bits from the table, 24 after one Newton step: three short instructions where vdivps takes 16
+// cycles. For 1e-35 < |a| < 1e35.
+inline Vec reciprocal(Vec a) {
+  const Vec r = {_mm512_rcp14_ps(a.v)};
+  return fma(fnma(a, r, vec(1.0f)), r, r);
+}
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  __m256 v;
+  static constexpr int64_t size = 8;
+};
+
+inline Vec vec(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline Vec widen(__m128i bits, bf16) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline Vec widen(__m128i bits, fp16) { return {_mm256_cvtph_ps(bits)}; }
+
+inline Vec load(const float* p, Full) { return {_mm256_loadu_ps(p)}; }
+template <class T>
+inline Vec load(const T* p, Full) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+}
+template <class T>
+inline Vec load(const T* p, Tail t) {
+  T part[Vec::size] = {};
+  std::memcpy(part, p, t.count * sizeof(T));
+  return load(part, Full{});
+}
+
+inline __m256i bf16_rounded(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+inline __m128i narrow(Vec a, bf16) {
+  const __m256i high = _mm256_srli_epi32(bf16_rounded(a), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+inline __m128i narrow(Vec a, fp16) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline void store(float* p, Vec a, Full) { _mm256_storeu_ps(p, a.v); }
+template <class T>
+inline void store(T* p, Vec a, Full) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a, T{}));
+}
+template <class T>
+inline void store(T* p, Vec a, Tail t) {
+  T part[Vec::size];
+  store(part, a, Full{});
+  std::memcpy(p, part, t.count * sizeof(T));
+}
+
+inline Vec rounded(Vec a, float) { return a; }
+inline Vec rounded(Vec a, bf16) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(bf16_rounded(a), _mm256_set1_epi32(0xffff0000)))};
+}
+inline Vec rounded(Vec a, fp16) { return widen(narrow(a, fp16{}), fp16{}); }
+
+inline Vec clamp(Vec a, float low, float high) {
+  return {_mm256_min_ps(vec(high).v, _mm256_max_ps(vec(low).v, a.v))};
+}
+inline Vec nearest(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// For n in [-126, 127].
+inline Vec times_power_of_two(Vec a, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return a * Vec{_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+inline Vec reciprocal(Vec a) { return {_mm256_div_ps(vec(1.0f).v, a.v)}; }
+
+#else
+#error "compile with the flags of one instruction set (see setup.py)"
+#endif
+
+// a rounded to T and back: the named rounding points.
+template <class T>
+inline Vec round_to(Vec a) {
+  return rounded(a, T{});
+}
+
+// body(i, Full or Tail) for every vector of a row of n.
+template <class Body>
+inline void sweep(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + Vec::size <= n; i += Vec::size) body(i, Full{});
+  if (i < n) body(i, Tail{n - i});
+}
+
+// The same, with four independent accumulators so that sums don't wait for the adder's latency:
+// body(i, part, acc). A short tail's missing elements are zeros.
+template <int Sums, class Body>
+inline void sweep_sums(int64_t n, float (&sums)[Sums], Body&& body) {
+  Vec acc[4][Sums];
+  for (auto& lane : acc)
+    for (auto& a : lane) a = vec(0.0f);
+  int64_t i = 0;
+  for (; i + 4 * Vec::size <= n; i += 4 * Vec::size) {
+    body(i, Full{}, acc[0]);
+    body(i + Vec::size, Full{}, acc[1]);
+    body(i + 2 * Vec::size, Full{}, acc[2]);
+    body(i + 3 * Vec::size, Full{}, acc[3]);
+  }
+  for (; i + Vec::size <= n; i += Vec::size) body(i, Full{}, acc[0]);
+  if (i < n) body(i, Tail{n - i}, acc[1]);
+  for (int s = 0; s < Sums; ++s) sums[s] = sum((acc[0][s] + acc[1][s]) + (acc[2][s] + acc[3][s]));
+}
+
+// exp(a) to 1-2 ulp for a in [-80, 80], the range it is clamped to: 2^n e^r with |r| <= ln(2)/2,
+// e^r by its Taylor polynomial of degree 6 in Horner form (error under 2^-24 relative).
+inline Vec exp_clamped(Vec a) {
+  const Vec x = clamp(a, -80.0f, 80.0f);
+  const Vec n = nearest(x * vec(1.44269504f));
+  const Vec r = fnma(n, vec(-2.12194440e-4f), fnma(n, vec(0.693359375f), x));
+  Vec p = vec(1.0f / 720);
+  p = fma(p, r, vec(1.0f / 120));
+  p = fma(p, r, vec(1.0f / 24));
+  p = fma(p, r, vec(1.0f / 6));
+  p = fma(p, r, vec(0.5f));
+  p = fma(p, r, vec(1.0f));
+  p = fma(p, r, vec(1.0f));
+  return times_power_of_two(p, n);
+}
+
+inline Vec sigmoid(Vec a) { return reciprocal(vec(1.0f) + exp_clamped(vec(0.0f) - a)); }
