@@ -85,6 +85,13 @@ def _values(qkv: Tensor, kv_heads: int, head_dim: int) -> Tensor:
     )
 
 
+def _wants_gradient(qkv, q_weight, k_weight) -> bool:
+    return torch.is_grad_enabled() and (
+        qkv.requires_grad
+        or (q_weight is not None and (q_weight.requires_grad or k_weight.requires_grad))
+    )
+
+
 def _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table) -> None:
     floating("qkv", qkv)
     positive("q_heads", q_heads)
@@ -161,8 +168,11 @@ def qk_norm_rope(
         if flat:
             fail("qkv", "[batch, length, width] when a cache is written", list(qkv.shape))
         _check_cache(qkv, kv_heads, rope_table.shape[1], k_cache, v_cache, slots)
-        if torch.is_grad_enabled() and qkv.requires_grad:
-            raise RuntimeError("qkv must not require a gradient when a cache is written")
+        if _wants_gradient(qkv, q_weight, k_weight):
+            raise RuntimeError(
+                "qkv and the weights must not require a gradient when a cache is written: "
+                "call under torch.no_grad()"
+            )
     backend = choose("qk_norm_rope", qkv.device.type, backend)
     if backend == REFERENCE:
         return _by_reference(
@@ -179,10 +189,7 @@ def qk_norm_rope(
         slots = slots.expand(qkv.shape[:2])
         q = kernel("qk_norm_rope_cache", backend)(*inputs, k_cache, v_cache, slots)
         return q, k_cache, v_cache
-    if torch.is_grad_enabled() and (
-        qkv.requires_grad
-        or (q_weight is not None and (q_weight.requires_grad or k_weight.requires_grad))
-    ):
+    if _wants_gradient(qkv, q_weight, k_weight):
         q, k, v = _QKNormRope.apply(*inputs, backend)
     else:
         q, k = kernel("qk_norm_rope_fwd", backend)(*inputs)

@@ -253,7 +253,7 @@ def _qk_case(
         # Every row starts one slot later than the one above: ragged.
         first = [b % max(1, cache - length + 1) for b in range(batch)]
         slots = positions_from(first, length, d.device)
-        args = (args[0].detach(), *args[1:])
+        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         return args, {"k_cache": caches[0], "v_cache": caches[1], "slots": slots}
 
     return Case("qk_norm_rope", name, build, **options)
