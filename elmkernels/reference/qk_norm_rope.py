@@ -14,7 +14,7 @@ from .rms_norm import normalize
 def rope_table(
     length: int, head_dim: int, base: float = 10000.0, device: torch.device | str | None = None
 ) -> Tensor:
-    """float32 [length, head_dim]: row p holds cos(p f_i) then sin(p f_i), f_i = base^(-2i/head_dim)."""
+    """float32 [length, head_dim], row p: cos(p f_i) then sin(p f_i), f_i = base^(-2i/head_dim)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / base**exponents)
@@ -38,7 +38,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [..., (q_heads + 2 kv_heads) head_dim], positions broadcastable to qkv.shape[:-1],
-    rope_table [table_length, head_dim] -> q [..., q_heads, head_dim], k, v [..., kv_heads, head_dim].
+    rope_table [table_length, head_dim] -> q [..., q_heads, head_dim] and k, v with kv_heads.
     """
     heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1))
     q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=-2)
