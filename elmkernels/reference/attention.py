@@ -25,7 +25,8 @@ def attention(
     k, v = (t.repeat_interleave(group, dim=2).transpose(1, 2) for t in (k, v))
     lq, lk = q.shape[1], k.shape[2]
     if key_mask is None and lq in (1, lk):
-        out = scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=lq > 1, scale=scale)
+        causal = True if lq > 1 else False  # a branch, so that a symbolic length gives a bool
+        out = scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=causal, scale=scale)
     else:
         visible = visible_keys(lq, lk, key_mask, q.device)
         out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=visible, scale=scale)
