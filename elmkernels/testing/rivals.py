@@ -1,0 +1,139 @@
+"""What every op is measured against, and the least work that it can be done with.
+
+- "reference": the specification, naive eager torch.
+- "eager": torch's own fused operations, called as well as one can. SwiGLU has none but its
+  reference: torch has no fused gate.
+- "compiled": `torch.compile` of the reference.
+- "liger": Liger-Kernel, on a GPU, where it is installed and has the op.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .parity import specification
+from .timing import total_bytes
+
+
+def _eager_rms_norm(args: tuple, kwargs: dict) -> Callable:
+    def rms_norm(x, weight, eps=1e-6):
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    return rms_norm
+
+
+def _eager_add_rms_norm(args: tuple, kwargs: dict) -> Callable:
+    def add_rms_norm(x, residual, weight, eps=1e-6):
+        total = x + residual
+        return F.rms_norm(total, weight.shape, weight, eps), total
+
+    return add_rms_norm
+
+
+def _eager_qk_norm_rope(args: tuple, kwargs: dict) -> Callable:
+    """cos and sin are gathered beforehand, as a model does once for all of its layers. A rotation
+    is then three passes: by a rolled copy and a sine whose first half is negated."""
+    positions, table = args[3], args[6]
+    cos, sin = table[positions].unsqueeze(-2).chunk(2, dim=-1)
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    def rotate(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        normed = x if weight is None else F.rms_norm(x, weight.shape, weight, eps)
+        wide = normed.float()
+        rolled = wide.roll(x.shape[-1] // 2, dims=-1)
+        return torch.addcmul(wide * cos, rolled, sin).to(x.dtype)
+
+    def qk_norm_rope(qkv, q_weight, k_weight, positions, q_heads, kv_heads, table, eps=1e-6):
+        heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1))
+        q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=-2)
+        return rotate(q, q_weight, eps), rotate(k, k_weight, eps), v
+
+    return qk_norm_rope
+
+
+def _eager_attention(args: tuple, kwargs: dict) -> Callable:
+    def attention(q, k, v, scale=None):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=q.shape[1] > 1,
+            scale=scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2)
+
+    return attention
+
+
+EAGER: dict[str, Callable[[tuple, dict], Callable]] = {
+    "rms_norm": _eager_rms_norm,
+    "add_rms_norm": _eager_add_rms_norm,
+    "qk_norm_rope": _eager_qk_norm_rope,
+    "attention": _eager_attention,
+}
+
+
+def _liger(op: str) -> Callable | None:
+    """Liger-Kernel's function under our op's signature, where it is installed and has it."""
+    if op not in ("rms_norm", "add_rms_norm", "swiglu"):
+        return None
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    if op == "rms_norm":
+        return lambda x, w, eps=1e-6: functional.liger_rms_norm(x, w, eps, in_place=False)
+    if op == "swiglu":
+        return lambda gate_up: functional.liger_swiglu(*gate_up.chunk(2, dim=-1))
+    fused = getattr(functional, "liger_fused_add_rms_norm", None)
+    return None if fused is None else lambda x, r, w, eps=1e-6: fused(x, r, w, eps)
+
+
+def rivals(
+    op: str, args: tuple, kwargs: dict, device: torch.device, compiled: bool
+) -> dict[str, Callable]:
+    """{name: function under the op's signature} to measure it against on these inputs."""
+    found = {"reference": specification(op)}
+    if op in EAGER:
+        found["eager"] = EAGER[op](args, kwargs)
+    if compiled:
+        found["compiled"] = torch.compile(specification(op), fullgraph=True, dynamic=False)
+    if device.type == "cuda" and (fused := _liger(op)) is not None:
+        found["liger"] = fused
+    return found
+
+
+def least_bytes(op: str, args: tuple, outputs: tuple[Tensor, ...], backward: bool) -> int:
+    """The bytes that an op must move: every input that it needs read once, every output written
+    once; with the backward, also the cotangents and inputs read and the gradients written.
+    """
+    floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    if op != "qk_norm_rope":
+        forward = total_bytes(*floats, *outputs)
+        return 2 * forward + total_bytes(*floats) if backward else forward
+    qkv, q_weight, k_weight, positions = args[:4]
+    q, k, v = outputs
+    # v is a view: not read, not written. Of the table each token needs its own row.
+    rows = positions.numel() * args[6].shape[1] * args[6].element_size()
+    read = total_bytes(q, k, q_weight, k_weight, positions) + rows
+    forward = read + total_bytes(q, k)
+    if not backward:
+        return forward
+    return forward + read + total_bytes(q, k, v) + total_bytes(qkv, q_weight, k_weight)
+
+
+def operations(op: str, args: tuple, backward: bool) -> int | None:
+    """Floating-point operations of the matrix products in an op; None if it has none."""
+    if op != "attention":
+        return None
+    q, k = args[:2]
+    batch, lq, heads, head_dim = q.shape
+    lk = k.shape[1]
+    pairs = lq * (lk - lq) + lq * (lq + 1) // 2  # causal
+    forward = 4 * batch * heads * head_dim * pairs
+    # The backward makes five products of the forward's two, scores among them.
+    return forward + forward * 5 // 2 if backward else forward
