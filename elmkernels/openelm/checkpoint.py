@@ -103,10 +103,12 @@ def save(model: OpenELM, path: str | Path, *, max_shard_bytes: int | None = None
         raise ValueError(f"path must be a folder, {folder} is a file")
     weights = _weights_to_save(model)
     shards = _split(weights, max_shard_bytes)
-    names = _shard_names(len(shards))
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [_WEIGHTS]
     texts = {_CONFIG: model.config.to_hf_dict()}
     texts[_CONFIG]["torch_dtype"] = str(model.token_embeddings.weight.dtype).split(".")[-1]
-    if len(shards) > 1:
+    if count > 1:
         weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(weight.nbytes for weight in weights.values())
         texts[_INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -221,9 +223,8 @@ def _safetensors(file: Path) -> list[_Stored]:
 def _torch_file(file: Path) -> list[_Stored]:
     try:
         # Only torch.save's zip format, the default since torch 1.6, can be mapped.
-        values = torch.load(
-            file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True
-        )
+        mapped = zipfile.is_zipfile(file)
+        values = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{file} is not a complete torch.save file: {error}") from error
     if isinstance(values, Mapping) and isinstance(values.get("model_state_dict"), Mapping):
@@ -298,12 +299,6 @@ def _split(weights: Mapping[str, Tensor], max_bytes: int | None) -> list[dict[st
         shards[-1][key] = weight
         size += weight.nbytes
     return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [_WEIGHTS]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def _write_safetensors(file: Path, weights: Mapping[str, Tensor]) -> None:

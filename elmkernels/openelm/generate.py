@@ -29,7 +29,7 @@ def greedy(
         model.config,
         batch,
         length + steps if max_length is None else max_length,
-        dtype=_activation_dtype(model),
+        dtype=model.activation_dtype,
         device=input_ids.device,
     )
     tokens = input_ids.new_empty((batch, steps), dtype=torch.int64)
@@ -40,10 +40,3 @@ def greedy(
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
     return tokens
-
-
-def _activation_dtype(model: OpenELM) -> torch.dtype:
-    weight = model.token_embeddings.weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype

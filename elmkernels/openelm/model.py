@@ -189,6 +189,15 @@ class OpenELM(nn.Module):
 
         save(self, path, max_shard_bytes=max_shard_bytes)
 
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What a cache must hold: autocast's dtype where it is on, else the weights'."""
+        weight = self.token_embeddings.weight
+        kind = weight.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return weight.dtype
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal with std in_features^-0.5, out_proj and proj_2 model_dim^-0.5 (2 layers)^-0.5."""
@@ -274,13 +283,10 @@ class OpenELM(nn.Module):
             )
 
     def _check_cache(self, cache: KVCache, batch: int, length: int, device: torch.device) -> None:
-        weight = self.token_embeddings.weight
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         heads = [t.shape[2] for t in cache.k]
         for name, expected, got in (
             ("batch", batch, cache.batch),
-            ("dtype", dtype, cache.dtype),
+            ("dtype", self.activation_dtype, cache.dtype),
             ("device", device, cache.device),
             ("key/value heads of each layer", list(self.config.num_kv_heads), heads),
             ("head_dim", self.config.head_dim, cache.k[0].shape[3]),

@@ -1,5 +1,10 @@
+from pathlib import Path
+
 import pytest
+from checkpoints import CONFIG
 from golden import TINY, Golden, load_hf_tiny, load_tiny
+
+from elmkernels.openelm import OpenELM
 
 
 @pytest.fixture(params=TINY)
@@ -11,3 +16,10 @@ def tiny(request: pytest.FixtureRequest) -> Golden:
 @pytest.fixture
 def hf_tiny() -> Golden:
     return load_hf_tiny()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved checkpoint of CONFIG with the weights of seed 1."""
+    OpenELM(CONFIG, seed=1).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

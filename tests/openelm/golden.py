@@ -20,6 +20,18 @@ from elmkernels.openelm import OpenELM, OpenELMConfig, next_token_loss
 
 FOLDER = Path(__file__).parents[1] / "golden"
 TINY = ("tiny_layerwise", "tiny_mha_untied")
+# No golden file: every shape that the two above don't have.
+GLU_FREE = OpenELMConfig(
+    num_transformer_layers=2,
+    model_dim=64,
+    head_dim=16,
+    num_gqa_groups=2,
+    ffn_with_glu=False,
+    ffn_dim_divisor=16,
+    vocab_size=96,
+    rope_max_length=64,
+    share_input_output_layers=True,
+)
 
 
 @dataclass

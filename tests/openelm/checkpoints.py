@@ -1,0 +1,27 @@
+"""A small model's configuration, and equality of models, for the checkpoint tests."""
+
+import torch
+
+from elmkernels.openelm import OpenELM, OpenELMConfig
+
+CONFIG = OpenELMConfig(
+    num_transformer_layers=3,
+    model_dim=64,
+    head_dim=16,
+    num_gqa_groups=2,
+    qkv_multipliers=(0.5, 1.0),
+    ffn_multipliers=(0.5, 2.0),
+    ffn_dim_divisor=16,
+    normalize_qk_projections=True,
+    share_input_output_layers=True,
+    vocab_size=96,
+    rope_max_length=64,
+)
+
+
+def assert_same(a: OpenELM, b: OpenELM) -> None:
+    assert a.config == b.config
+    state, other = a.state_dict(), b.state_dict()
+    assert state.keys() == other.keys()
+    for name, weight in state.items():
+        assert weight.dtype == other[name].dtype and torch.equal(weight, other[name]), name
