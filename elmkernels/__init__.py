@@ -1,16 +1,21 @@
 """elmkernels: Apple's OpenELM language models on fused kernels, proved against the reference."""
 
 from . import reference
+from .openelm import OpenELM, OpenELMConfig, accelerate, restore
 from .ops import add_rms_norm, attention, qk_norm_rope, rms_norm, swiglu
 from .reference import rope_table
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "OpenELM",
+    "OpenELMConfig",
+    "accelerate",
     "add_rms_norm",
     "attention",
     "qk_norm_rope",
     "reference",
+    "restore",
     "rms_norm",
     "rope_table",
     "swiglu",

@@ -4,5 +4,15 @@ from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import greedy
 from .model import OpenELM, next_token_loss
+from .swap import Report, accelerate, restore
 
-__all__ = ["KVCache", "OpenELM", "OpenELMConfig", "greedy", "next_token_loss"]
+__all__ = [
+    "KVCache",
+    "OpenELM",
+    "OpenELMConfig",
+    "Report",
+    "accelerate",
+    "greedy",
+    "next_token_loss",
+    "restore",
+]

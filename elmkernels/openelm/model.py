@@ -114,6 +114,13 @@ class DecoderLayer(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
+class TiedHead(nn.Module):
+    """The output projection by another module's weight: no parameters of its own."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
 class OpenELM(nn.Module):
     """The language model: token ids in, logits out.
 
@@ -148,6 +155,7 @@ class OpenELM(nn.Module):
                 if config.share_input_output_layers
                 else nn.Linear(config.model_dim, config.vocab_size, bias=False, dtype=dtype)
             )
+        self.tied_head = TiedHead() if config.share_input_output_layers else None
         # A plain attribute, not a buffer: it stays float32 under .to(dtype) and real under
         # to_empty() and load_state_dict(assign=True), and no state_dict holds it.
         self.rope_table = torch.empty(0, device="meta")
@@ -237,7 +245,7 @@ class OpenELM(nn.Module):
             cache.advance(input_ids.shape[1])
         x = self.norm(x[:, -logits_to_keep:])
         if self.classifier is None:
-            return F.linear(x, self.token_embeddings.weight)
+            return self.tied_head(x, self.token_embeddings.weight)
         return self.classifier(x)
 
     def _context(

@@ -1,0 +1,231 @@
+"""Projections: the matrix products are borrowed from torch, and chosen by measuring them here.
+
+torch reaches several GEMM libraries on a CPU, and which one is fast depends on the processor: in
+float32 `F.linear` runs on MKL, on an AMD processor at a third of oneDNN's speed; in bfloat16 a
+product with one row runs at half the memory's speed in `F.linear` and at nearly all of it in
+`torch.mv`. `measure_plan` times the candidates once per dtype and process and takes another than
+`F.linear` only where it is clearly faster. All of them accumulate in float32.
+
+A packed copy (oneDNN's own blocked layout) is optional, because it doubles a weight's memory. It is
+used for one state of the weight only: its version, address and dtype are compared at every call (a
+load, a move, most optimisers), and because fused optimisers don't count versions, a pass that keeps
+gradients drops the copy and none is made or used while the weight has a gradient. What torch can't
+see is a write through `weight.data` between two calls without gradients: `accelerate` again then.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
+MARGIN = 0.9  # another routine than F.linear must take at most this share of its time
+
+LINEAR, MV, ONEDNN, PACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN packed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which routine a projection calls, by the number of rows and by whether gradients are kept."""
+
+    one_row: str = LINEAR
+    few_rows: str = LINEAR
+    many_rows: str = LINEAR
+    training: str = LINEAR
+
+    @property
+    def packs(self) -> bool:
+        return PACKED in (self.one_row, self.few_rows, self.many_rows)
+
+
+def onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T by oneDNN; weight [n, k] in any strides, or packed by `pack`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of weight [n, k] in oneDNN's blocked layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def mv(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., k] of one row times weight [n, k]."""
+    return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], weight.shape[0])
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """y = x W^T, dx = dy W, dW = dy^T x, each by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = onednn(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = onednn(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
+        return dx, dweight
+
+
+class Linear(nn.Module):
+    """nn.Linear with the plan's routines; shares the Parameters of the module it replaces."""
+
+    def __init__(self, original: nn.Linear, plan: Plan) -> None:
+        super().__init__()
+        self.weight, self.bias, self.plan = original.weight, original.bias, plan
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.training = original.training
+        self.products = Products(plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return F.linear(x, self.weight, self.bias)
+        return self.products(x, self.weight)
+
+    def train(self, mode: bool = True) -> "Linear":
+        if mode:
+            self.products.drop()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.plan}"
+
+
+class TiedHead(nn.Module):
+    """The output projection by the embedding's weight, with the plan's routines."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.products = Products(plan)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.products(x, weight)
+
+    def train(self, mode: bool = True) -> "TiedHead":
+        if mode:
+            self.products.drop()
+        return super().train(mode)
+
+
+class Products:
+    """x @ weight.T by a plan, with the packed copy of one weight where the plan asks for it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._packed: Tensor | None = None
+        self._packed_of: tuple | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if (
+            torch.compiler.is_compiling()  # Inductor makes its own choice
+            or x.dtype != weight.dtype  # autocast
+            or x.device.type != "cpu"
+            or x.numel() == 0
+        ):
+            return F.linear(x, weight)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            self.drop()
+            if self.plan.training == ONEDNN and not torch.is_autocast_enabled("cpu"):
+                return _OneDNNLinear.apply(x, weight)
+            return F.linear(x, weight)
+        rows = x.numel() // x.shape[-1]
+        plan = self.plan
+        routine = (
+            plan.one_row if rows == 1 else plan.few_rows if rows <= FEW_ROWS else plan.many_rows
+        )
+        if routine == LINEAR or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, weight)
+        if routine == MV:
+            return mv(x, weight)
+        if routine == PACKED and weight.grad is None:
+            return onednn(x, self.packed(weight))
+        self.drop()
+        return onednn(x, weight)
+
+    def packed(self, weight: Tensor) -> Tensor:
+        """The packed copy of this very state of the weight."""
+        version = 0 if weight.is_inference() else weight._version
+        state = (weight.data_ptr(), version, weight.dtype, weight.shape)
+        if state != self._packed_of:
+            self._packed = pack(weight)
+            self._packed_of = state
+        return self._packed
+
+    def drop(self) -> None:
+        self._packed = self._packed_of = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed copy, as long as there is one."""
+        if self._packed_of is None:
+            return 0
+        _, _, dtype, shape = self._packed_of
+        return shape.numel() * dtype.itemsize
+
+    def __getstate__(self) -> dict:
+        # oneDNN's layout can't be pickled or deep-copied: a copy packs again at its first call.
+        return {"plan": self.plan, "_packed": None, "_packed_of": None}
+
+
+def _best_seconds(fns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    for fn in fns.values():
+        fn()
+    samples: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            start = time.perf_counter()
+            fn()
+            samples[name].append(time.perf_counter() - start)
+    # The best, not the median: whatever else runs now only ever adds time.
+    return {name: min(s) for name, s in samples.items()}
+
+
+def _fastest(seconds: dict[str, float]) -> str:
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] <= MARGIN * seconds[LINEAR] else LINEAR
+
+
+@cache
+def measure_plan(dtype: torch.dtype, packing: bool = False) -> Plan:
+    """The fastest routine for each class of rows on this CPU, by timing a [4096, 1280] weight.
+
+    Takes about a fifth of a second. Where oneDNN is missing, everything is F.linear.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return Plan()
+    generator = torch.Generator().manual_seed(0)
+    # Four weights in turn, so that a single row reads from memory as it does in a model.
+    weights = [torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype) for _ in range(4)]
+    packs = [pack(w) for w in weights] if packing else []
+    turn = [0]
+
+    def take(candidates: list[Tensor]) -> Tensor:
+        turn[0] += 1
+        return candidates[turn[0] % len(candidates)]
+
+    def candidates(rows: int) -> dict[str, Callable[[], object]]:
+        x = torch.randn(rows, 1280, generator=generator).to(dtype)
+        fns: dict[str, Callable[[], object]] = {LINEAR: lambda: F.linear(x, take(weights))}
+        if rows == 1:
+            fns[MV] = lambda: mv(x, take(weights))
+        fns[ONEDNN] = lambda: onednn(x, take(weights))
+        if packing:
+            fns[PACKED] = lambda: onednn(x, take(packs))
+        return fns
+
+    with torch.inference_mode():
+        one, few, many = (
+            _best_seconds(candidates(rows), rounds) for rows, rounds in ((1, 15), (8, 11), (256, 5))
+        )
+    training = {name: seconds for name, seconds in many.items() if name != PACKED}
+    return Plan(_fastest(one), _fastest(few), _fastest(many), _fastest(training))
