@@ -30,14 +30,14 @@ FORWARD = (
     Tile(NVIDIA, 4095, 512, 1, 8, _FEW),
     Tile(NVIDIA, 2047, None, 1, 2, _MANY),
     Tile(NVIDIA, 4095, None, 1, 4, _MANY),
-    Tile(NVIDIA, None, None, 1, 16, _FEW),
+    Tile(NVIDIA, None, None, 1, 8, _FEW),
     Tile(AMD, 64, None, 32, 2, _NARROW),
     Tile(AMD, 128, None, 16, 2, _NARROW),
     Tile(AMD, 256, None, 8, 2, _NARROW),
     Tile(AMD, 512, None, 4, 2, _NARROW),
     Tile(AMD, 2047, None, 1, 2, _FEW),
     Tile(AMD, 4095, None, 1, 4, _FEW),
-    Tile(AMD, None, None, 1, 8, _FEW),
+    Tile(AMD, None, None, 1, 4, _FEW),
 )
 
 

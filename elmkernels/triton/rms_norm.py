@@ -32,7 +32,7 @@ from .common import (
     sum_partials,
 )
 
-MAX_HEAD = 4096
+MAX_HEAD = 2048
 
 _NARROW = "reasoned: 2048 elements a program, 16 a thread"
 _FEW = "reasoned: one 16-byte load a thread, for the shortest way through one row"
@@ -47,30 +47,31 @@ FORWARD = (
     Tile(NVIDIA, 4095, 512, 1, 8, _FEW),
     Tile(NVIDIA, 2047, None, 1, 2, _MANY),
     Tile(NVIDIA, 4095, None, 1, 4, _MANY),
-    Tile(NVIDIA, None, None, 1, 16, _FEW),
+    Tile(NVIDIA, None, None, 1, 8, _FEW),
     Tile(AMD, 64, None, 32, 2, _NARROW),
     Tile(AMD, 128, None, 16, 2, _NARROW),
     Tile(AMD, 256, None, 8, 2, _NARROW),
     Tile(AMD, 512, None, 4, 2, _NARROW),
     Tile(AMD, 2047, None, 1, 2, _FEW),
     Tile(AMD, 4095, None, 1, 4, _FEW),
-    Tile(AMD, None, None, 1, 8, _FEW),
+    Tile(AMD, None, None, 1, 4, _FEW),
 )
 
+_SHORT = "compiled: 1024 elements a tile; with 2048, float32 spills registers on sm_100"
 _LOOP = "reasoned: 8 to 16 warps on a multiprocessor, each with 16 to 24 columns of three tensors"
 
 BACKWARD = (
-    Tile(NVIDIA, 64, None, 32, 4, _NARROW, per_sm=4),
-    Tile(NVIDIA, 128, None, 16, 4, _NARROW, per_sm=4),
-    Tile(NVIDIA, 256, None, 8, 4, _NARROW, per_sm=4),
-    Tile(NVIDIA, 512, None, 4, 4, _NARROW, per_sm=4),
+    Tile(NVIDIA, 64, None, 16, 4, _SHORT, per_sm=4),
+    Tile(NVIDIA, 128, None, 8, 4, _SHORT, per_sm=4),
+    Tile(NVIDIA, 256, None, 4, 4, _SHORT, per_sm=4),
+    Tile(NVIDIA, 512, None, 2, 4, _SHORT, per_sm=4),
     Tile(NVIDIA, 2047, None, 1, 4, _LOOP, per_sm=4),
     Tile(NVIDIA, 4095, None, 1, 8, _LOOP, per_sm=2),
     Tile(NVIDIA, None, None, 1, 16, _LOOP, per_sm=1),
-    Tile(AMD, 64, None, 32, 2, _NARROW, per_sm=4),
-    Tile(AMD, 128, None, 16, 2, _NARROW, per_sm=4),
-    Tile(AMD, 256, None, 8, 2, _NARROW, per_sm=4),
-    Tile(AMD, 512, None, 4, 2, _NARROW, per_sm=4),
+    Tile(AMD, 64, None, 16, 2, _SHORT, per_sm=4),
+    Tile(AMD, 128, None, 8, 2, _SHORT, per_sm=4),
+    Tile(AMD, 256, None, 4, 2, _SHORT, per_sm=4),
+    Tile(AMD, 512, None, 2, 2, _SHORT, per_sm=4),
     Tile(AMD, 2047, None, 1, 2, _LOOP, per_sm=4),
     Tile(AMD, 4095, None, 1, 4, _LOOP, per_sm=2),
     Tile(AMD, None, None, 1, 8, _LOOP, per_sm=1),

@@ -1,8 +1,109 @@
 """Triton's own corners, run by test_interpreted.py in an interpreted process."""
 
+import pytest
+import torch
+
+from elmkernels import ops, reference
 from elmkernels.backends import BACKENDS
+from elmkernels.testing.cases import Case, _qk_case, grad
+from elmkernels.testing.parity import assert_parity
+from elmkernels.triton import qk_norm_rope as kernels
+
+HALF = torch.float16
+
+
+def randn(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def test_this_process_is_interpreted():
     assert BACKENDS["triton"].missing is None
     assert "cpu" in BACKENDS["triton"].devices
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_more_leading_dimensions_than_a_kernel_strides_through(op):
+    def build(d):
+        rows = [grad(d.normal(2, 3, 2, 5, 2, 48).permute(4, 1, 3, 0, 2, 5)) for _ in "ab"]
+        return (*rows[: 1 + (op == "add_rms_norm")], d.weight(48)), {}
+
+    assert_parity(op, Case(op, "five_dimensions", build), HALF, "triton")
+
+
+def test_heads_of_enough_tokens_for_the_larger_tile():
+    assert_parity("qk_norm_rope", _qk_case("many", 12, 4, batch=1, length=260), HALF, "triton")
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "qk_norm_rope"])
+def test_weight_gradients_are_the_same_bits_every_time(op):
+    x, w = randn(300, 320), randn(64).requires_grad_()
+    positions, table = torch.arange(300), reference.rope_table(300, 64)
+
+    def gradients():
+        if op == "qk_norm_rope":
+            out = ops.qk_norm_rope(x, w, w, positions, 3, 1, table, backend="triton")[0]
+        else:
+            heads = x.unflatten(-1, (5, 64))
+            rows = (heads,) if op == "rms_norm" else (heads, heads)
+            out = getattr(ops, op)(*rows, w, backend="triton")
+            out = out if op == "rms_norm" else out[0]
+        return torch.autograd.grad(out, w, randn(*out.shape))[0]
+
+    assert torch.equal(gradients(), gradients())
+
+
+def test_rows_farther_apart_than_int32_can_say():
+    n, apart = 64, 2**31 + 64
+    memory = torch.empty(apart + n, dtype=HALF)  # never touched between its two rows
+    x = memory.as_strided((2, n), (apart, 1))
+    x.copy_(randn(2, n))
+    w = randn(n)
+    assert torch.equal(
+        ops.rms_norm(x, w, backend="triton"), ops.rms_norm(x.contiguous(), w, backend="triton")
+    )
+    both = ops.add_rms_norm(x, x, w, backend="triton")
+    assert torch.equal(both[1], x + x)
+    assert torch.equal(
+        ops.swiglu(x, backend="triton"), ops.swiglu(x.contiguous(), backend="triton")
+    )
+    table = reference.rope_table(4, 16)
+    inputs = (w[:16], w[:16], torch.arange(2), 2, 1, table)
+    for ours, packed in zip(
+        ops.qk_norm_rope(x, *inputs, backend="triton"),
+        ops.qk_norm_rope(x.contiguous(), *inputs, backend="triton"),
+        strict=True,
+    ):
+        assert torch.equal(ours, packed)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_position_outside_the_table_is_nan_and_no_other(normalised):
+    qkv, w = randn(1, 5, 6 * 16), randn(16) if normalised else None
+    table = reference.rope_table(8, 16)
+    positions = torch.tensor([[7, 8, -1, 2**62, 0]])
+    bad = torch.tensor([False, True, True, True, False])
+    q, k = kernels.qk_norm_rope_fwd(qkv, w, w, positions, table, 4, 1, 1e-6)
+    for out, heads in ((q, slice(0, 4)), (k, slice(4, 5))):
+        assert out[0, bad].isnan().all()
+        assert out[0, ~bad].isfinite().all(), heads
+    dq, dk, dv = randn(1, 5, 4, 16), randn(1, 5, 1, 16), randn(1, 5, 1, 16)
+    dqkv, *_ = kernels.qk_norm_rope_bwd(dq, dk, dv, qkv, w, w, positions, table, 1e-6)
+    dqkv = dqkv.view(1, 5, 6, 16)
+    assert dqkv[0, bad, :5].isnan().all()
+    assert dqkv[0, ~bad].isfinite().all()
+    assert torch.equal(dqkv[:, :, 5:], dv)
+
+
+def test_a_slot_outside_the_cache_is_not_written():
+    qkv, w, table = randn(2, 3, 6 * 16), randn(16), reference.rope_table(8, 16)
+    caches = [torch.full((2, 4, 1, 16), 7.0, dtype=HALF) for _ in "kv"]
+    slots = torch.tensor([[0, 4, -1], [2**62, 3, 1]])
+    positions = torch.arange(3).expand(2, 3)
+    q = kernels.qk_norm_rope_cache(qkv, w, w, positions, table, 4, 1, 1e-6, *caches, slots)
+    want_q, k = kernels.qk_norm_rope_fwd(qkv, w, w, positions, table, 4, 1, 1e-6)
+    v = qkv.unflatten(-1, (6, 16))[:, :, 5:]
+    assert torch.equal(q, want_q)
+    for cache, source in zip(caches, (k, v), strict=True):
+        want = torch.full((2, 4, 1, 16), 7.0, dtype=HALF)
+        want[0, 0], want[1, 3], want[1, 1] = source[0, 0], source[1, 1], source[1, 2]
+        assert torch.equal(cache, want)
