@@ -57,6 +57,8 @@ class FusedAttention(nn.Module):
     ) -> None:
         super().__init__()
         adopt(self, original)
+        if original.q_norm is None:
+            self.q_norm = self.k_norm = None
         self.layer_index, self.q_heads, self.kv_heads = index, q_heads, kv_heads
         self.head_dim = original.head_dim
         self.eps = 1e-6 if self.q_norm is None else self.q_norm.eps
