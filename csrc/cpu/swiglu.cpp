@@ -42,10 +42,11 @@ Tensor swiglu_bwd(const Tensor& dy, const Tensor& gate_up) {
           sweep(n, [&](int64_t i, auto part) {
             const Vec g = load(gate + i, part);
             const Vec v = load(d + i, part);
-            const Vec s = sigmoid(g, T{});
+            const Vec e = exp_of_minus(g, T{});
+            const Vec s = sigmoid_from(e, T{});
             const Vec silu = g * s;
-            // silu' = s (1 + g (1 - s)) = s + silu - silu s
-            const Vec slope = fnma(silu, s, s + silu);
+            // silu' = s (1 + g (1 - s)). A large g magnifies what 1 - s loses if it is subtracted.
+            const Vec slope = s * fma(g, e * s, vec(1.0f));
             store(out + i, v * load(gate + n + i, part) * slope, part, how);
             store(out + n + i, v * round_to<T>(silu), part, how);
           });

@@ -250,13 +250,15 @@ inline Vec exp_clamped(Vec a) {
   return times_power_of_two(p, n);
 }
 
-inline Vec sigmoid(Vec a, float) { return reciprocal(vec(1.0f) + exp_clamped(vec(0.0f) - a)); }
+// sigmoid(a) = 1 / (1 + e) with e = exp(-a), and 1 - sigmoid(a) = e sigmoid(a) without cancellation.
+inline Vec exp_of_minus(Vec a, float) { return exp_clamped(vec(0.0f) - a); }
+inline Vec sigmoid_from(Vec e, float) { return reciprocal(vec(1.0f) + e); }
 
 // For values that are rounded to 11 bits or fewer next: 2^n 2^f with |f| <= 1/2, 2^f by a minimax
 // polynomial (3e-6 relative), and a 14-bit reciprocal. A third fewer instructions, which shows as
 // long as the row is in a cache.
 template <class Half>
-inline Vec sigmoid(Vec a, Half) {
+inline Vec exp_of_minus(Vec a, Half) {
   const Vec t = clamp(a * vec(-1.44269504f), -126.0f, 126.0f);
   const Vec n = nearest(t);
   const Vec f = t - n;
@@ -265,7 +267,15 @@ inline Vec sigmoid(Vec a, Half) {
   p = fma(p, f, vec(2.40247443e-1f));
   p = fma(p, f, vec(6.93121791e-1f));
   p = fma(p, f, vec(9.99999285e-1f));
-  return reciprocal_fast(vec(1.0f) + times_power_of_two(p, n));
+  return times_power_of_two(p, n);
+}
+template <class Half>
+inline Vec sigmoid_from(Vec e, Half) {
+  return reciprocal_fast(vec(1.0f) + e);
+}
+template <class T>
+inline Vec sigmoid(Vec a, T type) {
+  return sigmoid_from(exp_of_minus(a, type), type);
 }
 
 // Stores of outputs too large for the caches go around them (Streamed): the line is not read first,
