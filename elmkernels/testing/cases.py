@@ -140,6 +140,9 @@ def _norm_cases(op: str, inputs: int) -> list[Case]:
     ]
     found += [case(name, lambda d, lay=lay: lay(d, 3, 5, 200)) for name, lay in LAYOUTS.items()]
     return found + [
+        # Over 8 MiB: stores that go around the caches.
+        case("large", lambda d: d.normal(1061, 2048), dtypes=(torch.float32,)),
+        case("large_half", lambda d: d.normal(2113, 2048), dtypes=(torch.bfloat16,)),
         case("qkv_slice", lambda d: d.normal(2, 7, 18, 64)[:, :, 12:15]),
         case("huge", lambda d: d.huge(6, 1536)),
         case("outliers", lambda d: d.outliers(6, 1536)),
@@ -198,6 +201,8 @@ def _swiglu_cases() -> list[Case]:
 
     return found + [
         case("huge", huge),
+        case("large", lambda d: d.normal(531, 8192), dtypes=(torch.float32,)),
+        case("large_half", lambda d: d.normal(1061, 8192), dtypes=(torch.bfloat16,)),
         case("tiny", lambda d: d.normal(9, 1536, scale=1e-3)),
         case("broadcast_dy", lambda d: d.normal(2, 9, 1536), cotangent="broadcast"),
         case("strided_dy", lambda d: d.normal(2, 9, 400), cotangent="strided"),
@@ -279,6 +284,7 @@ def _qk_norm_rope_cases() -> list[Case]:
         _qk_case("one_head_a_group", 3, 3),
         _qk_case("one_head", 1, 1),
         _qk_case("many_tokens", 2, 1, length=260),
+        _qk_case("large", 16, 4, length=1061, batch=4, dtypes=(torch.bfloat16,)),
         _qk_case("no_norm", norm=False),
         _qk_case("no_norm_cached", norm=False, cache=9),
         _qk_case("left_padded", batch=3, length=9, starts=[0, -3, -8]),
