@@ -5,6 +5,7 @@ Every figure comes with its rivals' from the same run, and with a copy that move
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .cases import BENCH_ROWS, CASES, Case, bench_cases, make
-from .parity import DTYPES, check_parity, runnable
+from .cases import BENCH_ROWS, Case, bench_cases, make
+from .parity import DTYPES, check_parity, plan
 from .rivals import least_bytes, operations, rivals
 from .timing import Timing, copies_beyond_cache, copies_of, interleave
 
@@ -191,20 +192,16 @@ def run_bench(
     then is absent, not guessed). `progress` is called with each record as it comes.
     """
     records = []
-    wanted = None if backends is None else list(backends)
     dtypes = [DTYPES[d] if isinstance(d, str) else d for d in dtypes]
     rows = rows or (QUICK_ROWS if quick else BENCH_ROWS)
     options = {"min_time": 0.05, "rounds": 5, "compiled": False} if quick else {}
-    for op in CASES if op_names is None else op_names:
-        able = runnable(op, device)
-        for backend in able if wanted is None else [b for b in wanted if b in able]:
-            for case in bench_cases(op, tuple(rows), model):
-                for dtype in dtypes:
-                    for backward in (False, True):
-                        record = bench_op(op, case, dtype, backend, backward, device, **options)
-                        records.append(record)
-                        if progress is not None:
-                            progress(record)
+    for op, backend in plan(op_names, backends, device):
+        for case in bench_cases(op, tuple(rows), model):
+            for dtype, backward in itertools.product(dtypes, (False, True)):
+                record = bench_op(op, case, dtype, backend, backward, device, **options)
+                records.append(record)
+                if progress is not None:
+                    progress(record)
     return records
 
 

@@ -287,6 +287,28 @@ def runnable(op: str, device: torch.device | str = "cpu") -> list[str]:
     ]  # fmt: skip
 
 
+def plan(
+    op_names: Iterable[str] | None, backends: Iterable[str] | None, device: torch.device | str
+) -> list[tuple[str, str]]:
+    """(op, backend) pairs to run: the named ops (None: all) on every backend that can run here
+    (None) or on those named that have the op. Raises for a name that no op can take here.
+    """
+    op_names = list(CASES if op_names is None else op_names)
+    for op in op_names:
+        if op not in CASES:
+            raise ValueError(f"op must be one of {', '.join(CASES)}, got {op!r}")
+    able = {op: runnable(op, device) for op in op_names}
+    if backends is None:
+        return [(op, backend) for op in op_names for backend in able[op]]
+    backends = list(backends)
+    for name in backends:
+        if name != REFERENCE and not any(name in names for names in able.values()):
+            reason = BACKENDS[name].missing if name in BACKENDS else "there is no such backend"
+            what = f"backend {name!r} can't run {', '.join(op_names)} on {device} here"
+            raise RuntimeError(f"{what}: {reason or 'it has no kernels for them on that device'}")
+    return [(op, b) for op in op_names for b in backends if b == REFERENCE or b in able[op]]
+
+
 def check_parity(
     op: str,
     case: Case,
@@ -348,16 +370,14 @@ def run_parity(
     (None) or is named. `progress` is called with each record as it comes.
     """
     records = []
-    wanted = None if backends is None else list(backends)
     dtypes = [DTYPES[d] if isinstance(d, str) else d for d in dtypes]
-    for op in CASES if op_names is None else op_names:
-        for backend in runnable(op, device) if wanted is None else wanted:
-            for case in CASES[op]:
-                for dtype in dtypes:
-                    if dtype not in case.dtypes:
-                        continue
-                    record = check_parity(op, case, dtype, backend, device)
-                    records.append(record)
-                    if progress is not None:
-                        progress(record)
+    for op, backend in plan(op_names, backends, device):
+        for case in CASES[op]:
+            for dtype in dtypes:
+                if dtype not in case.dtypes:
+                    continue
+                record = check_parity(op, case, dtype, backend, device)
+                records.append(record)
+                if progress is not None:
+                    progress(record)
     return records

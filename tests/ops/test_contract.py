@@ -140,10 +140,12 @@ def test_one_graph_serves_every_width_and_row_count(backend):
         lambda x, w: swiglu(rms_norm(x, w, backend=backend), backend=backend),
         backend=counter, fullgraph=True, dynamic=True,
     )  # fmt: skip
+    counts = []
     for rows, width in ((3, 64), (7, 96), (16, 1280), (5, 2560)):
         x, w = torch.randn(rows, width), torch.rand(width)
         assert torch.equal(fn(x, w), swiglu(rms_norm(x, w, backend=backend), backend=backend))
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
 
 
 @every_backend
