@@ -83,7 +83,7 @@ class BenchRecord:
         return asdict(self)
 
 
-def _closure(fn: Callable, args: tuple, kwargs: dict, backward: bool) -> Callable[[], object]:
+def closure(fn: Callable, args: tuple, kwargs: dict, backward: bool) -> Callable[[], object]:
     """One call of fn, or one call and its backward with cotangents that are not all alike."""
     if not backward:
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
@@ -146,7 +146,7 @@ def bench_op(
     functions = {backend: ours, **rivals(op, args, kwargs, device, compiled)}
     for name, fn in functions.items():
         try:
-            closures = [_closure(fn, *each, backward) for each in inputs]
+            closures = [closure(fn, *each, backward) for each in inputs]
             closures[0]()
         except RuntimeError as error:
             if name == backend:

@@ -1,0 +1,7 @@
+"""attention beside its rivals: bound by arithmetic on prompts, by memory on single tokens."""
+
+OP = "attention"
+
+
+def test_attention(measure, case, dtype, backend, backward):
+    measure(OP, case, dtype, backend, backward)

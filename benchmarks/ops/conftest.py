@@ -1,0 +1,61 @@
+"""The one way an op is measured: each bench_<op>.py names it in OP and calls `measure`."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from elmkernels import ops
+from elmkernels.testing import bench_cases, bench_op, format_table, make, runnable
+from elmkernels.testing.bench import closure
+from elmkernels.testing.cases import BENCH_ROWS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TABLE = pytest.StashKey[list]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "measure" not in metafunc.fixturenames:
+        return
+    full = metafunc.config.getoption("--size") == "full"
+    cases = bench_cases(metafunc.module.OP, BENCH_ROWS if full else (8,))
+    metafunc.parametrize("case", cases, ids=str)
+    metafunc.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    metafunc.parametrize("backend", runnable(metafunc.module.OP, DEVICE) or ["reference"])
+    metafunc.parametrize("backward", [False, True], ids=["forward", "step"])
+
+
+@pytest.fixture
+def measure(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Time an op beside its rivals, record both, and fail if what it computes is wrong."""
+
+    def run(op, case, dtype, backend, backward) -> None:
+        options = {} if full else {"compiled": False, "min_time": 0.01, "rounds": 3}
+        record = bench_op(op, case, dtype, backend, backward, DEVICE, **options)
+        benchmark.group = f"{op} {case} {record.dtype} {'step' if backward else 'forward'}"
+        benchmark.extra_info.update(record.json(), row=record.row())
+        request.config.stash.setdefault(TABLE, []).append(record.row())
+        args, kwargs = make(case, dtype, DEVICE)
+
+        def ours(*args, **kwargs):
+            return getattr(ops, op)(*args, backend=backend, **kwargs)
+
+        work = closure(ours, args, kwargs, backward)
+
+        def call() -> None:
+            work()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        # pytest-benchmark's own figure is the eager call, host included.
+        benchmark.pedantic(call, rounds=50 if full else 2, iterations=1, warmup_rounds=3)
+        assert record.parity
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    rows = config.stash.get(TABLE, [])
+    if rows:
+        terminalreporter.section("ops beside their rivals (x: how often faster)")
+        terminalreporter.write_line(format_table(rows))
