@@ -250,7 +250,7 @@ inline Vec exp_clamped(Vec a) {
   return times_power_of_two(p, n);
 }
 
-// sigmoid(a) = 1 / (1 + e) with e = exp(-a), and 1 - sigmoid(a) = e sigmoid(a) without cancellation.
+// sigmoid(a) = 1 / (1 + e) with e = exp(-a); 1 - sigmoid(a) = e sigmoid(a), without cancellation.
 inline Vec exp_of_minus(Vec a, float) { return exp_clamped(vec(0.0f) - a); }
 inline Vec sigmoid_from(Vec e, float) { return reciprocal(vec(1.0f) + e); }
 
