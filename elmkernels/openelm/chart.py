@@ -1,0 +1,68 @@
+"""The main job's figures as one picture: tokens a second of each model, beside the ceiling."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLORS = {"eager": "#9aa5b1", "eager, every logit": "#d3d9e0", "swapped": "#1f77b4"}
+
+
+def available() -> str | None:
+    """Why no chart can be drawn here, or None."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "chart.png needs matplotlib: pip install elmkernels[plot]"
+    return None
+
+
+def draw(title: str, results: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """results: {dtype: the `json()` of every `speed.Measured`}; writes a PNG in one step."""
+    from matplotlib.figure import Figure
+
+    panels = [(dtype, task) for dtype, tasks in results.items() for task in tasks]
+    if not panels:
+        return
+    columns = max(len(tasks) for tasks in results.values())
+    filled = [dtype for dtype, tasks in results.items() if tasks]
+    figure = Figure(figsize=(3.4 * columns, 2.9 * len(filled) + 0.4), layout="constrained")
+    axes = figure.subplots(len(filled), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for line, dtype in enumerate(filled):
+        for column, task in enumerate(results[dtype]):
+            _panel(axes[line][column], dtype, task)
+    figure.suptitle(title)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _panel(axis: Any, dtype: str, task: dict[str, Any]) -> None:
+    """Bars of tokens a second with whiskers from p20 to p80, and the ceiling as a line."""
+    axis.set_visible(True)
+    tokens, names = task["tokens"], list(task["times"])
+    speeds = [tokens / task["times"][n]["median"] for n in names]
+    low = [s - tokens / task["times"][n]["p80"] for n, s in zip(names, speeds, strict=True)]
+    high = [tokens / task["times"][n]["p20"] - s for n, s in zip(names, speeds, strict=True)]
+    colors = [COLORS.get(n, "#888888") for n in names]
+    bars = axis.bar(range(len(names)), speeds, yerr=[low, high], color=colors, capsize=3)
+    axis.bar_label(bars, fmt="%.3g", label_type="center", fontsize=8)
+    ceiling = tokens / task["floor"]
+    axis.axhline(ceiling, color="#d62728", linewidth=1, linestyle="--")
+    axis.annotate(
+        f"ceiling {ceiling:.3g} ({task['bound']})",
+        (0.02, ceiling),
+        xycoords=("axes fraction", "data"),
+        va="bottom",
+        fontsize=7,
+        color="#d62728",
+    )
+    axis.set_ylim(0, 1.15 * max(ceiling, *speeds))
+    axis.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=8)
+    axis.set_title(f"{dtype}: {task['task']}", fontsize=9)
+    axis.set_ylabel("tokens/s", fontsize=8)

@@ -1,0 +1,273 @@
+"""How fast a whole model is, eager and swapped, beside what this machine could do at best.
+
+Three tasks, those of a user: the pass over a prompt (prefill), one token after another
+(generation), and a training step (forward, loss, backward; no optimiser). The models take turns,
+round by round. A task's floor is the least time it can take at the ceilings that are measured in
+the same run: the operations of its matrix products at the speed of a large product in that dtype,
+or, for generation, the bytes of all weights and of the cache at the speed of reading memory.
+"""
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..testing.timing import (
+    Timing,
+    copies_of,
+    copy_bandwidth,
+    interleave,
+    matmul_ceiling,
+    peak_memory,
+    synchronize,
+)
+from . import linear
+from .cache import KVCache
+from .config import OpenELMConfig
+from .model import OpenELM, next_token_loss
+
+EAGER, SWAPPED = "eager", "swapped"
+EVERY_LOGIT = "eager, every logit"
+STAGE_SECONDS = 40.0  # a task takes fewer rounds rather than longer than this
+LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine does at best, measured in the same run: bytes and operations a second."""
+
+    bandwidth: float
+    flops: float
+
+    def json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One task: seconds of each model, bytes at its highest (None where it can't be watched)."""
+
+    task: str
+    tokens: int
+    times: dict[str, Timing]
+    peaks: dict[str, int | None]
+    floor: float
+    bound: str
+
+    def ratio(self, rival: str = EAGER) -> float:
+        """How many times faster the swapped model is; below 1 it is slower."""
+        return self.times[rival].median / self.times[SWAPPED].median
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A line of a table for each model."""
+        lines = []
+        for i, (name, t) in enumerate(self.times.items()):
+            per_second = self.tokens / t.median
+            peak = self.peaks[name]
+            lines.append(
+                {
+                    "task": "" if i else self.task,
+                    "model": name,
+                    "ms": t.median * 1e3,
+                    "p20": t.p20 * 1e3,
+                    "p80": t.p80 * 1e3,
+                    "tokens/s": per_second if per_second < 1000 else round(per_second),
+                    "swapped is": "" if name == SWAPPED else f"{self.ratio(name):.2f}x",
+                    "of ceiling": f"{self.floor / t.median:.0%}",
+                    "peak MiB": None if peak is None else round(peak / 2**20),
+                    "n": t.n,
+                }
+            )
+        return lines
+
+    def json(self) -> dict[str, Any]:
+        """Everything measured, for a file."""
+        rivals = [name for name in self.times if name != SWAPPED]
+        return asdict(self) | {
+            "tokens_per_second": {n: self.tokens / t.median for n, t in self.times.items()},
+            "of_ceiling": {n: self.floor / t.median for n, t in self.times.items()},
+            "ratio": {name: self.ratio(name) for name in rivals},
+        }
+
+
+def measure_ceilings(dtype: torch.dtype, device: torch.device, quick: bool = False) -> Ceilings:
+    """The best of several ways to read memory, and of two large matrix products."""
+    return Ceilings(_bandwidth(device, quick), _flops(dtype, device))
+
+
+def _bandwidth(device: torch.device, quick: bool) -> float:
+    if device.type == "cuda":
+        copied = copy_bandwidth(device)
+        x = torch.randn(1 << 28, device=device)
+        summed = interleave({"sum": x.sum}, device=device, replay=True)["sum"]
+        return max(copied, x.nbytes / summed.median)
+    n = 1 << (24 if quick else 26)
+    x = torch.randn(n)
+    matrix, vector = x.view(-1, 4096), torch.randn(4096)
+    rivals = {
+        "sum": x.sum,
+        "mv": lambda: torch.mv(matrix, vector),
+        "copy": copies_of(x.nbytes, device),
+    }
+    times = interleave(rivals, min_time=0.0 if quick else 0.2, rounds=5)
+    return x.nbytes / min(t.median for t in times.values())
+
+
+def _flops(dtype: torch.dtype, device: torch.device) -> float:
+    best = matmul_ceiling(dtype, device)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        n = 1024
+        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+        packed = linear.pack(b)
+        timing = interleave({"packed": lambda: linear.onednn(a, packed)})["packed"]
+        best = max(best, 2 * n**3 / timing.median)
+    return best
+
+
+def matmul_operations(config: OpenELMConfig, length: int, kept: int, training: bool) -> int:
+    """Floating-point operations of the matrix products of one pass over [1, length] tokens, with
+    the logits of `kept` positions; a training step makes each product three times, and five more
+    for the two of attention.
+    """
+    shapes = config.parameter_shapes()
+    layers = sum(s[0] * s[1] for n, s in shapes.items() if n.startswith("layers.") and len(s) == 2)
+    head = config.vocab_size * config.model_dim
+    products = 2 * (length * layers + kept * head)
+    pairs = length * (length + 1) // 2
+    attention = sum(4 * heads * config.head_dim * pairs for heads in config.num_query_heads)
+    return 3 * products + attention * 7 // 2 if training else products + attention
+
+
+def token_bytes(config: OpenELMConfig, dtype: torch.dtype, past: float) -> float:
+    """Bytes that one new token must read: every weight once (of an embedding that is no output
+    projection, one row) and the keys and values of `past` tokens.
+    """
+    count = config.num_parameters
+    if not config.share_input_output_layers:
+        count -= (config.vocab_size - 1) * config.model_dim
+    cached = 2 * config.head_dim * sum(config.num_kv_heads)
+    return (count + cached * past) * dtype.itemsize
+
+
+def prefill(
+    models: Mapping[str, OpenELM], ids: Tensor, rounds: int, ceilings: Ceilings
+) -> Measured:
+    """A prompt [1, length] through an empty cache, for the logits of its last position; also with
+    the logits of every position, which Apple's code computes.
+    """
+    length = ids.shape[1]
+
+    def task(model: OpenELM, kept: int) -> Callable[[], object]:
+        cache = _cache(model, length, ids.device)
+
+        @torch.inference_mode()
+        def run() -> object:
+            cache.reset()
+            return model(ids, cache=cache, logits_to_keep=kept)
+
+        return run
+
+    tasks = {
+        EAGER: task(models[EAGER], 1),
+        EVERY_LOGIT: task(models[EAGER], 0),
+        SWAPPED: task(models[SWAPPED], 1),
+    }
+    operations = matmul_operations(models[EAGER].config, length, 1, training=False)
+    floor = operations / ceilings.flops
+    return _measure(f"prefill {length}", length, tasks, rounds, floor, "matrix products", ids)
+
+
+def generation(
+    models: Mapping[str, OpenELM], ids: Tensor, steps: int, rounds: int, ceilings: Ceilings
+) -> Measured:
+    """`steps` greedy tokens, one pass each, after a prompt [1, length] that is not timed."""
+    length = ids.shape[1]
+
+    def task(model: OpenELM) -> Callable[[], object]:
+        cache = _cache(model, length + steps, ids.device)
+        with torch.inference_mode():
+            first = model(ids, cache=cache, logits_to_keep=1)[:, -1].argmax(-1, keepdim=True)
+
+        @torch.inference_mode()
+        def run() -> object:
+            cache.truncate(length)
+            token = first
+            for _ in range(steps):
+                logits = model(token, cache=cache, logits_to_keep=1)
+                token = logits[:, -1].argmax(-1, keepdim=True)
+            return token
+
+        return run
+
+    model = models[EAGER]
+    dtype = model.token_embeddings.weight.dtype
+    floor = steps * token_bytes(model.config, dtype, length + steps / 2) / ceilings.bandwidth
+    tasks = {name: task(m) for name, m in models.items()}
+    return _measure(f"generate {steps} after {length}", steps, tasks, rounds, floor, "memory", ids)
+
+
+def training(
+    models: Mapping[str, OpenELM], ids: Tensor, rounds: int, ceilings: Ceilings
+) -> Measured:
+    """Forward, mean next-token loss and backward over [1, length] tokens."""
+
+    def task(model: OpenELM) -> Callable[[], object]:
+        parameters = [*model.parameters()]
+
+        def run() -> object:
+            loss = next_token_loss(model(ids), ids)
+            loss.backward()
+            for parameter in parameters:
+                parameter.grad = None
+            return loss.detach()
+
+        return run
+
+    length = ids.shape[1]
+    operations = matmul_operations(models[EAGER].config, length, length, training=True)
+    floor = operations / ceilings.flops
+    tasks = {name: task(m) for name, m in models.items()}
+    return _measure(f"training step {length}", length, tasks, rounds, floor, "matrix products", ids)
+
+
+def _cache(model: OpenELM, length: int, device: torch.device) -> KVCache:
+    return KVCache(model.config, 1, length, dtype=model.activation_dtype, device=device)
+
+
+def _measure(
+    name: str, tokens: int, tasks: dict[str, Callable], rounds: int, floor: float, bound: str,
+    ids: Tensor,
+) -> Measured:  # fmt: skip
+    seconds = 0.0
+    for run in tasks.values():  # also warms up: libraries choose their kernels, pools fill
+        synchronize(ids.device)
+        start = time.perf_counter()
+        run()
+        synchronize(ids.device)
+        seconds += time.perf_counter() - start
+    peaks = {model: _peak(run, ids.device) for model, run in tasks.items()}
+    affordable = int(STAGE_SECONDS / seconds) - 3
+    rounds = min(rounds, max(LEAST_ROUNDS, affordable))
+    times = interleave(
+        tasks, device=ids.device, min_time=0.0, rounds=rounds, warm_up=0.0, sample_time=0.0
+    )
+    return Measured(name, tokens, times, peaks, floor, bound)
+
+
+def _peak(run: Callable[[], object], device: torch.device) -> int | None:
+    if device.type == "cpu" and sys.platform == "linux":
+        # What the C library kept of the model measured before would count for nothing.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    try:
+        return peak_memory(run, device)
+    except RuntimeError as error:
+        if "/proc" in str(error):
+            return None
+        raise
