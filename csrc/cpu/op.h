@@ -1,5 +1,6 @@
 // The only torch boundary of the CPU kernels: rows of tensors, dtypes, threads, registration.
-// Kernels trust their caller (elmkernels/ops validates); only data-dependent errors are raised here.
+// Kernels trust their caller (elmkernels/ops validates); only data-dependent errors are raised
+// here.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,5 +1,6 @@
-// qk_norm_rope: forward moves the q and k columns of qkv once in and once out (and v, with a cache);
-// backward reads qkv, dq, dk, dv and writes dqkv. A token's rotation is loaded once for its heads.
+// qk_norm_rope: forward moves the q and k columns of qkv once in and once out (and v, with a
+// cache); backward reads qkv, dq, dk, dv and writes dqkv. A token's rotation is loaded once for its
+// heads.
 #include "norm.h"
 #include "op.h"
 
@@ -52,8 +53,7 @@ inline void head_forward(const T* x, const W* weight, const float* rotation, T* 
   const Vec scale = vec(weight == nullptr ? 1.0f : row_rstd(x, 2 * half, eps));
   const auto unit = [&](int64_t i, auto part) {
     const Vec a = load(x + i, part);
-    return weight == nullptr ? a
-                             : round_to<W>(round_to<T>(a * scale) * load(weight + i, part));
+    return weight == nullptr ? a : round_to<W>(round_to<T>(a * scale) * load(weight + i, part));
   };
   sweep(half, [&](int64_t i, auto part) {
     const Vec cos = load(rotation + i, part), sin = load(rotation + half + i, part);
@@ -132,10 +132,9 @@ inline void token_forward(const Layer<T, W>& layer, Half half, const T* x, const
     head_forward(x, layer.k_weight, rotation, k(h), half, layer.eps);
 }
 
-std::tuple<Tensor, Tensor> qk_norm_rope_fwd(const Tensor& qkv, Optional q_weight,
-                                            Optional k_weight, const Tensor& positions,
-                                            const Tensor& table, int64_t q_heads,
-                                            int64_t kv_heads, double eps) {
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(const Tensor& qkv, Optional q_weight, Optional k_weight,
+                                            const Tensor& positions, const Tensor& table,
+                                            int64_t q_heads, int64_t kv_heads, double eps) {
   const int64_t batch = qkv.size(0), length = qkv.size(1), head_dim = table.size(1);
   Tensor q = output(qkv, {batch, length, q_heads, head_dim});
   Tensor k = output(qkv, {batch, length, kv_heads, head_dim});
@@ -162,27 +161,27 @@ Tensor qk_norm_rope_cache(const Tensor& qkv, Optional q_weight, Optional k_weigh
   const int64_t batch = qkv.size(0), length = qkv.size(1), head_dim = table.size(1);
   check_index("slots", slots, k_cache.size(1), "the cache's length");
   Tensor q = output(qkv, {batch, length, q_heads, head_dim});
-  with_layer(
-      qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
-      [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
-        const Tokens<const T> in(qkv);
-        const Tokens<const int64_t> slot(slots);
-        const Tokens<T> keys(k_cache), values(v_cache);
-        const int64_t elements = (q_heads + 2 * kv_heads) * head_dim;
-        parallel_rows(batch * length, elements, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t) {
-            const int64_t b = t / length, at = *slot[t];
-            T* k = keys.data + b * keys.batch_stride + at * keys.length_stride;
-            T* v = values.data + b * values.batch_stride + at * values.length_stride;
-            token_forward(layer, half, in[t], layer.rotation(t),
-                          data<T>(q) + t * q_heads * head_dim,
-                          [&](int64_t h) { return k + h * keys.head_stride; });
-            const T* value = in[t] + (q_heads + kv_heads) * head_dim;
-            for (int64_t h = 0; h < kv_heads; ++h)
-              std::memcpy(v + h * values.head_stride, value + h * head_dim, head_dim * sizeof(T));
-          }
-        });
-      });
+  with_layer(qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+             [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
+               const Tokens<const T> in(qkv);
+               const Tokens<const int64_t> slot(slots);
+               const Tokens<T> keys(k_cache), values(v_cache);
+               const int64_t elements = (q_heads + 2 * kv_heads) * head_dim;
+               parallel_rows(batch * length, elements, [&](int64_t begin, int64_t end) {
+                 for (int64_t t = begin; t < end; ++t) {
+                   const int64_t b = t / length, at = *slot[t];
+                   T* k = keys.data + b * keys.batch_stride + at * keys.length_stride;
+                   T* v = values.data + b * values.batch_stride + at * values.length_stride;
+                   token_forward(layer, half, in[t], layer.rotation(t),
+                                 data<T>(q) + t * q_heads * head_dim,
+                                 [&](int64_t h) { return k + h * keys.head_stride; });
+                   const T* value = in[t] + (q_heads + kv_heads) * head_dim;
+                   for (int64_t h = 0; h < kv_heads; ++h)
+                     std::memcpy(v + h * values.head_stride, value + h * head_dim,
+                                 head_dim * sizeof(T));
+                 }
+               });
+             });
   return q;
 }
 
@@ -196,38 +195,37 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(const Tensor& dq, const Tens
   Tensor dqkv = output_like(qkv);
   Tensor dq_weight = q_weight ? output_like(*q_weight) : output(qkv, {0});
   Tensor dk_weight = k_weight ? output_like(*k_weight) : output(qkv, {0});
-  with_layer(
-      qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
-      [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
-        const Tokens<const T> in(qkv), grad_q(dq), grad_k(dk), grad_v(dv);
-        const int64_t width = (q_heads + 2 * kv_heads) * head_dim;
-        RowSum total(tokens, 2 * head_dim);
-        total.run(2 * width, [&](int64_t begin, int64_t end, float* partial) {
-          // A token's heads are summed before they join the block, so that no sum is long.
-          std::vector<float> scratch(3 * head_dim);
-          float* du = scratch.data();
-          float* token_sum = du + head_dim;
-          for (int64_t t = begin; t < end; ++t) {
-            const T* x = in[t];
-            T* dx = data<T>(dqkv) + t * width;
-            const float* rotation = layer.rotation(t);
-            std::fill(token_sum, token_sum + 2 * head_dim, 0.0f);
-            for (int64_t h = 0; h < q_heads; ++h, x += head_dim, dx += head_dim)
-              head_backward(grad_q[t] + h * grad_q.head_stride, x, layer.q_weight, rotation, dx, du,
-                            token_sum, half, layer.eps);
-            for (int64_t h = 0; h < kv_heads; ++h, x += head_dim, dx += head_dim)
-              head_backward(grad_k[t] + h * grad_k.head_stride, x, layer.k_weight, rotation, dx, du,
-                            token_sum + head_dim, half, layer.eps);
-            for (int64_t h = 0; h < kv_heads; ++h, dx += head_dim)
-              std::memcpy(dx, grad_v[t] + h * grad_v.head_stride, head_dim * sizeof(T));
-            sweep(2 * head_dim, [&](int64_t i, auto part) {
-              store(partial + i, load(partial + i, part) + load(token_sum + i, part), part);
-            });
-          }
-        });
-        if (q_weight) total.write(data<W>(dq_weight), 0, head_dim);
-        if (k_weight) total.write(data<W>(dk_weight), head_dim, head_dim);
-      });
+  with_layer(qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+             [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
+               const Tokens<const T> in(qkv), grad_q(dq), grad_k(dk), grad_v(dv);
+               const int64_t width = (q_heads + 2 * kv_heads) * head_dim;
+               RowSum total(tokens, 2 * head_dim);
+               total.run(2 * width, [&](int64_t begin, int64_t end, float* partial) {
+                 // A token's heads are summed before they join the block, so that no sum is long.
+                 std::vector<float> scratch(3 * head_dim);
+                 float* du = scratch.data();
+                 float* token_sum = du + head_dim;
+                 for (int64_t t = begin; t < end; ++t) {
+                   const T* x = in[t];
+                   T* dx = data<T>(dqkv) + t * width;
+                   const float* rotation = layer.rotation(t);
+                   std::fill(token_sum, token_sum + 2 * head_dim, 0.0f);
+                   for (int64_t h = 0; h < q_heads; ++h, x += head_dim, dx += head_dim)
+                     head_backward(grad_q[t] + h * grad_q.head_stride, x, layer.q_weight, rotation,
+                                   dx, du, token_sum, half, layer.eps);
+                   for (int64_t h = 0; h < kv_heads; ++h, x += head_dim, dx += head_dim)
+                     head_backward(grad_k[t] + h * grad_k.head_stride, x, layer.k_weight, rotation,
+                                   dx, du, token_sum + head_dim, half, layer.eps);
+                   for (int64_t h = 0; h < kv_heads; ++h, dx += head_dim)
+                     std::memcpy(dx, grad_v[t] + h * grad_v.head_stride, head_dim * sizeof(T));
+                   sweep(2 * head_dim, [&](int64_t i, auto part) {
+                     store(partial + i, load(partial + i, part) + load(token_sum + i, part), part);
+                   });
+                 }
+               });
+               if (q_weight) total.write(data<W>(dq_weight), 0, head_dim);
+               if (k_weight) total.write(data<W>(dk_weight), head_dim, head_dim);
+             });
   return {dqkv, dq_weight, dk_weight};
 }
 

@@ -1,5 +1,5 @@
-// rms_norm: 2 n elements moved a row forward (x, y), 3 n backward (dy, x, dx); each row is read from
-// memory once and from L1 the second time.
+// rms_norm: 2 n elements moved a row forward (x, y), 3 n backward (dy, x, dx); each row is read
+// from memory once and from L1 the second time.
 #include "norm.h"
 #include "op.h"
 
