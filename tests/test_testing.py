@@ -133,7 +133,8 @@ def test_summary_interpolates():
 
 
 def test_peak_memory_sees_what_is_freed():
-    assert peak_memory(lambda: torch.randn(1 << 23)) >= 0.8 * (4 << 23)
+    # Beyond 32 MiB the C library takes new pages every time, so what it kept can't hide the call.
+    assert peak_memory(lambda: torch.randn(1 << 24)) >= 0.8 * (4 << 24)
 
 
 def test_copies_beyond_cache_are_bounded():

@@ -207,9 +207,8 @@ def run_bench(
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text, numbers to three digits, without the columns that are empty."""
-    columns = list(
-        dict.fromkeys(k for row in rows for k, value in row.items() if value is not None)
-    )
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if any(row.get(name) is not None for row in rows)]
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells), 0) for i, c in enumerate(columns)]
     right = [any(isinstance(row.get(c), int | float) for row in rows) for c in columns]
