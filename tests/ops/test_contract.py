@@ -177,7 +177,7 @@ def test_checkpointing_gives_the_same_gradients(op, backend):
 
 
 @every_op
-@every_backend
+@pytest.mark.parametrize("backend", COMPILED)
 def test_repeated_runs_are_bitwise_equal(op, backend):
     """With any number of threads: a weight's gradient is summed in an order of its own."""
     args, _ = inputs(op, "many_tokens" if op == "qk_norm_rope" else "many_rows", torch.float32)
