@@ -11,8 +11,9 @@ std::tuple<Tensor, Tensor> add_rms_norm_fwd(const Tensor& x, const Tensor& resid
   return {normed, total};
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm_bwd(const Tensor& dnormed, const std::optional<Tensor>& dsum,
-                                            const Tensor& total, const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor> add_rms_norm_bwd(const Tensor& dnormed,
+                                            const std::optional<Tensor>& dsum, const Tensor& total,
+                                            const Tensor& weight, double eps) {
   if (dsum) return launch_norm_bwd<true>(dnormed, total, *dsum, weight, eps);
   return launch_norm_bwd<false>(dnormed, total, total, weight, eps);
 }

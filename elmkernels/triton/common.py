@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from torch import Tensor
 MAX_RANK = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: launches look plans up by their table
 class Tile:
     """One row of a configuration table: the first whose limits hold is the one that runs.
 
@@ -93,8 +94,7 @@ def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
     return kept or [1], [m or [0] for m in merged]
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Tensors of one leading shape as rows: how many, and how a kernel finds each one's start.
 
     `sizes` are the two inner leading sizes; `strides` three per tensor, in units of `vec` elements.
@@ -105,32 +105,32 @@ class Rows:
     rank: int
     vec: int
     sizes: tuple[int, int]
-    strides: tuple[tuple[int, int, int], ...]
+    strides: Sequence[tuple[int, int, int]]
 
 
 def rows_of(*tensors: Tensor, multiple: int) -> Rows:
-    """Tensors [..., width] as rows. `multiple`: what the kernel's run-time widths all divide by.
+    """Tensors [..., width] of one dtype as rows. `multiple` divides every one of their widths.
 
     No copy, unless more than three leading dimensions are left after merging: then those tensors
     that are not contiguous are copied.
     """
-    shape = tensors[0].shape[:-1]
-    if all(t.is_contiguous() for t in tensors):
-        count = shape.numel()
-        sizes, strides = [count], [[t.shape[-1]] for t in tensors]
-    else:
-        sizes, strides = collapse(shape, *(t.stride()[:-1] for t in tensors))
-        if len(sizes) > MAX_RANK:
-            tensors = tuple(t.contiguous() for t in tensors)
-            sizes, strides = collapse(shape, *(t.stride()[:-1] for t in tensors))
-        count = shape.numel()
-    vec = 16 // max(t.element_size() for t in tensors)
-    if multiple % vec or any(s % vec for each in strides for s in each):
+    first = tensors[0]
+    shape = first.shape[:-1]
+    count = shape.numel()
+    vec = 16 // first.element_size()
+    if multiple % vec:
         vec = 1
-    rank = len(sizes)
-    inner = (sizes[1] if rank > 1 else 1, sizes[2] if rank > 2 else 1)
-    padded = tuple(tuple(s // vec for s in (*each, 0, 0)[:3]) for each in strides)
-    return Rows(tensors, count, rank, vec, inner, padded)
+    if not all(t.is_contiguous() for t in tensors):
+        sizes, strides = collapse(shape, *(t.stride()[:-1] for t in tensors))
+        if len(sizes) <= MAX_RANK:
+            if any(s % vec for each in strides for s in each):
+                vec = 1
+            rank = len(sizes)
+            inner = (sizes[1] if rank > 1 else 1, sizes[2] if rank > 2 else 1)
+            padded = [tuple(s // vec for s in (*each, 0, 0)[:3]) for each in strides]
+            return Rows(tensors, count, rank, vec, inner, padded)
+        tensors = tuple(t.contiguous() for t in tensors)
+    return Rows(tensors, count, 1, vec, (1, 1), [(t.shape[-1] // vec, 0, 0) for t in tensors])
 
 
 @triton.jit

@@ -18,6 +18,8 @@ Bytes a token in a type of b bytes, each from memory once: forward 2 (q + kv) he
 the caches. The floor is those bytes over the memory's bandwidth. Not measured on a GPU yet.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -57,6 +59,7 @@ BACKWARD = (
 )
 
 
+@lru_cache(maxsize=4096)
 def plan(table: tuple[Tile, ...], head_dim: int, rows: int, arch: str) -> tuple[dict, Tile]:
     """The compile-time constants of a launch on heads, and the row of the table they are of."""
     tile = pick(table, arch, head_dim, rows)

@@ -14,6 +14,8 @@ extra), plus 8n a program for dweight. The floor is those bytes over the memory'
 No configuration has been measured on a GPU yet; the table says so.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -85,6 +87,7 @@ def blocks(n: int) -> dict[str, int | bool]:
     return {"HEAD": head, "TAIL": tail, "EXACT": head + tail <= n, "WIDE": n > head + tail}
 
 
+@lru_cache(maxsize=4096)
 def plan(table: tuple[Tile, ...], n: int, rows: int, arch: str) -> tuple[dict, Tile]:
     """The compile-time constants of a launch on rows of n, and the row of the table they are of."""
     tile = pick(table, arch, n, rows)

@@ -11,6 +11,8 @@ Bytes a row of n in a type of b bytes, each from memory once: forward 3nb, backw
 is those bytes over the memory's bandwidth. No configuration has been measured on a GPU yet.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,7 @@ BACKWARD = (
 )
 
 
+@lru_cache(maxsize=4096)
 def plan(table: tuple[Tile, ...], n: int, rows: int, arch: str) -> tuple[dict, Tile]:
     """The compile-time constants of a launch on rows of n, and the row of the table they are of."""
     tile = pick(table, arch, n, rows)

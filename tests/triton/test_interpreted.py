@@ -35,5 +35,9 @@ def test_parity(op):
     run(str(TESTS / "ops" / "test_parity.py"), "-k", f"{op}- and triton-cpu{others}")
 
 
+def test_contract():
+    run(str(TESTS / "ops" / "test_contract.py"), "-k", "triton")
+
+
 def test_corners():
     run(str(TESTS / "triton" / "interpreted.py"))

@@ -33,7 +33,7 @@ def test_neighbouring_dimensions_merge_where_every_tensor_allows(sizes, strides,
 def test_contiguous_rows_are_one_list():
     r = rows_of(meta(2, 3, 1280), meta(2, 3, 1280), multiple=1280)
     assert (r.count, r.rank, r.vec) == (6, 1, 8)
-    assert r.strides == ((160, 0, 0), (160, 0, 0))
+    assert r.strides == [(160, 0, 0), (160, 0, 0)]
 
 
 def test_heads_of_a_projection_are_rows_without_a_copy():
@@ -41,7 +41,7 @@ def test_heads_of_a_projection_are_rows_without_a_copy():
     r = rows_of(heads, multiple=64)
     assert r.tensors[0] is heads
     assert (r.count, r.rank, r.sizes) == (42, 2, (3, 1))
-    assert r.strides == ((18 * 64 // 8, 64 // 8, 0),)
+    assert r.strides == [(18 * 64 // 8, 64 // 8, 0)]
 
 
 @pytest.mark.parametrize(
