@@ -190,8 +190,8 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device | str = "cpu") -> fl
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Bytes that a call needs at its highest, beyond what was there before it. On a CPU it is the
-    resident set, watched every half millisecond: memory that the allocator kept from before counts
-    for nothing, and what a short call frees at once may be missed.
+    resident set, watched every half millisecond: memory that the allocator kept from before
+    counts for nothing, so measure in a fresh process, and calls long enough to be seen.
     """
     device = torch.device(device)
     gc.collect()
