@@ -16,13 +16,11 @@ from elmkernels.testing import (
     format_table,
     interleave,
     make,
-    peak_memory,
     run_bench,
     run_parity,
 )
 from elmkernels.testing.parity import poisoned, ulp
 from elmkernels.testing.timing import copies_beyond_cache, fingerprint, summary
-
 
 ROOT = Path(__file__).resolve().parents[1]
 
