@@ -6,12 +6,10 @@ Exit codes: 0 all is well, 1 a parity failed, 2 wrong input (one line on stderr)
 """
 
 import argparse
-import json
-import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,135 +18,52 @@ import numpy
 import torch
 
 from . import __version__
-from .backends import BACKENDS, PREFERENCE, REFERENCE, build_report, choose
-from .openelm import OpenELMConfig, chart, job
+from .backends import BACKENDS, REFERENCE, build_report, choose
+from .console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    PIPE_CLOSED,
+    WRONG,
+    Parser,
+    Stages,
+    WrongInput,
+    add_files,
+    add_shared,
+    checked,
+    dtypes_of,
+    dump,
+    find_device,
+    measure,
+    note,
+    out_folder,
+    plain,
+    positive,
+)
+from .openelm import chart, job
 from .openelm.config import VARIANTS
 from .openelm.linear import measure_plan
 from .openelm.swap import OPS
 from .testing import CASES, fingerprint, format_table, run_bench, run_parity, runnable
 
-OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 MAIN_ONLY = ("model", "checkpoint", "config", "rounds", "seed", "pack_weights")
-# What loading, choosing and checking raise for wrong input.
-REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
-
-
-class WrongInput(Exception):
-    """Something the caller can put right; its text is the one line they see."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongInput(message)
-
-
-class _Stages:
-    """Progress on stderr: a bar on a terminal that has tqdm, else a line for each stage."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.count, self.bar = total, 0, None
-        if sys.stderr is not None and sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=total, file=sys.stderr, leave=False)
-
-    def __call__(self, text: str) -> None:
-        self.count += 1
-        if self.bar is None:
-            print(f"[{self.count}/{self.total}] {text}", file=sys.stderr, flush=True)
-            return
-        self.bar.n = self.count - 1
-        self.bar.set_description(text)
-
-    def print(self, text: str) -> None:
-        """Print to stdout, past the bar."""
-        if self.bar is not None:
-            self.bar.clear()
-        print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _one_of(names: Iterable[str], what: str) -> Callable[[str], list[str]]:
-    """A parser of one or more names, separated by commas."""
-    known = list(names)
-
-    def parse(text: str) -> list[str]:
-        found = [name.strip() for name in text.split(",") if name.strip()]
-        bad = [name for name in found if name not in known]
-        if bad or not found:
-            raise argparse.ArgumentTypeError(
-                f"{what} must be one of {', '.join(known)}, got {bad[0] if bad else text!r}"
-            )
-        return found
-
-    return parse
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def _shared(parser: argparse.ArgumentParser, default: Any = None) -> None:
-    """The options of every command; as default of a sub-command, what came before it stays."""
-    add = parser.add_argument
-    missing = {"default": default}
-    add("--json", action="store_true", help="print JSON on stdout and nothing else", **missing)
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)", **missing)
-    add(
-        "--dtype",
-        type=_one_of(DTYPES, "dtype"),
-        action="extend",
-        metavar="DTYPE[,...]",
-        help="fp32, bf16, fp16",
-        **missing,
-    )
-    add(
-        "--backend",
-        type=_one_of((*BACKENDS, "sdpa"), "backend"),
-        action="extend",
-        metavar="NAME[,...]",
-        help=f"{', '.join(BACKENDS)}; sdpa for attention (default: all, or the preferred)",
-        **missing,
-    )
-
-
-def _files(parser: argparse.ArgumentParser, default: Any, quick: bool = True) -> None:
-    add = parser.add_argument
-    add("--out", metavar="DIR", default=default, help="write results.json (and chart.png) there")
-    if quick:
-        add("--quick", action="store_true", default=default, help="fewer, shorter measurements")
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="elmkernels",
         allow_abbrev=False,
         description="Without a command: swap a copy of an OpenELM model, compare it with the "
         "reference (logits, loss, every gradient) and time both side by side.",
     )
     parser.add_argument("--version", action="version", version=f"elmkernels {__version__}")
-    _shared(parser)
-    _files(parser, None)
+    add_shared(parser)
+    add_files(parser, None)
     add = parser.add_argument
     add("--model", help=f"{', '.join(VARIANTS)}, with random weights (default: OpenELM-270M)")
     add("--checkpoint", metavar="PATH", help="a Hugging Face folder, or CoreNet's .pt (--config)")
     add("--config", metavar="YAML|NAME", help="the shape of a CoreNet checkpoint")
-    add("--rounds", type=_count, help="measurements of each task (default 5)")
+    add("--rounds", type=positive, help="measurements of each task (default 5)")
     add("--seed", type=int, help="of random weights and tokens (default 0)")
     add("--pack-weights", action="store_true", default=None, help="see accelerate")
     commands = parser.add_subparsers(dest="command", metavar="info | parity | bench")
@@ -159,133 +74,54 @@ def _build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="ops beside their rivals")
     for command in (info, parity, bench):
         command.allow_abbrev = False
-        _shared(command, absent)
+        add_shared(command, absent)
     for command in (parity, bench):
         command.add_argument("ops", nargs="*", metavar="op", help=", ".join(CASES))
-        _files(command, absent, quick=command is bench)
+        add_files(command, absent, quick=command is bench)
     return parser
 
 
-def _device(text: str | None) -> torch.device:
-    """A device that is here, by name."""
-    if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in PREFERENCE:
-        raise WrongInput(f"device must be {' or '.join(PREFERENCE)}, got {text!r}")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        raise WrongInput(f"device {text!r} is not here: torch sees {count} CUDA devices")
-    return device
-
-
-def _checked(fn: Callable, *args: Any) -> Any:
-    """Call something that refuses wrong input with an exception; its text becomes one line."""
-    try:
-        return fn(*args)
-    except REFUSALS as error:
-        raise WrongInput(str(error)) from error
-
-
-def _dtypes(args: argparse.Namespace, default: tuple[str, ...]) -> tuple[torch.dtype, ...]:
-    return tuple(dict.fromkeys(DTYPES[name] for name in args.dtype or default))
-
-
-def _folder(args: argparse.Namespace) -> Path | None:
-    if args.out is None:
-        return None
-    folder = Path(args.out)
-    _checked(lambda: folder.mkdir(parents=True, exist_ok=True))
-    return folder
-
-
-def _plain(x: Any) -> Any:
-    """Values that JSON has: dtypes by name, what is not finite as null."""
-    if isinstance(x, dict):
-        return {str(key): _plain(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
-    if isinstance(x, float) and not math.isfinite(x):
-        return None
-    return x if isinstance(x, str | int | float | None) else str(x)
-
-
-def _dump(results: dict[str, Any]) -> str:
-    return json.dumps(_plain(results), indent=1, allow_nan=False)
-
-
-def _save(folder: Path | None, results: dict[str, Any]) -> None:
-    """results.json, under another name until it is whole."""
-    if folder is None:
-        return
-    temporary = folder / f".results.json.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(_dump(results) + "\n")
-        os.replace(temporary, folder / "results.json")
-    except OSError as error:
-        raise WrongInput(f"results can't be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _note(text: str) -> None:
-    print(f"elmkernels: {' '.join(text.split())}", file=sys.stderr, flush=True)
-
-
-def _measure(
-    args: argparse.Namespace, stages: _Stages, results: dict[str, Any], work: Callable[[], None]
-) -> int:
-    """Do the work that fills `results`; whatever ends it, what is there is kept and printed."""
-    folder = _folder(args)
-    code = OK
-    try:
-        work()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    finally:
-        stages.close()
-        _save(folder, results)
-    if args.json:
-        print(_dump(results))
-    if code == INTERRUPTED:
-        _note("interrupted" + (f"; {folder / 'results.json'} has what was measured" * bool(folder)))
-    return code
-
-
 def _main_job(args: argparse.Namespace) -> int:
-    device = _device(args.device)
+    device = find_device(args.device)
     default = ("bf16", "fp32") if device.type == "cpu" else ("bf16",)
     backends = args.backend or [None]
     if len(backends) > 1:
         raise WrongInput(f"--backend takes one name here, got {', '.join(backends)}")
     for op in OPS:
-        _checked(choose, op, device.type, backends[0])
+        checked(choose, op, device.type, backends[0])
+    out_folder(args)
     sizes = job.QUICK if args.quick else job.Sizes()
     sizes = replace(sizes, rounds=args.rounds or sizes.rounds)
-    dtypes, seed = _dtypes(args, default), args.seed or 0
+    dtypes, seed = dtypes_of(args, default), args.seed or 0
     name, weights, load = _model(args, device, seed)
-    first = _checked(load, dtypes[0])
+    first = checked(load, dtypes[0])
     loaded = {dtypes[0]: first}
     del first
 
     def take(dtype: torch.dtype) -> Any:
-        return loaded.pop(dtype) if dtype in loaded else _checked(load, dtype)
+        return loaded.pop(dtype) if dtype in loaded else checked(load, dtype)
 
     todo = job.Job(
-        take, name, weights, dtypes, device, sizes, backends[0], bool(args.pack_weights), seed
+        take,
+        name,
+        weights,
+        dtypes,
+        device,
+        sizes,
+        quick=bool(args.quick),
+        backend=backends[0],
+        pack_weights=bool(args.pack_weights),
+        seed=seed,
     )
     if args.out is not None and (why := chart.available()):
-        _note(why)
+        note(why)
     results = {"elmkernels": __version__, **job.start(todo)}
-    stages = _Stages(len(job.STAGES) * len(dtypes))
+    stages = Stages(len(job.STAGES) * len(dtypes))
     emit = (lambda text: None) if args.json else stages.print
-    code = _measure(args, stages, results, lambda: job.run(todo, results, stages, emit))
+    code = measure(args, stages, results, lambda: job.run(todo, results, stages, emit))
     if args.out is not None and chart.available() is None:
-        speeds = {dtype: found["speed"] for dtype, found in _plain(results["dtypes"]).items()}
-        _checked(chart.draw, f"{name} ({weights})", speeds, Path(args.out) / "chart.png")
+        speeds = {dtype: found["speed"] for dtype, found in plain(results["dtypes"]).items()}
+        checked(chart.draw, f"{name} ({weights})", speeds, Path(args.out) / "chart.png")
     return code or (OK if job.passed(results) else FAILED)
 
 
@@ -297,7 +133,9 @@ def _model(
         if args.config is not None:
             raise WrongInput("--config describes a --checkpoint, which is missing")
         short = (args.model or "OpenELM-270M").upper().removeprefix("OPENELM-").replace(".", "_")
-        name = _checked(lambda: OpenELMConfig.from_name(f"OpenELM-{short}").model_name)
+        name = f"OpenELM-{short}"
+        if name not in VARIANTS:
+            raise WrongInput(f"--model must be one of {', '.join(VARIANTS)}, got {args.model!r}")
         load = job.weights_of(None, None, name, seed, device)
         return name, f"random weights of seed {seed}", load
     if args.model is not None:
@@ -332,16 +170,16 @@ def _refuse(op: str, name: str, device: torch.device) -> NoReturn:
         raise WrongInput("backend 'reference' is what the others are compared with")
     if op == "attention" or name == "sdpa":
         raise WrongInput(f"backend {name!r} has no kernels for {op}")
-    _checked(choose, op, device.type, name)
+    checked(choose, op, device.type, name)
     raise WrongInput(f"backend {name!r} can't run {op} on {device}")
 
 
 def _op_job(args: argparse.Namespace) -> int:
     """parity and bench: records of ops, printed as one table."""
-    device = _device(args.device)
+    device = find_device(args.device)
     chosen = _ops(args, device)
     benching = args.command == "bench"
-    dtypes = _dtypes(args, ("fp32", "bf16") if benching else ("fp32", "bf16", "fp16"))
+    dtypes = dtypes_of(args, ("fp32", "bf16") if benching else ("fp32", "bf16", "fp16"))
     records: list[Any] = []
     results = {
         "complete": False,
@@ -367,8 +205,8 @@ def _op_job(args: argparse.Namespace) -> int:
                     run_parity([op], dtypes, [name], device, progress=keep)
         results["complete"] = True
 
-    stages = _Stages(sum(map(len, chosen.values())))
-    code = _measure(args, stages, results, work)
+    stages = Stages(sum(map(len, chosen.values())))
+    code = measure(args, stages, results, work)
     failed = [r for r in records if not (r.parity if benching else r.ok)]
     if not args.json:
         if records:
@@ -378,7 +216,7 @@ def _op_job(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    devices = [_device(args.device).type] if args.device else ["cpu", "cuda"]
+    devices = [find_device(args.device).type] if args.device else ["cpu", "cuda"]
     if not torch.cuda.is_available():
         devices = [d for d in devices if d != "cuda"]
     names = args.backend or list(BACKENDS)
@@ -402,9 +240,9 @@ def _info(args: argparse.Namespace) -> int:
     if args.gemm:
         found["gemm"] = {
             str(dtype).removeprefix("torch."): asdict(measure_plan(dtype))
-            for dtype in _dtypes(args, ("fp32", "bf16", "fp16"))
+            for dtype in dtypes_of(args, ("fp32", "bf16", "fp16"))
         }
-    print(_dump(found) if args.json else _info_text(found))
+    print(dump(found) if args.json else _info_text(found))
     return OK
 
 
@@ -420,8 +258,8 @@ def _info_text(found: dict[str, Any]) -> str:
     def line(key: str, value: Any) -> str:
         return f"{key:<18}{', '.join(value) if isinstance(value, list) else value}"
 
-    plain = {k: v for k, v in found.items() if not isinstance(v, dict) and v is not None}
-    lines = [line(key, value) for key, value in plain.items()]
+    facts = {k: v for k, v in found.items() if not isinstance(v, dict) and v is not None}
+    lines = [line(key, value) for key, value in facts.items()]
     lines.append("\nbackends")
     for name, b in found["backends"].items():
         state = "available" if b["available"] else f"missing: {b['missing']}"
@@ -458,17 +296,21 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except WrongInput as error:
-        _note(f"error: {error}")
+        note(f"error: {error}")
         return WRONG
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        _note(f"error: out of memory: {error}")
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, torch's allocator raises a RuntimeError like any other.
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not short and "can't allocate memory" not in str(error):
+            raise
+        note(f"error: out of memory: {str(error).splitlines()[0] if str(error) else ''}")
         return WRONG
     except BrokenPipeError:
         # The interpreter flushes stdout once more at its end: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except KeyboardInterrupt:
-        _note("interrupted")
+        note("interrupted")
         return INTERRUPTED
 
 

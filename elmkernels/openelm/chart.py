@@ -51,18 +51,23 @@ def _panel(axis: Any, dtype: str, task: dict[str, Any]) -> None:
     high = [tokens / task["times"][n]["p20"] - s for n, s in zip(names, speeds, strict=True)]
     colors = [COLORS.get(n, "#888888") for n in names]
     bars = axis.bar(range(len(names)), speeds, yerr=[low, high], color=colors, capsize=3)
-    axis.bar_label(bars, fmt="%.3g", label_type="center", fontsize=8)
+    labels = [f"{s:,.0f}" if s >= 100 else f"{s:.3g}" for s in speeds]
+    labels = [
+        f"{label}\nswapped {task['ratio'][n]:.2f}x" if n in task["ratio"] else label
+        for n, label in zip(names, labels, strict=True)
+    ]
+    axis.bar_label(bars, labels, padding=3, fontsize=8)
     ceiling = tokens / task["floor"]
     axis.axhline(ceiling, color="#d62728", linewidth=1, linestyle="--")
     axis.annotate(
-        f"ceiling {ceiling:.3g} ({task['bound']})",
+        f"ceiling {ceiling:,.0f} ({task['bound']})",
         (0.02, ceiling),
         xycoords=("axes fraction", "data"),
         va="bottom",
         fontsize=7,
         color="#d62728",
     )
-    axis.set_ylim(0, 1.15 * max(ceiling, *speeds))
+    axis.set_ylim(0, 1.25 * max(ceiling, *speeds))
     axis.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=8)
     axis.set_title(f"{dtype}: {task['task']}", fontsize=9)
     axis.set_ylabel("tokens/s", fontsize=8)

@@ -17,10 +17,10 @@ from ..testing.timing import fingerprint
 from . import speed
 from .config import OpenELMConfig
 from .model import OpenELM
-from .proof import check_model, twin
+from .proof import ModelParity, check_model, twin
 from .swap import accelerate
 
-STAGES = ("model", "parity", "ceilings", "prefill", "generation", "training step")
+STAGES = ("model", "parity", "prefill", "generation", "training step")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Job:
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     sizes: Sizes
+    quick: bool = False
     backend: str | None = None
     pack_weights: bool = False
     seed: int = 0
@@ -78,6 +79,7 @@ def start(job: Job) -> dict[str, Any]:
         "weights": job.weights,
         "machine": fingerprint(job.device),
         "device": str(job.device),
+        "quick": job.quick,
         "backend": job.backend,
         "pack_weights": job.pack_weights,
         "seed": job.seed,
@@ -128,21 +130,17 @@ def _run_dtype(
         return ids.to(job.device)
 
     stage(f"{name}: parity")
-    parity = check_model(model, swapped, tokens(sizes.parity_batch, sizes.parity), sizes.greedy)
+    ids = tokens(sizes.parity_batch, sizes.parity)
+    parity = check_model(model, swapped, ids, sizes.greedy, report.gemm)
     found["parity"] = parity.json()
     emit("\n" + parity_text(parity))
 
-    stage(f"{name}: ceilings of this machine")
-    ceilings = speed.measure_ceilings(dtype, job.device, quick=job.sizes == QUICK)
-    found["ceilings"] = ceilings.json()
-    models, rounds = {speed.EAGER: model, speed.SWAPPED: swapped}, sizes.rounds
-    prompt = tokens(1, sizes.prompt)
+    models = {speed.EAGER: model, speed.SWAPPED: swapped}
+    prompt, how = tokens(1, sizes.prompt), (sizes.rounds, job.quick)
     tasks = {
-        "prefill": lambda: speed.prefill(models, tokens(1, sizes.prefill), rounds, ceilings),
-        "generation": lambda: speed.generation(models, prompt, sizes.generated, rounds, ceilings),
-        "training step": lambda: speed.training(
-            models, tokens(1, sizes.training), rounds, ceilings
-        ),
+        "prefill": lambda: speed.prefill(models, tokens(1, sizes.prefill), *how),
+        "generation": lambda: speed.generation(models, prompt, sizes.generated, *how),
+        "training step": lambda: speed.training(models, tokens(1, sizes.training), *how),
     }
     measured: list[speed.Measured] = []
     try:
@@ -152,7 +150,7 @@ def _run_dtype(
             found["speed"].append(measured[-1].json())
     finally:
         if measured:
-            emit("\n" + speed_text(measured, ceilings))
+            emit("\n" + speed_text(measured))
 
 
 def _headline(job: Job, config: OpenELMConfig, machine: dict[str, Any]) -> str:
@@ -163,7 +161,7 @@ def _headline(job: Job, config: OpenELMConfig, machine: dict[str, Any]) -> str:
     )
 
 
-def parity_text(parity) -> str:
+def parity_text(parity: ModelParity) -> str:
     """The table of kinds, the losses, the greedy tokens and the verdict."""
     batch, length = parity.shape
     truth = f"truth is eager {parity.truth}" if parity.truth else "no truth"
@@ -184,11 +182,10 @@ def parity_text(parity) -> str:
     )
 
 
-def speed_text(measured: list[speed.Measured], ceilings: speed.Ceilings) -> str:
+def speed_text(measured: list[speed.Measured]) -> str:
     """The table of tasks, and by name what the swapped model loses."""
     lines = [
-        f"speed (ceilings here and now: {ceilings.bandwidth / 1e9:.1f} GB/s, "
-        f"{ceilings.flops / 1e9:.0f} GFLOP/s; median of n with p20 and p80)",
+        "speed (median of n with p20 and p80; ceilings are this machine's, in the same rounds)",
         format_table([row for m in measured for row in m.rows()]),
     ]
     slower = [f"{m.task} ({m.ratio():.2f}x)" for m in measured if m.ratio() < 1]

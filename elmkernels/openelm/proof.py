@@ -13,6 +13,10 @@ sample of it: now and then its own yardstick is small by luck. So the yardstick 
 never taken below the largest, relative to truth, of its kind over the layers. The mean loss is one
 number, whose yardstick luck can make 0: the losses are compared token by token, which bounds it.
 
+In float32 the projections of the swapped model may run in another library than the reference's,
+which sums thousands of products in another order: oneDNN's sums of 1280 to 12288 products have 1.1
+to 3.2 times the error of MKL's. Where they do, float32 may take 4 x the yardstick in both rules.
+
 Logits come from three passes: with gradients, without, and token by token through a cache. Greedy
 tokens must be the reference's up to a tie: where they part for the first time, the two tokens'
 logits in the reference may differ by no more than the errors allowed to two logits.
@@ -38,10 +42,14 @@ from ..testing.parity import Comparison, compare
 from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import greedy
+from .linear import LINEAR, Plan
 from .model import OpenELM
 
 DECODED = 8  # tokens that go one by one through a cache for their logits
-FULL_RULE = "max <= 2 x eager's + 1 ulp, rms <= 1.5 x eager's + 4 eps32 x rms"
+STRICT = (2.0, 1.5)  # times the yardstick's max and rms error, as `compare` allows
+OTHER_SUMS = (4.0, 4.0)
+WITH, WITHOUT = "with gradients", "without"
+INFERENCE = ("logits, no gradients", "logits, cached")
 
 
 @dataclass(frozen=True)
@@ -145,10 +153,12 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_model(
-    reference: OpenELM, swapped: OpenELM, input_ids: Tensor, steps: int, truth: bool | None = None
-) -> ModelParity:
+    reference: OpenELM, swapped: OpenELM, input_ids: Tensor, steps: int,
+    plan: Plan | None = None, truth: bool | None = None,
+) -> ModelParity:  # fmt: skip
     """Compare a model with its swapped `twin` on input_ids [batch, length] and on `steps` greedy
-    tokens. truth: whether to compute it; None for wherever memory holds it.
+    tokens. plan: the routines of the swapped model's projections; None for F.linear everywhere.
+    truth: whether to compute it; None for wherever memory holds it.
     """
     dtype = reference.token_embeddings.weight.dtype
     if truth is None:
@@ -164,10 +174,14 @@ def check_model(
         if found is not None
     }
     if truth:
+        factors = _factors(plan or Plan(), dtype)
         comparisons = _by_kind(
-            [compare(expected.pop(k), yardstick.pop(k), got.pop(k), k) for k in list(got)]
+            [compare(expected.pop(k), yardstick.pop(k), got.pop(k), k) for k in list(got)], factors
         )
-        rule = FULL_RULE
+        rule = "max <= 2 x eager's + 1 ulp, rms <= 1.5 x eager's + 4 eps32 x rms"
+        if OTHER_SUMS in factors.values():
+            loose = " and ".join(where for where, f in factors.items() if f == OTHER_SUMS)
+            rule += f"; 4 x where projections sum in another order: {loose}"
     else:
         limit = 256 if dtype == torch.float32 else 32
         comparisons = [_direct(yardstick.pop(k), got.pop(k), k, dtype, limit) for k in list(got)]
@@ -217,7 +231,7 @@ def _everything(model: OpenELM, input_ids: Tensor) -> dict[str, Tensor]:
     with torch.inference_mode():
         once = model(one)
         stepped = _token_by_token(model, one)
-    found = {"logits": logits.detach(), "logits, no gradients": once, "logits, cached": stepped}
+    found = {"logits": logits.detach(), **dict(zip(INFERENCE, (once, stepped), strict=True))}
     found["token losses"] = losses.detach()
     return found | {f"grad {name}": g for name, g in zip(names, grads, strict=True)}
 
@@ -232,12 +246,25 @@ def _token_by_token(model: OpenELM, input_ids: Tensor) -> Tensor:
     return torch.cat(logits, dim=1)
 
 
+def _factors(plan: Plan, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """What the rule allows passes with gradients and passes without."""
+    if dtype != torch.float32:
+        return {WITH: STRICT, WITHOUT: STRICT}
+    inference = (plan.one_row, plan.few_rows, plan.many_rows)
+    return {
+        WITH: STRICT if plan.training == LINEAR else OTHER_SUMS,
+        WITHOUT: STRICT if set(inference) == {LINEAR} else OTHER_SUMS,
+    }
+
+
 def _relative(error: float, scale: float) -> float:
     return error / scale if scale else 0.0
 
 
-def _by_kind(comparisons: list[Comparison]) -> list[Comparison]:
-    """The same, with every yardstick raised to the largest of its kind, relative to truth."""
+def _by_kind(comparisons: list[Comparison], factors: tuple[float, float]) -> list[Comparison]:
+    """The same by other factors, and every yardstick raised to the largest of its kind, relative
+    to truth.
+    """
     kinds: dict[str, list[Comparison]] = {}
     for c in comparisons:
         kinds.setdefault(_kind(c.what), []).append(c)
@@ -248,18 +275,23 @@ def _by_kind(comparisons: list[Comparison]) -> list[Comparison]:
         )
         for kind, members in kinds.items()
     }
-    return [_raised(c, *largest[_kind(c.what)]) for c in comparisons]
+    return [
+        _raised(c, *largest[_kind(c.what)], *factors[WITHOUT if c.what in INFERENCE else WITH])
+        for c in comparisons
+    ]
 
 
-def _raised(c: Comparison, least_max: float, least_rms: float) -> Comparison:
+def _raised(
+    c: Comparison, least_max: float, least_rms: float, max_factor: float, rms_factor: float
+) -> Comparison:
     yardstick_max = max(c.yardstick_max, least_max * c.truth_max)
     yardstick_rms = max(c.yardstick_rms, least_rms * c.truth_rms)
     c = replace(
         c,
         yardstick_max=yardstick_max,
         yardstick_rms=yardstick_rms,
-        max_allowed=c.max_allowed + 2 * (yardstick_max - c.yardstick_max),
-        rms_allowed=c.rms_allowed + 1.5 * (yardstick_rms - c.yardstick_rms),
+        max_allowed=c.max_allowed - STRICT[0] * c.yardstick_max + max_factor * yardstick_max,
+        rms_allowed=c.rms_allowed - STRICT[1] * c.yardstick_rms + rms_factor * yardstick_rms,
     )
     return _judged(c, f"takes {c.used:.3g} times the error allowed")
 

@@ -2,9 +2,10 @@
 
 Three tasks, those of a user: the pass over a prompt (prefill), one token after another
 (generation), and a training step (forward, loss, backward; no optimiser). The models take turns,
-round by round. A task's floor is the least time it can take at the ceilings that are measured in
-the same run: the operations of its matrix products at the speed of a large product in that dtype,
-or, for generation, the bytes of all weights and of the cache at the speed of reading memory.
+round by round, and a probe of the machine takes its turn with them: the ceiling. A task's floor is
+the least time it can take there: the operations of its matrix products at the speed of a large
+product in that dtype, or, for generation, the bytes of all weights and of the cache at the speed
+of reading memory, each by the fastest of several ways.
 """
 
 import ctypes
@@ -17,15 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..testing.timing import (
-    Timing,
-    copies_of,
-    copy_bandwidth,
-    interleave,
-    matmul_ceiling,
-    peak_memory,
-    synchronize,
-)
+from ..testing.timing import Timing, copies_of, interleave, peak_memory, synchronize
 from . import linear
 from .cache import KVCache
 from .config import OpenELMConfig
@@ -33,31 +26,29 @@ from .model import OpenELM, next_token_loss
 
 EAGER, SWAPPED = "eager", "swapped"
 EVERY_LOGIT = "eager, every logit"
-STAGE_SECONDS = 40.0  # a task takes fewer rounds rather than longer than this
+STAGE_SECONDS = 30.0  # a task takes fewer rounds rather than longer than this
 LEAST_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine does at best, measured in the same run: bytes and operations a second."""
-
-    bandwidth: float
-    flops: float
-
-    def json(self) -> dict[str, float]:
-        return asdict(self)
+PROBE_CALLS = 5  # in one turn: a probe is short beside a task
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One task: seconds of each model, bytes at its highest (None where it can't be watched)."""
+    """One task: seconds of each model, bytes at its highest (None where it can't be watched), and
+    the least work, in bytes or operations, beside how much of it the machine does a second.
+    """
 
     task: str
     tokens: int
     times: dict[str, Timing]
     peaks: dict[str, int | None]
-    floor: float
+    work: float
+    ceiling: float
     bound: str
+
+    @property
+    def floor(self) -> float:
+        """The least seconds that the task can take at the ceiling."""
+        return self.work / self.ceiling
 
     def ratio(self, rival: str = EAGER) -> float:
         """How many times faster the swapped model is; below 1 it is slower."""
@@ -79,6 +70,7 @@ class Measured:
                     "tokens/s": per_second if per_second < 1000 else round(per_second),
                     "swapped is": "" if name == SWAPPED else f"{self.ratio(name):.2f}x",
                     "of ceiling": f"{self.floor / t.median:.0%}",
+                    "ceiling": "" if i else f"{self.ceiling / 1e9:.0f} {UNITS[self.bound]}",
                     "peak MiB": None if peak is None else round(peak / 2**20),
                     "n": t.n,
                 }
@@ -89,44 +81,39 @@ class Measured:
         """Everything measured, for a file."""
         rivals = [name for name in self.times if name != SWAPPED]
         return asdict(self) | {
+            "floor": self.floor,
             "tokens_per_second": {n: self.tokens / t.median for n, t in self.times.items()},
             "of_ceiling": {n: self.floor / t.median for n, t in self.times.items()},
             "ratio": {name: self.ratio(name) for name in rivals},
         }
 
 
-def measure_ceilings(dtype: torch.dtype, device: torch.device, quick: bool = False) -> Ceilings:
-    """The best of several ways to read memory, and of two large matrix products."""
-    return Ceilings(_bandwidth(device, quick), _flops(dtype, device))
+Probes = dict[str, tuple[Callable[[], object], float]]  # {name: (call, the work it does)}
 
 
-def _bandwidth(device: torch.device, quick: bool) -> float:
-    if device.type == "cuda":
-        copied = copy_bandwidth(device)
-        x = torch.randn(1 << 28, device=device)
-        summed = interleave({"sum": x.sum}, device=device, replay=True)["sum"]
-        return max(copied, x.nbytes / summed.median)
-    n = 1 << (24 if quick else 26)
-    x = torch.randn(n)
-    matrix, vector = x.view(-1, 4096), torch.randn(4096)
-    rivals = {
-        "sum": x.sum,
-        "mv": lambda: torch.mv(matrix, vector),
-        "copy": copies_of(x.nbytes, device),
-    }
-    times = interleave(rivals, min_time=0.0 if quick else 0.2, rounds=5)
-    return x.nbytes / min(t.median for t in times.values())
+def _memory_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Probes:
+    n = 1 << (28 if device.type == "cuda" else 23 if quick else 26)
+    x = torch.randn(n, device=device)
+    matrix, vector = x.view(-1, 4096), torch.randn(4096, device=device)
+    (copy,) = copies_of(x.nbytes, device)
+    ways = {"sum": x.sum, "mv": lambda: torch.mv(matrix, vector), "copy": copy}
+    return {name: (way, float(x.nbytes)) for name, way in ways.items()}
 
 
-def _flops(dtype: torch.dtype, device: torch.device) -> float:
-    best = matmul_ceiling(dtype, device)
+def _product_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Probes:
+    n = 8192 if device.type == "cuda" else 512 if quick else 1536
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    ways: dict[str, Callable[[], object]] = {"matmul": lambda: a @ b}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        n = 1024
-        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
         packed = linear.pack(b)
-        timing = interleave({"packed": lambda: linear.onednn(a, packed)})["packed"]
-        best = max(best, 2 * n**3 / timing.median)
-    return best
+        ways["packed"] = lambda: linear.onednn(a, packed)
+    return {name: (way, 2.0 * n**3) for name, way in ways.items()}
+
+
+# What bounds a task: how to probe it, and the unit of 1e9 of its work a second.
+MEMORY, PRODUCTS = "memory", "matrix products"
+PROBES = {MEMORY: _memory_probes, PRODUCTS: _product_probes}
+UNITS = {MEMORY: "GB/s", PRODUCTS: "GFLOP/s"}
 
 
 def matmul_operations(config: OpenELMConfig, length: int, kept: int, training: bool) -> int:
@@ -154,9 +141,7 @@ def token_bytes(config: OpenELMConfig, dtype: torch.dtype, past: float) -> float
     return (count + cached * past) * dtype.itemsize
 
 
-def prefill(
-    models: Mapping[str, OpenELM], ids: Tensor, rounds: int, ceilings: Ceilings
-) -> Measured:
+def prefill(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool) -> Measured:
     """A prompt [1, length] through an empty cache, for the logits of its last position; also with
     the logits of every position, which Apple's code computes.
     """
@@ -178,12 +163,12 @@ def prefill(
         SWAPPED: task(models[SWAPPED], 1),
     }
     operations = matmul_operations(models[EAGER].config, length, 1, training=False)
-    floor = operations / ceilings.flops
-    return _measure(f"prefill {length}", length, tasks, rounds, floor, "matrix products", ids)
+    name, dtype = f"prefill {length}", models[EAGER].token_embeddings.weight.dtype
+    return _measure(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
 
 
 def generation(
-    models: Mapping[str, OpenELM], ids: Tensor, steps: int, rounds: int, ceilings: Ceilings
+    models: Mapping[str, OpenELM], ids: Tensor, steps: int, rounds: int, quick: bool
 ) -> Measured:
     """`steps` greedy tokens, one pass each, after a prompt [1, length] that is not timed."""
     length = ids.shape[1]
@@ -206,14 +191,13 @@ def generation(
 
     model = models[EAGER]
     dtype = model.token_embeddings.weight.dtype
-    floor = steps * token_bytes(model.config, dtype, length + steps / 2) / ceilings.bandwidth
+    nbytes = steps * token_bytes(model.config, dtype, length + steps / 2)
     tasks = {name: task(m) for name, m in models.items()}
-    return _measure(f"generate {steps} after {length}", steps, tasks, rounds, floor, "memory", ids)
+    name = f"generate {steps} after {length}"
+    return _measure(name, steps, tasks, nbytes, MEMORY, dtype, ids, rounds, quick)
 
 
-def training(
-    models: Mapping[str, OpenELM], ids: Tensor, rounds: int, ceilings: Ceilings
-) -> Measured:
+def training(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool) -> Measured:
     """Forward, mean next-token loss and backward over [1, length] tokens."""
 
     def task(model: OpenELM) -> Callable[[], object]:
@@ -230,9 +214,10 @@ def training(
 
     length = ids.shape[1]
     operations = matmul_operations(models[EAGER].config, length, length, training=True)
-    floor = operations / ceilings.flops
     tasks = {name: task(m) for name, m in models.items()}
-    return _measure(f"training step {length}", length, tasks, rounds, floor, "matrix products", ids)
+    name = f"training step {length}"
+    dtype = models[EAGER].token_embeddings.weight.dtype
+    return _measure(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
 
 
 def _cache(model: OpenELM, length: int, device: torch.device) -> KVCache:
@@ -240,23 +225,37 @@ def _cache(model: OpenELM, length: int, device: torch.device) -> KVCache:
 
 
 def _measure(
-    name: str, tokens: int, tasks: dict[str, Callable], rounds: int, floor: float, bound: str,
-    ids: Tensor,
+    name: str, tokens: int, tasks: dict[str, Callable], work: float, bound: str,
+    dtype: torch.dtype, ids: Tensor, rounds: int, quick: bool,
 ) -> Measured:  # fmt: skip
+    device = ids.device
     seconds = 0.0
     for run in tasks.values():  # also warms up: libraries choose their kernels, pools fill
-        synchronize(ids.device)
+        synchronize(device)
         start = time.perf_counter()
         run()
-        synchronize(ids.device)
+        synchronize(device)
         seconds += time.perf_counter() - start
-    peaks = {model: _peak(run, ids.device) for model, run in tasks.items()}
+    peaks = {model: _peak(run, device) for model, run in tasks.items()}
     affordable = int(STAGE_SECONDS / seconds) - 3
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
+    probes = PROBES[bound](dtype, device, quick)
+    rivals = tasks | {f"probe {way}": _repeated(call) for way, (call, _) in probes.items()}
     times = interleave(
-        tasks, device=ids.device, min_time=0.0, rounds=rounds, warm_up=0.0, sample_time=0.0
+        rivals, device=device, min_time=0.0, rounds=rounds, warm_up=0.0, sample_time=0.0
     )
-    return Measured(name, tokens, times, peaks, floor, bound)
+    ceiling = max(
+        PROBE_CALLS * done / times.pop(f"probe {way}").median for way, (_, done) in probes.items()
+    )
+    return Measured(name, tokens, times, peaks, work, ceiling, bound)
+
+
+def _repeated(call: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(PROBE_CALLS):
+            call()
+
+    return run
 
 
 def _peak(run: Callable[[], object], device: torch.device) -> int | None:

@@ -1,0 +1,265 @@
+"""The command line, in this process where possible and twice as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import elmkernels
+from elmkernels import backends
+from elmkernels.__main__ import main
+from elmkernels.openelm import chart, speed
+from elmkernels.testing import CASES, parity
+
+TINY = Path(__file__).parent / "golden" / "hf_tiny"
+QUICK = ["--quick", "--checkpoint", str(TINY), "--device", "cpu", "--dtype", "bf16"]
+COMPILED = parity.runnable("swiglu", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads only cost time on tensors as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two cases of each op."""
+    for op in CASES:
+        monkeypatch.setitem(CASES, op, CASES[op][:2])
+
+
+@pytest.fixture
+def wrong_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every compiled swiglu gives 1% too much."""
+    if not COMPILED:
+        pytest.skip("no compiled CPU backend can run here")
+    for name in COMPILED:
+        right = backends.kernel("swiglu_fwd", name)
+        wrong = lambda x, right=right: right(x) * 1.01  # noqa: E731
+        monkeypatch.setitem(backends._KERNELS, ("swiglu_fwd", name), wrong)
+
+
+def run_json(capsys: pytest.CaptureFixture, *argv: str, code: int = 0) -> dict:
+    """What a command prints with --json, which must be one JSON value and nothing else."""
+    assert main([*argv, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def start(*argv: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "elmkernels", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """The one line that wrong input gets."""
+    assert main([*argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("elmkernels: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_info_as_a_user_starts_it():
+    process = start("info")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert err == ""
+    assert elmkernels.__version__ in out
+    lines = out.partition("\nbackends\n")[2].splitlines()
+    for name, backend in backends.BACKENDS.items():
+        line = next(line for line in lines if line.split()[:1] == [name])
+        assert (backend.missing or "available") in line
+
+
+def test_info_json(capsys):
+    found = run_json(capsys, "info", "--gemm", "--dtype", "bf16")
+    assert found["torch"] == torch.__version__
+    assert set(found["backends"]) == set(backends.BACKENDS)
+    assert set(found["ops"]) == set(CASES)
+    assert found["ops"]["swiglu"]["cpu"] == backends.choose("swiglu", "cpu", None)
+    assert set(found["gemm"]) == {"bfloat16"}
+
+
+def test_shared_options_stand_before_or_after_the_command(capsys):
+    assert main(["--json", "--dtype", "bf16", "info", "--gemm"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["gemm"]) == {"bfloat16"}
+
+
+def test_parity_table(capsys, few_cases):
+    assert main(["parity", "attention", "--dtype", "fp32,bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "parity: 4 records, 0 failed parity" in out
+    assert CASES["attention"][1].name in out
+
+
+def test_parity_json_is_kept_in_a_file(capsys, few_cases, tmp_path):
+    found = run_json(capsys, "parity", "attention", "--dtype", "float32", "--out", str(tmp_path))
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert found["complete"] is True
+    assert [r["ok"] for r in found["records"]] == [True, True]
+    assert {r["dtype"] for r in found["records"]} == {"float32"}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_wrong_kernel_fails_parity(capsys, few_cases, wrong_swiglu):
+    assert main(["parity", "swiglu", "--dtype", "fp32"]) == 1
+    assert "FAILED: max error" in capsys.readouterr().out
+
+
+def test_bench_quick(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("elmkernels.testing.bench.QUICK_ROWS", (1,))
+    argv = ["bench", "swiglu" if COMPILED else "attention", "--quick", "--dtype", "bf16"]
+    found = run_json(capsys, *argv, "--out", str(tmp_path))
+    for record in found["records"]:
+        assert record["parity"] is True
+        assert record["time"]["median"] > 0
+        assert record["rivals"]["reference"]["median"] > 0
+    assert found == json.loads((tmp_path / "results.json").read_text())
+
+
+def test_main_job(capsys, tmp_path):
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "parity: ok" in captured.out
+    assert "swapped is" in captured.out
+    assert "[1/5] bfloat16: model" in captured.err
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["complete"] is True
+    assert found["config"]["model_dim"] == 256
+    assert found["machine"]["torch"] == torch.__version__
+    done = found["dtypes"]["bfloat16"]
+    compared = {c["what"] for c in done["parity"]["comparisons"]}
+    parameters = elmkernels.OpenELM.from_pretrained(TINY).named_parameters()
+    assert compared >= {"logits", "token losses"} | {f"grad {name}" for name, _ in parameters}
+    assert len(done["speed"]) == 3
+    for task in done["speed"]:
+        times = task["times"]
+        assert task["ratio"]["eager"] == times["eager"]["median"] / times["swapped"]["median"]
+        assert 0 < task["of_ceiling"]["swapped"]
+    if chart.available() is None:
+        assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_main_job_in_float32_prints_json_alone(capsys):
+    found = run_json(capsys, *QUICK[:-1], "fp32", "--backend", "reference")
+    done = found["dtypes"]["float32"]
+    assert done["parity"]["truth"] == "float64"
+    assert done["parity"]["greedy"]["equal"] == done["parity"]["greedy"]["steps"]
+    assert set(done["swap"]["backends"].values()) == {"reference"}
+
+
+def test_main_job_finds_a_wrong_kernel(capsys, wrong_swiglu):
+    found = run_json(capsys, *QUICK[:-1], "fp32", code=1)
+    failed = [c["what"] for c in found["dtypes"]["float32"]["parity"]["comparisons"] if c["reason"]]
+    assert {"logits", "logits, cached", "grad norm.weight"} <= set(failed)
+
+
+def test_a_speed_below_eager_is_shown_as_such():
+    def measured(eager: float) -> speed.Measured:
+        times = {"eager": speed.Timing(eager, eager, eager, 3), "swapped": speed.Timing(2, 2, 2, 3)}
+        return speed.Measured("task", 8, times, dict.fromkeys(times), 1.0, 1.0, speed.MEMORY)
+
+    assert measured(1.5).rows()[0]["swapped is"] == "0.75x"
+    assert "slower than eager: task (0.75x)" in elmkernels.openelm.job.speed_text([measured(1.5)])
+    assert "slower" not in elmkernels.openelm.job.speed_text([measured(3.0)])
+
+
+def test_interrupted_main_job_keeps_what_was_measured(capsys, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "generation", interrupted)
+    assert main([*QUICK, "--out", str(tmp_path)]) == 130
+    captured = capsys.readouterr()
+    assert "prefill 64" in captured.out
+    assert "interrupted" in captured.err
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["complete"] is False
+    assert [task["task"] for task in found["dtypes"]["bfloat16"]["speed"]] == ["prefill 64"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_interrupted_by_a_signal(tmp_path):
+    process = start("parity", "attention", "--out", str(tmp_path))
+    assert "parity attention" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert json.loads((tmp_path / "results.json").read_text())["complete"] is False
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe")
+def test_closed_stdout_is_no_traceback():
+    process = start("info", "--json")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert err == ""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["--frobnicate"], "--frobnicate"),
+        (["parity", "gelu"], "rms_norm"),
+        (["bench", "gelu"], "'gelu'"),
+        (["info", "--dtype", "fp8"], "bf16"),
+        (["parity", "--dtype", "fp32,int8"], "'int8'"),
+        (["--model", "OpenELM-9B"], "OpenELM-270M"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["parity", "--device", "cpu:3"], "cpu:3"),
+        (["--backend", "mps"], "'mps'"),
+        (["--backend", "triton", "--device", "cpu"], "triton"),
+        (["parity", "swiglu", "--backend", "triton", "--device", "cpu"], "triton"),
+        (["parity", "swiglu", "--backend", "reference"], "reference"),
+        (["parity", "attention", "--backend", "avx2"], "attention"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--checkpoint", str(TINY), "--model", "OpenELM-270M"], "--checkpoint"),
+        (["--checkpoint", str(TINY / "model.safetensors")], "config"),
+        (["--config", "OpenELM-270M"], "--checkpoint"),
+        (["--rounds", "0"], "'0'"),
+        (["--model", "OpenELM-270M", "info"], "--model"),
+        (["parity", "attention", "--out", __file__], Path(__file__).name),
+    ],
+    ids=" ".join,
+)
+def test_wrong_input_is_one_line(capsys, argv, named):
+    if "triton" in argv and "cpu" in backends.BACKENDS["triton"].devices:
+        pytest.skip("Triton is interpreted here")
+    assert named in refusal(capsys, *argv)
+
+
+def test_truncated_checkpoint_is_one_line(capsys, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in refusal(capsys, "--checkpoint", str(tmp_path))
+
+
+def test_help_and_version(capsys):
+    for argv in (["--help"], ["bench", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 0
+    assert elmkernels.__version__ in capsys.readouterr().out
