@@ -13,7 +13,7 @@ import torch
 import elmkernels
 from elmkernels import backends
 from elmkernels.__main__ import main
-from elmkernels.openelm import chart, speed
+from elmkernels.openelm import chart, job, proof, speed
 from elmkernels.testing import CASES, parity
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"
@@ -170,14 +170,31 @@ def test_main_job_finds_a_wrong_kernel(capsys, wrong_swiglu):
     assert {"logits", "logits, cached", "grad norm.weight"} <= set(failed)
 
 
+def test_without_truth_a_weaker_rule_still_finds_a_wrong_kernel(wrong_swiglu):
+    model = elmkernels.OpenELM.from_pretrained(TINY)
+    ids = torch.arange(24).view(1, 24)
+    plain, swapped = proof.twin(model), proof.twin(model)
+    elmkernels.accelerate(swapped)
+    assert proof.check_model(model, plain, ids, 4, truth=False).ok
+    found = proof.check_model(model, swapped, ids, 4, truth=False)
+    assert found.rule.startswith("weak")
+    assert not found.ok
+
+
+def test_packed_weights_are_proved_too(capsys):
+    found = run_json(capsys, *QUICK, "--pack-weights", "--rounds", "1")
+    assert found["pack_weights"] is True
+    assert found["dtypes"]["bfloat16"]["speed"][0]["times"]["eager"]["n"] == 1
+
+
 def test_a_speed_below_eager_is_shown_as_such():
     def measured(eager: float) -> speed.Measured:
         times = {"eager": speed.Timing(eager, eager, eager, 3), "swapped": speed.Timing(2, 2, 2, 3)}
         return speed.Measured("task", 8, times, dict.fromkeys(times), 1.0, 1.0, speed.MEMORY)
 
     assert measured(1.5).rows()[0]["swapped is"] == "0.75x"
-    assert "slower than eager: task (0.75x)" in elmkernels.openelm.job.speed_text([measured(1.5)])
-    assert "slower" not in elmkernels.openelm.job.speed_text([measured(3.0)])
+    assert "slower than eager: task (0.75x)" in job.speed_text([measured(1.5)])
+    assert "slower" not in job.speed_text([measured(3.0)])
 
 
 def test_interrupted_main_job_keeps_what_was_measured(capsys, monkeypatch, tmp_path):
