@@ -92,7 +92,7 @@ Probes = dict[str, tuple[Callable[[], object], float]]  # {name: (call, the work
 
 
 def _memory_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Probes:
-    n = 1 << (28 if device.type == "cuda" else 23 if quick else 26)
+    n = 1 << (28 if device.type == "cuda" else 25 if quick else 26)
     x = torch.randn(n, device=device)
     matrix, vector = x.view(-1, 4096), torch.randn(4096, device=device)
     (copy,) = copies_of(x.nbytes, device)
