@@ -70,16 +70,23 @@ def _triton_lacks(interpreted: bool) -> str | None:
     return None if interpreted else _cuda_lacks()
 
 
+# In order of preference: {library: (what the processor needs, torch.cpu's function that knows)}.
+_INSTRUCTION_SETS = {
+    "avx512_bf16": ("AVX-512 with bfloat16", "_is_avx512_bf16_supported"),
+    "avx512": ("AVX-512", "_is_avx512_supported"),
+    "avx2": ("AVX2", "_is_avx2_supported"),
+}
+
+
+def _cpu_backend(name: str, capability: str, flag: str) -> Backend:
+    return Backend(name, ("cpu",), _load_library(name, _cpu_lacks(capability, flag)))
+
+
 def _detect() -> dict[str, Backend]:
     # Triton's own switch: its kernels then run on CPU tensors, slowly, for tests.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     found = (
-        Backend(
-            "avx512",
-            ("cpu",),
-            _load_library("avx512", _cpu_lacks("AVX-512", "_is_avx512_supported")),
-        ),
-        Backend("avx2", ("cpu",), _load_library("avx2", _cpu_lacks("AVX2", "_is_avx2_supported"))),
+        *(_cpu_backend(name, *row) for name, row in _INSTRUCTION_SETS.items()),
         Backend("cuda", ("cuda",), _load_library("cuda", _cuda_lacks())),
         Backend(
             "triton", ("cuda", "cpu") if interpreted else ("cuda",), _triton_lacks(interpreted)
@@ -94,7 +101,7 @@ BACKENDS: dict[str, Backend] = _detect()
 # Backends in order of preference for each device. The CUDA C++ kernels and the Triton ones have
 # not been measured against each other on a GPU yet; Triton covers every op, so it goes first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cpu": ("avx512", "avx2"),
+    "cpu": tuple(_INSTRUCTION_SETS),
     "cuda": ("triton", "cuda"),
 }
 

@@ -32,7 +32,7 @@ MAY_IMPORT = {
         {"openelm", "ops", "reference", "checks", "backends", "testing"},
     ),
 }
-ANYTHING = {"__init__", "__main__"}
+ANYTHING = {"__init__", "__main__", "console"}
 # What may be imported when a module is: the core dependencies, and Triton by its kernels.
 CORE = {"torch", "numpy", "safetensors"}
 

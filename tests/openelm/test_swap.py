@@ -30,7 +30,7 @@ CPU_BACKENDS = [
             BACKENDS[name].missing is not None, reason=str(BACKENDS[name].missing)
         ),
     )
-    for name in ("avx512", "avx2", "reference")
+    for name in ("avx512_bf16", "avx512", "avx2", "reference")
 ]
 
 
