@@ -15,22 +15,19 @@ std::tuple<Tensor, Tensor> add_rms_norm_fwd(const Tensor& x, const Tensor& resid
     using W = decltype(u);
     const Rows<const T> a(x), b(residual);
     const int64_t n = a.width;
-    with_store<T>(normed, n, [&](auto how) {
-      parallel_rows(a.count, 2 * n, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const T* left = a[r];
-          const T* right = b[r];
-          T* out = data<T>(total) + r * n;
-          float sums[1];
-          sweep_sums(n, sums, [&](int64_t i, auto part, Vec* acc) {
-            const Vec s = round_to<T>(load(left + i, part) + load(right + i, part));
-            store(out + i, s, part);  // read again below: not streamed
-            acc[0] = fma(s, s, acc[0]);
-          });
-          norm_row<T, W>(out, data<const W>(w), data<T>(normed) + r * n, n,
-                         rstd_of(sums[0], n, eps), how);
-        }
-      });
+    parallel_rows(a.count, 2 * n, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T* left = a[r];
+        const T* right = b[r];
+        T* out = data<T>(total) + r * n;
+        float sums[1];
+        sweep_sums(n, sums, [&](int64_t i, auto part, Vec* acc) {
+          const Vec s = round_to<T>(load(left + i, part) + load(right + i, part));
+          store(out + i, s, part);
+          acc[0] = fma(s, s, acc[0]);
+        });
+        norm_row<T, W>(out, data<const W>(w), data<T>(normed) + r * n, n, rstd_of(sums[0], n, eps));
+      }
     });
   });
   return {normed, total};
@@ -47,12 +44,10 @@ std::tuple<Tensor, Tensor> add_rms_norm_bwd(const Tensor& dnormed, std::optional
     const Rows<const T> in(sum), grad(dnormed), direct(dsum ? *dsum : dnormed);
     const int64_t n = in.width;
     RowSum total(in.count, n);
-    with_store<T>(dx, n, [&](auto how) {
-      total.run(n, [&](int64_t begin, int64_t end, float* partial) {
-        for (int64_t r = begin; r < end; ++r)
-          norm_row_backward<T, W>(grad[r], dsum ? direct[r] : nullptr, in[r], data<const W>(w),
-                                  data<T>(dx) + r * n, partial, n, eps, how);
-      });
+    total.run(n, [&](int64_t begin, int64_t end, float* partial) {
+      for (int64_t r = begin; r < end; ++r)
+        norm_row_backward<T, W>(grad[r], dsum ? direct[r] : nullptr, in[r], data<const W>(w),
+                                data<T>(dx) + r * n, partial, n, eps);
     });
     total.write(data<W>(dweight), 0, n);
   });

@@ -20,19 +20,19 @@ inline float row_rstd(const T* x, int64_t n, float eps) {
 }
 
 // y = round(x * rstd) * weight. With a float weight the product is rounded once, at the store.
-template <class T, class W, class Store>
-inline void norm_row(const T* x, const W* weight, T* y, int64_t n, float rstd, Store how) {
+template <class T, class W>
+inline void norm_row(const T* x, const W* weight, T* y, int64_t n, float rstd) {
   const Vec scale = vec(rstd);
   sweep(n, [&](int64_t i, auto part) {
     const Vec z = round_to<T>(load(x + i, part) * scale);
-    store(y + i, z * load(weight + i, part), part, how);
+    store(y + i, z * load(weight + i, part), part);
   });
 }
 
 // dx = [dsum +] rstd (dz - z mean(dz z)), dweight += dy round(z); dz = dy weight, z = x rstd.
-template <class T, class W, class Store>
+template <class T, class W>
 inline void norm_row_backward(const T* dy, const T* dsum, const T* x, const W* weight, T* dx,
-                              float* dweight, int64_t n, float eps, Store how) {
+                              float* dweight, int64_t n, float eps) {
   float sums[2];
   sweep_sums(n, sums, [&](int64_t i, auto part, Vec* acc) {
     const Vec a = load(x + i, part);
@@ -48,6 +48,6 @@ inline void norm_row_backward(const T* dy, const T* dsum, const T* x, const W* w
     Vec g = scale * fnma(z, mean, d * load(weight + i, part));
     if (dsum != nullptr) g = g + load(dsum + i, part);
     store(dweight + i, fma(d, round_to<T>(z), load(dweight + i, part)), part);
-    store(dx + i, g, part, how);
+    store(dx + i, g, part);
   });
 }

@@ -14,13 +14,11 @@ Tensor rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps) {
     const Rows<const T> in(x);
     const int64_t n = in.width;
     T* out = data<T>(y);
-    with_store<T>(y, n, [&](auto how) {
-      parallel_rows(in.count, n, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const T* row = in[r];
-          norm_row(row, data<const W>(w), out + r * n, n, row_rstd(row, n, eps), how);
-        }
-      });
+    parallel_rows(in.count, n, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T* row = in[r];
+        norm_row(row, data<const W>(w), out + r * n, n, row_rstd(row, n, eps));
+      }
     });
   });
   return y;
@@ -37,12 +35,10 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const
     const Rows<const T> in(x), grad(dy);
     const int64_t n = in.width;
     RowSum total(in.count, n);
-    with_store<T>(dx, n, [&](auto how) {
-      total.run(n, [&](int64_t begin, int64_t end, float* partial) {
-        for (int64_t r = begin; r < end; ++r)
-          norm_row_backward<T, W>(grad[r], nullptr, in[r], data<const W>(w), data<T>(dx) + r * n,
-                                  partial, n, eps, how);
-      });
+    total.run(n, [&](int64_t begin, int64_t end, float* partial) {
+      for (int64_t r = begin; r < end; ++r)
+        norm_row_backward<T, W>(grad[r], nullptr, in[r], data<const W>(w), data<T>(dx) + r * n,
+                                partial, n, eps);
     });
     total.write(data<W>(dweight), 0, n);
   });

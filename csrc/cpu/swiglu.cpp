@@ -10,18 +10,16 @@ Tensor swiglu_fwd(const Tensor& gate_up) {
   with_dtype(gate_up, [&](auto t) {
     using T = decltype(t);
     const Rows<const T> in(gate_up);
-    with_store<T>(y, n, [&](auto how) {
-      parallel_rows(in.count, 2 * n, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const T* gate = in[r];
-          T* out = data<T>(y) + r * n;
-          sweep(n, [&](int64_t i, auto part) {
-            const Vec g = load(gate + i, part);
-            const Vec silu = round_to<T>(g * sigmoid(g, T{}));
-            store(out + i, silu * load(gate + n + i, part), part, how);
-          });
-        }
-      });
+    parallel_rows(in.count, 2 * n, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T* gate = in[r];
+        T* out = data<T>(y) + r * n;
+        sweep(n, [&](int64_t i, auto part) {
+          const Vec g = load(gate + i, part);
+          const Vec silu = round_to<T>(g * sigmoid(g, T{}));
+          store(out + i, silu * load(gate + n + i, part), part);
+        });
+      }
     });
   });
   return y;
@@ -33,25 +31,23 @@ Tensor swiglu_bwd(const Tensor& dy, const Tensor& gate_up) {
     using T = decltype(t);
     const Rows<const T> in(gate_up), grad(dy);
     const int64_t n = in.width / 2;
-    with_store<T>(dgate_up, n, [&](auto how) {
-      parallel_rows(in.count, 3 * n, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const T* gate = in[r];
-          const T* d = grad[r];
-          T* out = data<T>(dgate_up) + 2 * r * n;
-          sweep(n, [&](int64_t i, auto part) {
-            const Vec g = load(gate + i, part);
-            const Vec v = load(d + i, part);
-            const Vec e = exp_of_minus(g, T{});
-            const Vec s = sigmoid_from(e, T{});
-            const Vec silu = g * s;
-            // silu' = s (1 + g (1 - s)). A large g magnifies what 1 - s loses if it is subtracted.
-            const Vec slope = s * fma(g, e * s, vec(1.0f));
-            store(out + i, v * load(gate + n + i, part) * slope, part, how);
-            store(out + n + i, v * round_to<T>(silu), part, how);
-          });
-        }
-      });
+    parallel_rows(in.count, 3 * n, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T* gate = in[r];
+        const T* d = grad[r];
+        T* out = data<T>(dgate_up) + 2 * r * n;
+        sweep(n, [&](int64_t i, auto part) {
+          const Vec g = load(gate + i, part);
+          const Vec v = load(d + i, part);
+          const Vec e = exp_of_minus(g, T{});
+          const Vec s = sigmoid_from(e, T{});
+          const Vec silu = g * s;
+          // silu' = s (1 + g (1 - s)). A large g magnifies what 1 - s loses if it is subtracted.
+          const Vec slope = s * fma(g, e * s, vec(1.0f));
+          store(out + i, v * load(gate + n + i, part) * slope, part);
+          store(out + n + i, v * round_to<T>(silu), part);
+        });
+      }
     });
   });
   return dgate_up;

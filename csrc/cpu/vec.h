@@ -109,12 +109,6 @@ inline Vec reciprocal(Vec a) {
 }
 inline Vec reciprocal_fast(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 
-inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
-template <class T>
-inline void stream(T* p, Vec a) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
-}
-
 #elif defined(__AVX2__)
 
 struct Vec {
@@ -199,12 +193,6 @@ inline Vec reciprocal_fast(Vec a) {
   return fma(fnma(a, r, vec(1.0f)), r, r);
 }
 
-inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
-template <class T>
-inline void stream(T* p, Vec a) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(a, T{}));
-}
-
 #else
 #error "compile with the flags of one instruction set (see setup.py)"
 #endif
@@ -284,21 +272,4 @@ inline Vec sigmoid_from(Vec e, Half) {
 template <class T>
 inline Vec sigmoid(Vec a, T type) {
   return sigmoid_from(exp_of_minus(a, type), type);
-}
-
-// Stores of outputs too large for the caches go around them (Streamed): the line is not read first,
-// which is a third of a copy's traffic.
-struct Cached {};
-struct Streamed {};
-template <class T, class Part>
-inline void store(T* p, Vec a, Part part, Cached) {
-  store(p, a, part);
-}
-template <class T>
-inline void store(T* p, Vec a, Full, Streamed) {
-  stream(p, a);
-}
-template <class T>
-inline void store(T* p, Vec a, Tail t, Streamed) {
-  store(p, a, t);
 }
