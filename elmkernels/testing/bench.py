@@ -17,7 +17,7 @@ from .. import ops
 from .cases import BENCH_ROWS, Case, bench_cases, make
 from .parity import DTYPES, check_parity, plan
 from .rivals import least_bytes, operations, rivals
-from .timing import Timing, copies_beyond_cache, copies_of, interleave
+from .timing import Timing, copies_beyond_cache, copies_of, interleave, keep_pages
 
 QUICK_ROWS = (1, 512)
 
@@ -129,6 +129,8 @@ def bench_op(
     data out of the caches, on a GPU by default; otherwise data is where the last call left it.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        keep_pages()
     cold = device.type == "cuda" if cold is None else cold
     args, kwargs = make(case, dtype, device)
 

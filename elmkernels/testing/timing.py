@@ -6,11 +6,13 @@ rival is captured in a graph over rotated buffers, so that host time is left out
 `calls` is the other figure there: what an eager call costs, host included.
 """
 
+import ctypes
 import gc
 import os
 import platform
 import resource
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -141,6 +143,18 @@ def interleave(
         if collecting:
             gc.enable()
     return {name: summary(values) for name, values in samples.items()}
+
+
+def keep_pages() -> None:
+    """Make the C library keep freed memory instead of returning it to the system, for the rest of
+    the process. Above 32 MB glibc otherwise maps every output anew, and what is timed, of all
+    rivals alike, is the kernel of the system filling pages with zeros: 5 times the work itself.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def cache_bytes(device: torch.device | str = "cpu") -> int:
