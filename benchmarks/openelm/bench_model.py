@@ -1,0 +1,45 @@
+"""A whole model, eager and swapped: prompt, generation and training step, as `elmkernels` runs them.
+
+The models take turns inside one measurement (`openelm.speed`), whose figures are in `extra_info`;
+pytest-benchmark's own table shows how long the whole comparison took. Smoke runs a model of two
+small layers; full runs OpenELM-270M.
+"""
+
+import pytest
+import torch
+
+from elmkernels import OpenELM, OpenELMConfig, accelerate
+from elmkernels.openelm import proof, speed
+
+SMALL = OpenELMConfig(
+    num_transformer_layers=2,
+    model_dim=128,
+    head_dim=32,
+    num_gqa_groups=2,
+    vocab_size=512,
+    ffn_dim_divisor=32,
+    qkv_multipliers=(0.5, 1.0),
+    ffn_multipliers=(0.5, 2.0),
+)
+TASKS = ("prefill", "generation", "training")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_model(benchmark, full, dtype, task):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
+    eager = OpenELM.from_config(config, seed=0, dtype=dtype, device=device)
+    swapped = proof.twin(eager)
+    report = accelerate(swapped)
+    models = {speed.EAGER: eager, speed.SWAPPED: swapped}
+    length, rounds = (512, 5) if full else (32, 2)
+    ids = torch.randint(config.vocab_size, (1, length), device=device)
+    parity = proof.check_model(eager, swapped, ids[:, : min(length, 64)], 8)
+    assert parity.ok, "the swapped model is not the reference"
+    if task == "generation":
+        arguments = (models, ids[:, : length // 4], length // 8, rounds, not full)
+    else:
+        arguments = (models, ids, rounds, not full)
+    measured = benchmark.pedantic(getattr(speed, task), arguments, rounds=1, iterations=1)
+    benchmark.extra_info.update(measured.json(), backends=report.backends)
