@@ -1,4 +1,4 @@
-"""A whole model, eager and swapped: prompt, generation and training step, as `elmkernels` runs them.
+"""A whole model, eager and swapped: prompt, generation and training step, as `elmkernels` does.
 
 The models take turns inside one measurement (`openelm.speed`), whose figures are in `extra_info`;
 pytest-benchmark's own table shows how long the whole comparison took. Smoke runs a model of two
