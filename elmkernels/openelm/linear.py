@@ -80,11 +80,10 @@ class _OneDNNLinear(torch.autograd.Function):
 class Linear(nn.Module):
     """nn.Linear with the plan's routines; shares the Parameters of the module it replaces."""
 
-    def __init__(self, original: nn.Linear, plan: Plan) -> None:
+    def __init__(self, original: nn.Module, plan: Plan) -> None:
         super().__init__()
         self.weight, self.bias, self.plan = original.weight, original.bias, plan
-        self.in_features, self.out_features = original.in_features, original.out_features
-        self.training = original.training
+        self.out_features, self.in_features = original.weight.shape
         self.products = Products(plan)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -137,6 +137,24 @@ def _not_a_norm(norm: nn.Module | None) -> str | None:
     return None
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear itself, or a class of its own (CoreNet has one) that does the same with its parts.
+    A subclass of nn.Linear does something else on purpose (an adapter).
+    """
+    if type(module) is nn.Linear:
+        return True
+    parts = {name for name, _ in module.named_parameters()}
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) or not parts <= {"weight", "bias"} or any(module.children()):
+        return False
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type == "meta":
+        return False
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        expected = nn.functional.linear(x, weight, getattr(module, "bias", None))
+        return torch.equal(module(x), expected)
+
+
 def _not_a_ffn(ffn: nn.Module) -> str | None:
     if getattr(ffn, "act", None) is not None:
         with torch.no_grad():
@@ -259,7 +277,7 @@ def accelerate(
 
     def swap_linear(path: str) -> None:
         original = model.get_submodule(path)
-        if type(original) is not nn.Linear:
+        if not _is_linear(original):
             if path not in skip:
                 report.left.append((path, f"{type(original).__name__} is not nn.Linear"))
             return

@@ -46,6 +46,17 @@ class Rotary(nn.Module):
         return self.turn(q, k.shape[-2] - q.shape[-2]), self.turn(k, 0)
 
 
+class Projection(nn.Module):
+    """CoreNet has a linear layer of its own."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(rows, columns)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
 class AttentionParts(nn.Module):
     def __init__(self, config: OpenELMConfig, i: int) -> None:
         super().__init__()
@@ -88,8 +99,8 @@ class FeedForward(nn.Module):
         super().__init__()
         width = config.ffn_dims[i]
         self.ffn_with_glu, self.act = config.ffn_with_glu, nn.SiLU()
-        self.proj_1 = nn.Linear(config.model_dim, width * (1 + config.ffn_with_glu), bias=False)
-        self.proj_2 = nn.Linear(width, config.model_dim, bias=False)
+        self.proj_1 = Projection(config.model_dim, width * (1 + config.ffn_with_glu))
+        self.proj_2 = Projection(width, config.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj_1(x)

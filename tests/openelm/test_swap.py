@@ -112,6 +112,8 @@ def test_corenet_calls(name, accelerated):
         report = accelerate(model)
         assert report.convention == "CoreNet"
         assert report.swapped["layers"] == len(model.layers)
+        projections = 4 * len(model.layers) + (model.classifier is not None)
+        assert report.swapped["projections"] == projections
     got = logits_loss_gradients(model, case.tensors["input_ids"])
     for key, tensor in got.items():
         assert_matches(tensor, case.expected[key], case.exact[key], key)
