@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 
 # One row per instruction set: the same sources, other flags. avx512_bf16 pays where rows lie in a
-# cache: 1.1 times avx512's speed in bfloat16 for the norms, 1.2 for SwiGLU. A vnni row wouldn't: no
-# kernel here is a dot product of integers.
+# cache (benchmarks/results/instruction-sets-cpu). A vnni row wouldn't: no kernel here multiplies
+# integers.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -1,9 +1,9 @@
 """Projections: the matrix products are borrowed from torch, and chosen by measuring them here.
 
 torch reaches several GEMM libraries on a CPU, and which one is fast depends on the processor: in
-float32 `F.linear` runs on MKL, on an AMD processor at a third of oneDNN's speed; in bfloat16 a
-product with one row runs at half the memory's speed in `F.linear` and at nearly all of it in
-`torch.mv`. `measure_plan` times the candidates once per dtype and process and takes another than
+float32 `F.linear` runs on MKL, which is slow on processors that are not Intel's; in bfloat16 a
+product with one row leaves more of the memory's speed unused in `F.linear` than in `torch.mv`.
+`measure_plan` times the candidates once per dtype and process and takes another than
 `F.linear` only where it is clearly faster. All of them accumulate in float32.
 
 A packed copy (oneDNN's own blocked layout) is optional, because it doubles a weight's memory. It is

@@ -148,7 +148,7 @@ def interleave(
 def keep_pages() -> None:
     """Make the C library keep freed memory instead of returning it to the system, for the rest of
     the process. Above 32 MB glibc otherwise maps every output anew, and what is timed, of all
-    rivals alike, is the kernel of the system filling pages with zeros: 5 times the work itself.
+    rivals alike, is the system filling pages with zeros: several times the work itself.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
