@@ -55,9 +55,10 @@ def _cpu_lacks(capability: str, flag: str) -> str | None:
     """Why this processor can't run an instruction set, by torch's own detection."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"needs an x86-64 processor, this is {platform.machine()}"
-    if not getattr(torch.cpu, flag)():
-        return f"this processor has no {capability}"
-    return None
+    supported = getattr(torch.cpu, flag, None)
+    if supported is None:
+        return f"torch {torch.__version__} can't tell whether this processor has {capability}"
+    return None if supported() else f"this processor has no {capability}"
 
 
 def _cuda_lacks() -> str | None:
