@@ -18,7 +18,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Work below this many elements isn't worth waking a second thread (about 3 us) for.
+// Work below this many elements isn't worth waking a second thread for.
 constexpr int64_t kGrain = 32768;
 
 // The rows of an N-dimensional tensor with a packed last dimension: its leading dimensions,

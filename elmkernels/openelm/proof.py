@@ -14,8 +14,8 @@ never taken below the largest, relative to truth, of its kind over the layers. T
 number, whose yardstick luck can make 0: the losses are compared token by token, which bounds it.
 
 In float32 the projections of the swapped model may run in another library than the reference's,
-which sums thousands of products in another order: oneDNN's sums of 1280 to 12288 products have 1.1
-to 3.2 times the error of MKL's. Where they do, float32 may take 4 x the yardstick in both rules.
+which sums thousands of products in another order and with a larger error (oneDNN's against MKL's).
+Where they do, float32 may take 4 x the yardstick in both rules.
 
 Logits come from three passes: with gradients, without, and token by token through a cache. Greedy
 tokens must be the reference's up to a tie: where they part for the first time, the two tokens'

@@ -15,7 +15,7 @@ BACKENDS = ("sdpa", "reference")
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the shapes, dtypes and devices fit: what every right call pays, 1 us in all."""
+    """Whether the shapes, dtypes and devices fit: all that a right call pays for."""
     if not (q.dim() == 4 and k.dim() == 4 and k.shape == v.shape and q.dtype in DTYPES):
         return False
     batch, lq, q_heads, head_dim = q.shape
