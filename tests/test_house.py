@@ -18,18 +18,19 @@ KERNEL_OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
 
 # Which of our rooms a room may import; the longest prefix of a module's name decides.
 MAY_IMPORT = {
-    "reference": {"reference"},
+    "formats": set(),
+    "reference": {"reference", "formats"},
     "triton": {"triton"},
     "checks": set(),
     "backends": set(),
-    "ops": {"ops", "backends", "checks", "reference"},
+    "ops": {"ops", "backends", "checks", "reference", "formats"},
     "openelm.config": set(),
-    "openelm": {"openelm", "ops", "reference", "checks", "backends"},
-    "testing": {"testing", "ops", "reference", "backends", "openelm.config"},
+    "openelm": {"openelm", "ops", "reference", "checks", "backends", "formats"},
+    "testing": {"testing", "ops", "reference", "backends", "openelm.config", "formats"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
         ("openelm.proof", "openelm.speed", "openelm.job"),
-        {"openelm", "ops", "reference", "checks", "backends", "testing"},
+        {"openelm", "ops", "reference", "checks", "backends", "testing", "formats"},
     ),
 }
 ANYTHING = {"__init__", "__main__", "console"}

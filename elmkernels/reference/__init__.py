@@ -2,8 +2,18 @@
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .linear import dense, linear
 from .qk_norm_rope import qk_norm_rope, rope_table
 from .rms_norm import rms_norm
 from .swiglu import swiglu
 
-__all__ = ["add_rms_norm", "attention", "qk_norm_rope", "rms_norm", "rope_table", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "dense",
+    "linear",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope_table",
+    "swiglu",
+]
