@@ -109,87 +109,71 @@ inline Vec reciprocal(Vec a) {
 }
 inline Vec reciprocal_fast(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 
-// Bfloat16 lanes in pairs: each 32-bit lane meets one lane of a Vec.
-struct Words {
+// For matrix products. max gives b where either is a NaN.
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+constexpr float kPowerOfZero = -160.0f;  // times_power_of_two then gives 0
+constexpr int64_t kTileVectors = 4;      // 4 rows of them are 16 of 32 registers
+// Rows of 32-bit elements become columns: of pairs, of fours, then of 128-bit quarters.
+inline void transpose(Vec (&r)[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + 2 + j]);
+      r[i + 2 * j].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[i + 2 * j + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const __m512 a = r[8 * j + i].v, b = r[8 * j + 4 + i].v;
+      t[8 * j + i] = _mm512_shuffle_f32x4(a, b, 0x88);
+      t[8 * j + 4 + i] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    }
+  for (int i = 0; i < 8; ++i) {
+    r[i].v = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i].v = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+#if defined(__AVX512BF16__)
+// Two neighbours along the summed dimension, the earlier one low: multiplied and added at once.
+struct Pair {
+  uint32_t bits;
+};
+struct Pairs {
   __m512i v;
-  static constexpr int64_t size = 32;
 };
-
-inline Words load_words(const void* p, Full) { return {_mm512_loadu_si512(p)}; }
-inline Words load_words(const void* p, Tail t) {
-  return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << t.count) - 1), p)};
+inline Pairs load(const Pair* p, Full) { return {_mm512_loadu_si512(p)}; }
+inline Pairs splat(Pair a) { return {_mm512_set1_epi32(static_cast<int>(a.bits))}; }
+inline Vec dot(Pairs a, Pairs b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
-inline void store_words(void* p, Words w) { _mm512_storeu_si512(p, w.v); }
-inline void store_words(void* p, Words w, Tail t) {
-  _mm512_mask_storeu_epi16(p, static_cast<__mmask32>((1ull << t.count) - 1), w.v);
+inline Vec words(const bf16* p, Full) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
+inline Vec words(const bf16* p, Tail t) {
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << t.count) - 1);
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
 }
-inline Vec even_lanes(Words w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}; }
-inline Vec odd_lanes(Words w) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(0xffff0000)))};
+inline Vec stacked(__m256i low, __m256i high) {
+  const __m512i a = _mm512_cvtepu16_epi32(low), b = _mm512_cvtepu16_epi32(high);
+  return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
 }
-// 16 + q in bfloat16 for nibble `Phase` of each 16-bit lane: q goes to the top of the mantissa.
-template <int Phase>
-inline Words sixteen_plus_nibble(Words w) {
-  __m512i moved;
-  if constexpr (Phase == 0)
-    moved = _mm512_slli_epi16(w.v, 3);
-  else
-    moved = _mm512_srli_epi16(w.v, 4 * Phase - 3);
-  // (moved & 0x78) | 0x4180
-  return {_mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180),
-                                    0xea)};
+inline __m256i bits_of(const bf16* p, Full) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-// The floats of unsigned bytes less 128, and of the nibbles of 32-bit words.
-inline Vec load_bytes_less_128(const uint8_t* p) {
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m128i s = _mm_xor_si128(b, _mm_set1_epi8(static_cast<char>(0x80)));
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(s))};
+inline __m256i bits_of(const bf16* p, Tail t) {
+  return _mm256_maskz_loadu_epi16(mask_of(t), p);
 }
-inline Vec load_nibbles(const uint8_t* p) {
-  int64_t words;
-  std::memcpy(&words, p, 8);
-  // Words 0 and 1 in the even and odd lanes of 32 bits: each of them to eight lanes.
-  const __m512i spread = _mm512_permutexvar_epi32(
-      _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(words));
-  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(spread, shifts), _mm512_set1_epi32(15));
-  return {_mm512_cvtepi32_ps(q)};
+template <class Part>
+inline Vec stacked(const bf16* low, const bf16* high, Part part) {
+  return stacked(bits_of(low, part), high ? bits_of(high, part) : _mm256_setzero_si256());
 }
-// Lane i of the result is lane first + i / run of a (run 4, 8 or 16).
-inline Vec spread(Vec a, int first, int log2_run) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i from = _mm512_add_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(log2_run)),
-                                        _mm512_set1_epi32(first));
-  return {_mm512_permutexvar_ps(from, a.v)};
+inline Vec stacked(Vec low, Vec high) {
+  return stacked(narrow(low, bf16{}), narrow(high, bf16{}));
 }
-
-// A table of 16 exponents, as the two bytes of a bfloat16 that hold them.
-struct Exponents {
-  __m512i high, low;
-  explicit Exponents(const uint8_t* table) {
-    const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    const __m128i half = _mm_and_si128(_mm_srli_epi16(e, 1), _mm_set1_epi8(0x7f));
-    const __m128i bit = _mm_and_si128(_mm_slli_epi16(e, 7), _mm_set1_epi8(static_cast<char>(0x80)));
-    high = _mm512_broadcast_i32x4(half);
-    low = _mm512_broadcast_i32x4(bit);
-  }
-};
-// The 128 weights of a packed segment, in order.
-inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out)[4]) {
-  const __m512i pairs = _mm512_loadu_si512(p + 128), nibble = _mm512_set1_epi8(15);
-  const __m512i codes[2] = {_mm512_and_si512(pairs, nibble),
-                            _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble)};
-  for (int i = 0; i < 2; ++i) {
-    const __m512i bytes = _mm512_loadu_si512(p + 64 * i), mask = _mm512_set1_epi8(0x7f);
-    // sign from the byte, exponent bits from the table; exponent's last bit, mantissa.
-    const __m512i high = _mm512_ternarylogic_epi32(
-        bytes, mask, _mm512_shuffle_epi8(table.high, codes[i]), 0xba);
-    const __m512i low =
-        _mm512_ternarylogic_epi32(bytes, mask, _mm512_shuffle_epi8(table.low, codes[i]), 0xea);
-    out[2 * i] = {_mm512_unpacklo_epi8(low, high)};
-    out[2 * i + 1] = {_mm512_unpackhi_epi8(low, high)};
-  }
-}
+#endif
 
 #elif defined(__AVX2__)
 
@@ -275,104 +259,34 @@ inline Vec reciprocal_fast(Vec a) {
   return fma(fnma(a, r, vec(1.0f)), r, r);
 }
 
-struct Words {
-  __m256i v;
-  static constexpr int64_t size = 16;
-};
-
-inline Words load_words(const void* p, Full) {
-  return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline float largest(Vec a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
-inline Words load_words(const void* p, Tail t) {
-  uint16_t part[Words::size] = {};
-  std::memcpy(part, p, t.count * 2);
-  return load_words(part, Full{});
-}
-inline void store_words(void* p, Words w) { _mm256_storeu_si256(static_cast<__m256i*>(p), w.v); }
-inline void store_words(void* p, Words w, Tail t) {
-  uint16_t part[Words::size];
-  store_words(part, w);
-  std::memcpy(p, part, t.count * 2);
-}
-inline Vec even_lanes(Words w) { return {_mm256_castsi256_ps(_mm256_slli_epi32(w.v, 16))}; }
-inline Vec odd_lanes(Words w) {
-  return {_mm256_castsi256_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(0xffff0000)))};
-}
-template <int Phase>
-inline Words sixteen_plus_nibble(Words w) {
-  __m256i moved;
-  if constexpr (Phase == 0)
-    moved = _mm256_slli_epi16(w.v, 3);
-  else
-    moved = _mm256_srli_epi16(w.v, 4 * Phase - 3);
-  return {_mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi16(0x78)),
-                          _mm256_set1_epi16(0x4180))};
-}
-inline Vec load_bytes_less_128(const uint8_t* p) {
-  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  const __m128i s = _mm_xor_si128(b, _mm_set1_epi8(static_cast<char>(0x80)));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(s))};
-}
-inline Vec load_nibbles(const uint8_t* p) {
-  int32_t word;
-  std::memcpy(&word, p, 4);
-  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-  const __m256i q = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
-  return {_mm256_cvtepi32_ps(_mm256_and_si256(q, _mm256_set1_epi32(15)))};
-}
-inline Vec spread(Vec a, int first, int log2_run) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i from = _mm256_add_epi32(_mm256_srl_epi32(lane, _mm_cvtsi32_si128(log2_run)),
-                                        _mm256_set1_epi32(first));
-  return {_mm256_permutevar8x32_ps(a.v, from)};
-}
-
-struct Exponents {
-  __m256i high, low;
-  explicit Exponents(const uint8_t* table) {
-    const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    const __m128i half = _mm_and_si128(_mm_srli_epi16(e, 1), _mm_set1_epi8(0x7f));
-    const __m128i bit = _mm_and_si128(_mm_slli_epi16(e, 7), _mm_set1_epi8(static_cast<char>(0x80)));
-    high = _mm256_broadcastsi128_si256(half);
-    low = _mm256_broadcastsi128_si256(bit);
+constexpr float kPowerOfZero = -127.0f;
+constexpr int64_t kTileVectors = 2;  // 4 rows of them are 8 of 16 registers
+inline void transpose(Vec (&r)[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
   }
-};
-inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out)[8]) {
-  const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(static_cast<char>(0x80));
-  const __m256i mantissa = _mm256_set1_epi8(0x7f);
-  for (int i = 0; i < 4; ++i) {  // 32 bytes: halves of the columns 0..31 and 32..63 of 64
-    const __m256i pairs = load_words(p + 128 + 32 * (i % 2), Full{}).v;
-    const __m256i codes = _mm256_and_si256(i < 2 ? pairs : _mm256_srli_epi16(pairs, 4), nibble);
-    const __m256i bytes = load_words(p + 32 * i, Full{}).v;
-    const __m256i high = _mm256_or_si256(_mm256_and_si256(bytes, sign),
-                                         _mm256_shuffle_epi8(table.high, codes));
-    const __m256i low = _mm256_or_si256(_mm256_and_si256(bytes, mantissa),
-                                        _mm256_shuffle_epi8(table.low, codes));
-    const int at = 4 * (i / 2) + i % 2;
-    out[at] = {_mm256_unpacklo_epi8(low, high)};
-    out[at + 2] = {_mm256_unpackhi_epi8(low, high)};
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j].v = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
+      r[i + 2 * j + 1].v = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = r[i].v, b = r[4 + i].v;
+    r[i].v = _mm256_permute2f128_ps(a, b, 0x20);
+    r[4 + i].v = _mm256_permute2f128_ps(a, b, 0x31);
   }
 }
 
 #else
 #error "compile with the flags of one instruction set (see setup.py)"
-#endif
-
-// acc + the products of bfloat16 pairs: with bfloat16 lanes at x in one instruction, or with floats,
-// those of the even lanes first, then those of the odd ones.
-inline Vec dot(Words w, const float* x, Vec acc) {
-  acc = fma(even_lanes(w), load(x, Full{}), acc);
-  return fma(odd_lanes(w), load(x + Vec::size, Full{}), acc);
-}
-// The same with the lanes less 24: 16 + q becomes q - 8, which is centred.
-inline Vec dot_less_24(Words w, const float* x, Vec acc) {
-  acc = fma(even_lanes(w) - vec(24.0f), load(x, Full{}), acc);
-  return fma(odd_lanes(w) - vec(24.0f), load(x + Vec::size, Full{}), acc);
-}
-#if defined(__AVX512BF16__)
-inline Vec dot(Words w, const bf16* x, Vec acc) {
-  return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_loadu_si512(x))};
-}
 #endif
 
 // a rounded to T and back: the named rounding points.
@@ -431,9 +345,7 @@ inline Vec sigmoid_from(Vec e, float) { return reciprocal(vec(1.0f) + e); }
 // For values that are rounded to 11 bits or fewer next: 2^n 2^f with |f| <= 1/2, 2^f by a minimax
 // polynomial (3e-6 relative), and a 14-bit reciprocal. A third fewer instructions, which shows as
 // long as the row is in a cache.
-template <class Half>
-inline Vec exp_of_minus(Vec a, Half) {
-  const Vec t = clamp(a * vec(-1.44269504f), -126.0f, 126.0f);
+inline Vec exp2_fast(Vec t) {
   const Vec n = nearest(t);
   const Vec f = t - n;
   Vec p = vec(9.57010221e-3f);
@@ -444,10 +356,58 @@ inline Vec exp_of_minus(Vec a, Half) {
   return times_power_of_two(p, n);
 }
 template <class Half>
+inline Vec exp_of_minus(Vec a, Half) {
+  return exp2_fast(clamp(a * vec(-1.44269504f), -126.0f, 126.0f));
+}
+template <class Half>
 inline Vec sigmoid_from(Vec e, Half) {
   return reciprocal_fast(vec(1.0f) + e);
 }
 template <class T>
 inline Vec sigmoid(Vec a, T type) {
   return sigmoid_from(exp_of_minus(a, type), type);
+}
+
+// An operand of a matrix product: a float, or a pair of bf16 where the processor multiplies pairs.
+template <class T>
+struct Operand {
+  using Word = float;
+  static constexpr int64_t per = 1;  // elements of T in a Word
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+  using Word = Pair;
+  static constexpr int64_t per = 2;
+};
+#endif
+inline Vec splat(float a) { return vec(a); }
+inline Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+// A vector of words, as its bits: from a row along the summed dimension, or from `per` rows across.
+template <class T, class Part>
+inline Vec words(const T* p, Part part) {
+  return load(p, part);
+}
+template <class T, class Part>
+inline Vec stacked(const T* low, const T*, Part part) {
+  return load(low, part);
+}
+
+// 2^a for a up to 127, exactly 0 for a <= -160: by the polynomials above, to 2e-9 for float.
+inline Vec exp2_of(Vec a, float) {
+  const Vec t = clamp(a, kPowerOfZero, 127.0f);
+  const Vec n = nearest(t);
+  const Vec f = t - n;
+  Vec p = vec(1.534580358e-4f);
+  p = fma(p, f, vec(1.339993115e-3f));
+  p = fma(p, f, vec(9.618488988e-3f));
+  p = fma(p, f, vec(5.550328777e-2f));
+  p = fma(p, f, vec(2.402264689e-1f));
+  p = fma(p, f, vec(6.931472057e-1f));
+  p = fma(p, f, vec(1.0f));
+  return times_power_of_two(p, n);
+}
+template <class Half>
+inline Vec exp2_of(Vec a, Half) {
+  return exp2_fast(clamp(a, kPowerOfZero, 127.0f));
 }
