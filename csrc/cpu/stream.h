@@ -94,8 +94,7 @@ void stream_packed(const Weight& w, const Activation* x, int64_t begin, int64_t 
         for (int i = 0; i < kWords; ++i) store_words(patched + i * Words::size, words[i]);
         for (; escape < last && w.escape_columns[escape] < c + kSegmentColumns; ++escape)
           patched[w.escape_columns[escape] - c] = w.escape_values[escape];
-        for (int i = 0; i < kWords; ++i)
-          words[i] = load_words(patched + i * Words::size, Full{});
+        for (int i = 0; i < kWords; ++i) words[i] = load_words(patched + i * Words::size, Full{});
       }
       for (int b = 0; b < Batch; ++b) {
         const P* at = reinterpret_cast<const P*>(x[b].values) + c;
@@ -135,8 +134,7 @@ void stream_affine8(const Weight& w, const Activation* x, int64_t begin, int64_t
         for (int b = 0; b < Batch; ++b) dots[b] = vec(0.0f);
         for (int64_t c = from; c < from + w.group; c += Vec::size) {
           const Vec q = load_bytes_less_128(row + c);
-          for (int b = 0; b < Batch; ++b)
-            dots[b] = fma(q, load(x[b].values + c, Full{}), dots[b]);
+          for (int b = 0; b < Batch; ++b) dots[b] = fma(q, load(x[b].values + c, Full{}), dots[b]);
         }
         const Vec s = vec(scale[g]);
         for (int b = 0; b < Batch; ++b) sums.even[b] = fma(s, dots[b], sums.even[b]);
@@ -193,7 +191,7 @@ void stream_affine4(const Weight& w, const Activation* x, int64_t begin, int64_t
 template <int Batch, class T>
 void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                  int64_t stride) {
-  using P = Pair<T>;
+  using P = Lanes<T>;
   switch (w.form) {
     case Form::Float: return stream_dense<Batch, float>(w, x, begin, end, out, stride);
     case Form::Half: return stream_dense<Batch, fp16>(w, x, begin, end, out, stride);

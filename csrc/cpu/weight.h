@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "vec.h"
+#include "words.h"
 
 // As elmkernels/ops/linear.py numbers them.
 enum class Form : int64_t { Float, BFloat16, Half, Affine8, Affine4, Packed };
@@ -44,10 +44,10 @@ inline void with_element(Element element, Fn&& fn) {
 // What the pairs of a Words meet in a product with activations of type T.
 #if defined(__AVX512BF16__)
 template <class T>
-using Pair = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
+using Lanes = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
 #else
 template <class T>
-using Pair = float;
+using Lanes = float;
 #endif
 
 // A row of activations is padded with zeros to a multiple of this many columns.
@@ -117,7 +117,7 @@ inline void place_row(const T* x, int64_t k, P* out, Place&& place) {
 
 template <class T>
 inline void arrange(const Weight& w, const T* x, Activation& to) {
-  using P = Pair<T>;
+  using P = Lanes<T>;
   P* pairs = reinterpret_cast<P*>(to.values);
   switch (w.form) {
     case Form::Affine4: place_row(x, w.k, pairs, nibble_place<P>); break;

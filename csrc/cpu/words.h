@@ -33,8 +33,8 @@ inline Words sixteen_plus_nibble(Words w) {
   else
     moved = _mm512_srli_epi16(w.v, 4 * Phase - 3);
   // (moved & 0x78) | 0x4180
-  return {_mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180),
-                                    0xea)};
+  return {
+      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), 0xea)};
 }
 // The floats of unsigned bytes less 128, and of the nibbles of 32-bit words.
 inline Vec load_bytes_less_128(const uint8_t* p) {
@@ -48,7 +48,8 @@ inline Vec load_nibbles(const uint8_t* p) {
   // Words 0 and 1 in the even and odd lanes of 32 bits: each of them to eight lanes.
   const __m512i spread = _mm512_permutexvar_epi32(
       _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(words));
-  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512i shifts =
+      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(spread, shifts), _mm512_set1_epi32(15));
   return {_mm512_cvtepi32_ps(q)};
 }
@@ -79,8 +80,8 @@ inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out
   for (int i = 0; i < 2; ++i) {
     const __m512i bytes = _mm512_loadu_si512(p + 64 * i), mask = _mm512_set1_epi8(0x7f);
     // sign from the byte, exponent bits from the table; exponent's last bit, mantissa.
-    const __m512i high = _mm512_ternarylogic_epi32(
-        bytes, mask, _mm512_shuffle_epi8(table.high, codes[i]), 0xba);
+    const __m512i high =
+        _mm512_ternarylogic_epi32(bytes, mask, _mm512_shuffle_epi8(table.high, codes[i]), 0xba);
     const __m512i low =
         _mm512_ternarylogic_epi32(bytes, mask, _mm512_shuffle_epi8(table.low, codes[i]), 0xea);
     out[2 * i] = {_mm512_unpacklo_epi8(low, high)};
@@ -120,8 +121,8 @@ inline Words sixteen_plus_nibble(Words w) {
     moved = _mm256_slli_epi16(w.v, 3);
   else
     moved = _mm256_srli_epi16(w.v, 4 * Phase - 3);
-  return {_mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi16(0x78)),
-                          _mm256_set1_epi16(0x4180))};
+  return {
+      _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi16(0x78)), _mm256_set1_epi16(0x4180))};
 }
 inline Vec load_bytes_less_128(const uint8_t* p) {
   const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -159,10 +160,10 @@ inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out
     const __m256i pairs = load_words(p + 128 + 32 * (i % 2), Full{}).v;
     const __m256i codes = _mm256_and_si256(i < 2 ? pairs : _mm256_srli_epi16(pairs, 4), nibble);
     const __m256i bytes = load_words(p + 32 * i, Full{}).v;
-    const __m256i high = _mm256_or_si256(_mm256_and_si256(bytes, sign),
-                                         _mm256_shuffle_epi8(table.high, codes));
-    const __m256i low = _mm256_or_si256(_mm256_and_si256(bytes, mantissa),
-                                        _mm256_shuffle_epi8(table.low, codes));
+    const __m256i high =
+        _mm256_or_si256(_mm256_and_si256(bytes, sign), _mm256_shuffle_epi8(table.high, codes));
+    const __m256i low =
+        _mm256_or_si256(_mm256_and_si256(bytes, mantissa), _mm256_shuffle_epi8(table.low, codes));
     const int at = 4 * (i / 2) + i % 2;
     out[at] = {_mm256_unpacklo_epi8(low, high)};
     out[at + 2] = {_mm256_unpackhi_epi8(low, high)};
@@ -171,8 +172,8 @@ inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out
 
 #endif
 
-// acc + the products of bfloat16 pairs: with bfloat16 lanes at x in one instruction, or with floats,
-// those of the even lanes first, then those of the odd ones.
+// acc + the products of bfloat16 pairs: with bfloat16 lanes at x in one instruction, or with
+// floats, those of the even lanes first, then those of the odd ones.
 inline Vec dot(Words w, const float* x, Vec acc) {
   acc = fma(even_lanes(w), load(x, Full{}), acc);
   return fma(odd_lanes(w), load(x + Vec::size, Full{}), acc);
