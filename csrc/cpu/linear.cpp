@@ -1,5 +1,6 @@
 // linear: few rows of activations against a weight in any form, whose bytes are read once; and the
 // dense matrix that a compressed weight stands for.
+#include "dense.h"
 #include "op.h"
 #include "stream.h"
 
@@ -81,40 +82,6 @@ Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional
   return y;
 }
 
-// Row r of a compressed weight as T.
-template <class T, class S>
-void affine_row(const Weight& w, int64_t r, T* out) {
-  const S* scales = reinterpret_cast<const S*>(w.scales) + r * w.groups();
-  const S* biases = reinterpret_cast<const S*>(w.biases) + r * w.groups();
-  const uint8_t* row = w.row(r);
-  for (int64_t g = 0; g < w.groups(); ++g) {
-    const Vec scale = vec(widened(scales[g])), bias = vec(widened(biases[g]));
-    for (int64_t c = g * w.group; c < (g + 1) * w.group; c += Vec::size) {
-      const Vec q = w.form == Form::Affine8 ? load_bytes_less_128(row + c) + vec(128.0f)
-                                            : load_nibbles(row + c / 2);
-      store(out + c, scale * q + bias, Full{});  // two roundings, as the reference has
-    }
-  }
-}
-
-void packed_row(const Weight& w, const Exponents& table, int64_t r, uint16_t* out) {
-  constexpr int kWords = kSegmentColumns / Words::size;
-  const uint8_t* segment = w.row(r);
-  for (int64_t c = 0; c < w.k; c += kSegmentColumns, segment += kSegmentBytes) {
-    Words words[kWords];
-    unpack_segment(segment, table, words);
-    for (int i = 0; i < kWords; ++i) {
-      const int64_t at = c + i * Words::size, left = w.k - at;
-      if (left >= Words::size)
-        store_words(out + at, words[i]);
-      else if (left > 0)
-        store_words(out + at, words[i], Tail{left});
-    }
-  }
-  for (int32_t e = w.escape_starts[r]; e < w.escape_starts[r + 1]; ++e)
-    out[w.escape_columns[e]] = w.escape_values[e];
-}
-
 // Rows [begin, end) as `like`'s dtype; a packed weight is always bfloat16.
 Tensor linear_dense(const Tensor& like, const Tensor& data, Optional scales, Optional biases,
                     Optional exponents, Optional starts, Optional columns, Optional values,
@@ -125,16 +92,7 @@ Tensor linear_dense(const Tensor& like, const Tensor& data, Optional scales, Opt
     using T = decltype(t);
     T* out = ::data<T>(y);
     parallel_rows(end - begin, k, [&](int64_t first, int64_t last) {
-      if (w.form == Form::Packed) {
-        const Exponents table(w.exponents);
-        for (int64_t r = first; r < last; ++r)
-          packed_row(w, table, begin + r, reinterpret_cast<uint16_t*>(out + r * k));
-      } else {
-        with_element(w.element, [&](auto s) {
-          for (int64_t r = first; r < last; ++r)
-            affine_row<T, decltype(s)>(w, begin + r, out + r * k);
-        });
-      }
+      for (int64_t r = first; r < last; ++r) dense_row(w, begin + r, out + r * k);
     });
   });
   return y;
