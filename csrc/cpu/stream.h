@@ -123,9 +123,10 @@ inline void add_biases(const S* scales, const S* biases, int64_t groups, float z
   });
 }
 
-template <int Batch, class P, class S>
-void stream_affine8(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
-                    int64_t stride) {
+// Bytes against floats.
+template <int Batch, class S>
+void stream_bytes(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                  int64_t stride) {
   const int64_t groups = w.groups(), group = w.group;
   for (int64_t r = begin; r < end; ++r) {
     const uint8_t* row = w.row(r);
@@ -137,16 +138,10 @@ void stream_affine8(const Weight& w, const Activation* x, int64_t begin, int64_t
       Vec dots[Batch];
       UNROLL for (int b = 0; b < Batch; ++b) dots[b] = vec(0.0f);
       for (int64_t c = g * group; c < (g + 1) * group; c += 32) {
-        if constexpr (std::is_same_v<P, float>) {
-          UNROLL for (int64_t i = c; i < c + 32; i += Vec::size) {
-            const Vec q = load_bytes_less_128(row + i);
-            UNROLL for (int b = 0; b < Batch; ++b) dots[b] =
-                fma(q, load(x[b].values + i, Full{}), dots[b]);
-          }
-        } else {
-          const Words q = load_byte_words_less_128(row + c, P{});
+        UNROLL for (int64_t i = c; i < c + 32; i += Vec::size) {
+          const Vec q = load_bytes_less_128(row + i);
           UNROLL for (int b = 0; b < Batch; ++b) dots[b] =
-              dot(q, reinterpret_cast<const P*>(x[b].values) + c, dots[b]);
+              fma(q, load(x[b].values + i, Full{}), dots[b]);
         }
       }
       const Vec s = vec(widened(scales[g]));
@@ -157,44 +152,53 @@ void stream_affine8(const Weight& w, const Activation* x, int64_t begin, int64_t
   }
 }
 
-template <int Batch, class P, class S>
-void stream_affine4(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+// Nibbles against pairs: the four of each 16-bit lane, which are four columns of 4 bits, or low and
+// high halves of two columns of 8 bits. Even ones add up in dots[0], odd ones in dots[1].
+template <int Bits, int Batch, class P, class S>
+void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                     int64_t stride) {
-  constexpr int64_t block = 4 * Words::size;  // columns of one load
+  constexpr int64_t block = 32 / Bits * Words::size / 2;  // columns of one load
   constexpr bool centred = std::is_same_v<P, float>;
-  constexpr float zero = centred ? 8.0f : -128.0f;
-  const int64_t groups = w.groups(), a_block = block / w.group;
-  const Spread spread(w.group / 8);  // a 32-bit lane meets 8 columns
+  constexpr float high = Bits == 8 ? 16.0f : 1.0f;
+  constexpr float zero = centred ? 8.0f : Bits == 8 ? -128.0f * 17.0f : -128.0f;
+  static_assert(Bits == 4 || !centred);
+  const int64_t groups = w.groups(), a_block = std::max<int64_t>(1, block / w.group);
+  const Spread spread(w.group * Bits / 32);  // a 32-bit lane meets 32 / Bits columns
+  const P* values[Batch];
+  UNROLL for (int b = 0; b < Batch; ++b) values[b] = reinterpret_cast<const P*>(x[b].values);
   for (int64_t r = begin; r < end; ++r) {
-    const uint8_t* row = w.row(r);
     const S* scales = reinterpret_cast<const S*>(w.scales) + r * groups;
     const S* biases = reinterpret_cast<const S*>(w.biases) + r * groups;
     Vec sums[Batch];
     UNROLL for (int b = 0; b < Batch; ++b) sums[b] = vec(0.0f);
+    Vec scale;
+    const auto add = [&](Words raw, const int32_t* lanes, int64_t c) {
+      const Words q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw), nibble_plus_128<2>(raw),
+                          nibble_plus_128<3>(raw)};
+      const Vec s = permuted(scale, lanes);
+      UNROLL for (int b = 0; b < Batch; ++b) {
+        const P* at = values[b] + c;
+        Vec dots[2] = {vec(0.0f), vec(0.0f)};
+        UNROLL for (int i = 0; i < 4; ++i) {
+          const P* phase = at + (Bits == 8 ? i / 2 : i) * Words::size;
+          if constexpr (centred)
+            dots[i % 2] = dot_less_136(q[i], phase, dots[i % 2]);
+          else
+            dots[i % 2] = dot(q[i], phase, dots[i % 2]);
+        }
+        sums[b] = fma(s, Bits == 8 ? fma(dots[1], vec(high), dots[0]) : dots[0] + dots[1], sums[b]);
+      }
+    };
+    const uint8_t* codes = w.row(r);
+    int64_t c = 0;
     for (int64_t first = 0; first < groups; first += Vec::size) {
       const int64_t count = std::min<int64_t>(Vec::size, groups - first);
-      const Vec scale =
-          count == Vec::size ? load(scales + first, Full{}) : load(scales + first, Tail{count});
-      const auto add = [&](Words raw, int64_t g, int64_t c) {
-        const Words q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw),
-                            nibble_plus_128<2>(raw), nibble_plus_128<3>(raw)};
-        const Vec s = permuted(scale, spread.lanes[g]);
-        UNROLL for (int b = 0; b < Batch; ++b) {
-          const P* at = reinterpret_cast<const P*>(x[b].values) + c;
-          Vec dots[2] = {vec(0.0f), vec(0.0f)};
-          for (int i = 0; i < 4; ++i) {
-            if constexpr (centred)
-              dots[i % 2] = dot_less_136(q[i], at + i * Words::size, dots[i % 2]);
-            else
-              dots[i % 2] = dot(q[i], at + i * Words::size, dots[i % 2]);
-          }
-          sums[b] = fma(s, dots[0] + dots[1], sums[b]);
-        }
-      };
-      int64_t g = 0, c = first * w.group;
-      for (; g + a_block <= count; g += a_block, c += block)
-        add(load_words(row + c / 2, Full{}), g, c);
-      if (g < count) add(load_words(row + c / 2, Tail{(w.k - c) / 4}), g, c);
+      scale = count == Vec::size ? load(scales + first, Full{}) : load(scales + first, Tail{count});
+      const int32_t* lanes = spread.lanes[0];
+      const int32_t* last = lanes + (count - a_block) * Vec::size;
+      for (; lanes <= last; lanes += a_block * Vec::size, codes += Vec::size * 4, c += block)
+        add(load_words(codes, Full{}), lanes, c);
+      if (count % a_block) add(load_words(codes, Tail{(w.k - c) * Bits / 16}), lanes, c);
     }
     add_biases<Batch>(scales, biases, groups, zero, x, sums);
     for (int b = 0; b < Batch; ++b) out[b * stride + r - begin] = sum(sums[b]);
@@ -212,11 +216,14 @@ void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t en
     case Form::Packed: return stream_packed<Batch, P>(w, x, begin, end, out, stride);
     case Form::Affine8:
       return with_element(w.element, [&](auto s) {
-        stream_affine8<Batch, P, decltype(s)>(w, x, begin, end, out, stride);
+        if constexpr (std::is_same_v<P, float>)
+          stream_bytes<Batch, decltype(s)>(w, x, begin, end, out, stride);
+        else
+          stream_nibbles<8, Batch, P, decltype(s)>(w, x, begin, end, out, stride);
       });
     case Form::Affine4:
       return with_element(w.element, [&](auto s) {
-        stream_affine4<Batch, P, decltype(s)>(w, x, begin, end, out, stride);
+        stream_nibbles<4, Batch, P, decltype(s)>(w, x, begin, end, out, stride);
       });
   }
 }

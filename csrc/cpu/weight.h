@@ -97,7 +97,8 @@ class Activations {
 };
 
 // A Words of pairs meets bfloat16 lanes in their own order, but floats of its even lanes first,
-// then of its odd ones. Nibble `phase` of lane l is column 4 l + phase.
+// then of its odd ones. The nibbles of lane l
+// are of the columns 4 l, 4 l + 1, ..., and its bytes of 2 l, 2 l + 1: a run of lanes for each.
 template <class T, class P>
 inline void place_pairs(const T* x, int64_t k, P* out) {
   constexpr int64_t half = Vec::size;
@@ -114,9 +115,9 @@ inline void place_pairs(const T* x, int64_t k, P* out) {
     for (int64_t i = 0; c + i < k; ++i) out[c + i / 2 + i % 2 * half] = widened(x[c + i]);
   }
 }
-template <class T, class P>
-inline void place_nibbles(const T* x, int64_t k, P* out) {
-  constexpr int64_t lanes = Words::size, block = 4 * lanes;
+template <int Runs, class T, class P>
+inline void place_dealt(const T* x, int64_t k, P* out) {
+  constexpr int64_t lanes = Words::size, block = Runs * lanes;
   std::memset(out, 0, padded(k) * sizeof(P));
   for (int64_t c = 0; c < k; c += block) {
     T part[block] = {};  // a whole block, whatever is left of the row
@@ -127,12 +128,12 @@ inline void place_nibbles(const T* x, int64_t k, P* out) {
       from = part;
     }
     if constexpr (std::is_same_v<P, T> && !std::is_same_v<P, float>) {
-      deal_by_four(from, out + c);
+      deal<Runs>(from, out + c);
     } else {
-      for (int64_t phase = 0; phase < 4; ++phase)
+      for (int64_t run = 0; run < Runs; ++run)
         for (int64_t i = 0; i < Vec::size; ++i) {
-          out[c + phase * lanes + i] = widened(from[8 * i + phase]);
-          out[c + phase * lanes + Vec::size + i] = widened(from[8 * i + 4 + phase]);
+          out[c + run * lanes + i] = widened(from[2 * Runs * i + run]);
+          out[c + run * lanes + Vec::size + i] = widened(from[2 * Runs * i + Runs + run]);
         }
     }
   }
@@ -144,7 +145,7 @@ inline void arrange(const Weight& w, const T* x, Activation& to) {
   switch (w.form) {
     case Form::Affine8:
       if constexpr (std::is_same_v<Lanes<T>, bf16>) {
-        place_pairs(x, w.k, lanes);
+        place_dealt<2>(x, w.k, lanes);
         break;
       }
       [[fallthrough]];
@@ -153,7 +154,7 @@ inline void arrange(const Weight& w, const T* x, Activation& to) {
       std::memset(to.values, 0, padded(w.k) * sizeof(float));
       sweep(w.k, [&](int64_t i, auto part) { store(to.values + i, load(x + i, part), part); });
       break;
-    case Form::Affine4: place_nibbles(x, w.k, lanes); break;
+    case Form::Affine4: place_dealt<4>(x, w.k, lanes); break;
     case Form::BFloat16:
     case Form::Packed: place_pairs(x, w.k, lanes); break;
   }

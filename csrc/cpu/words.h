@@ -38,13 +38,6 @@ inline Vec load_bytes_less_128(const uint8_t* p) {
   const __m128i s = _mm_xor_si128(b, _mm_set1_epi8(static_cast<char>(0x80)));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(s))};
 }
-#if defined(__AVX512BF16__)
-// The same of 32 bytes in bfloat16, which holds them exactly.
-inline Words load_byte_words_less_128(const uint8_t* p, bf16) {
-  const Vec low = load_bytes_less_128(p), high = load_bytes_less_128(p + 16);
-  return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)};
-}
-#endif
 inline Vec load_nibbles(const uint8_t* p) {
   int64_t words;
   std::memcpy(&words, p, 8);
@@ -57,14 +50,19 @@ inline Vec load_nibbles(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(q)};
 }
 #if defined(__AVX512BF16__)
-// 128 elements to four runs of 32: those of the columns 4 l, 4 l + 1, ...
-inline void deal_by_four(const bf16* x, bf16* out) {
-  for (int64_t i = 0; i < 4; ++i) {
+// Elements dealt to runs of 32: Count runs of the columns Count l, Count l + 1, ...
+template <int Count>
+inline void deal(const bf16* x, bf16* out) {
+  for (int64_t i = 0; i < Count; ++i) {
     const __m512i fours = _mm512_loadu_si512(x + 32 * i);
-    for (int phase = 0; phase < 4; ++phase) {
-      const __m128i one =
-          _mm512_cvtepi64_epi16(_mm512_srl_epi64(fours, _mm_cvtsi32_si128(16 * phase)));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 32 * phase + 8 * i), one);
+    for (int run = 0; run < Count; ++run) {
+      const __m512i moved = _mm512_srl_epi64(fours, _mm_cvtsi32_si128(16 * run));
+      if constexpr (Count == 4)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 32 * run + 8 * i),
+                         _mm512_cvtepi64_epi16(moved));
+      else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * run + 16 * i),
+                            _mm512_cvtepi32_epi16(moved));
     }
   }
 }
