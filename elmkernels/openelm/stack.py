@@ -75,17 +75,18 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> "_Described 
 
 class _Described:
     """A stack, and what must still be so for it to describe its model: every module, parameter and
-    buffer in its place and at its address, and no hook anywhere.
+    buffer in its place, of its class and at its address, every eps, and no hook anywhere.
     """
 
     def __init__(self, model: OpenELM) -> None:
         self.stack = _describe(model)
         self.dtypes = {w.dtype for w in _weights(self.stack)}
         self.compressed = any(isinstance(w, Affine | Packed) for w in _weights(self.stack))
-        modules = [*model.modules()]
+        # Not the model itself: what is kept here must not keep it.
+        modules = [m for m in model.modules() if m is not model]
         places = [
             (owner, name, value)
-            for m in modules
+            for m in (model, *modules)
             for owner in (m._modules, m._parameters, m._buffers)
             for name, value in owner.items()
         ]
@@ -95,8 +96,11 @@ class _Described:
         self._tensors.append(model.rope_table)
         self._addresses = [t.data_ptr() for t in self._tensors]
         self._dtypes = [t.dtype for t in self._tensors]
-        self._attributes = [vars(m) for m in modules]
-        self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+        self._modules = modules
+        self._types = [type(m) for m in modules]
+        self._attributes = [vars(m) for m in (model, *modules)]
+        self._epsilons = [a for a in self._attributes if "eps" in a]
+        self._hooks = [getattr(m, name) for m in (model, *modules) for name in _HOOKS]
 
     def holds(self) -> bool:
         try:
@@ -107,6 +111,8 @@ class _Described:
             places
             and not any(self._hooks)
             and not any(map(contains, self._attributes, repeat("forward")))
+            and list(map(type, self._modules)) == self._types
+            and all(a.get("eps") == self.stack.eps for a in self._epsilons)
             and [t.data_ptr() for t in self._tensors] == self._addresses
             and [t.dtype for t in self._tensors] == self._dtypes
         )
