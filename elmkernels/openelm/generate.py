@@ -164,12 +164,16 @@ class Stream(Iterator[list[int | None]]):
         try:
             return self._step()
         except KeyboardInterrupt:
-            self.interrupted = True
-            self._end("interrupted")
+            self.interrupt()
         except BaseException:
             self._end("failed")
             raise
         raise StopIteration
+
+    def interrupt(self) -> None:
+        """End here, as a KeyboardInterrupt during a step does."""
+        self.interrupted = True
+        self._end("interrupted")
 
     @torch.inference_mode()
     def _step(self) -> list[int | None]:
