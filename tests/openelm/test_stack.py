@@ -22,6 +22,7 @@ from elmkernels.openelm import (
     generate,
     greedy,
     next_logits,
+    proof,
     restore,
     stack_of,
 )
@@ -289,6 +290,11 @@ def test_greedy_and_the_proof_use_it(step, hf_tiny):
     expected = hf_tiny.tensors["greedy_9_plus_24"]
     assert torch.equal(greedy(model, expected[:, :9], 24), expected[:, 9:])
     assert len(step) == 23
+    del step[:]
+    with torch.inference_mode():
+        logits = proof._token_by_token(model, expected[:, :20])
+    assert len(step) == proof.DECODED
+    torch.testing.assert_close(logits, model(expected[:, :20])[:, -proof.DECODED - 1 :])
 
 
 def test_the_backend_that_was_asked_for(step):
