@@ -1,7 +1,7 @@
 """elmkernels: Apple's OpenELM language models on fused kernels, proved against the reference."""
 
 from . import reference
-from .openelm import OpenELM, OpenELMConfig, accelerate, restore
+from .openelm import OpenELM, OpenELMConfig, accelerate, generate, restore
 from .ops import add_rms_norm, attention, qk_norm_rope, rms_norm, swiglu
 from .reference import rope_table
 
@@ -13,6 +13,7 @@ __all__ = [
     "accelerate",
     "add_rms_norm",
     "attention",
+    "generate",
     "qk_norm_rope",
     "reference",
     "restore",

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "openelm.config": set(),
     "openelm": {"openelm", "ops", "reference", "checks", "backends", "formats"},
     "testing": {"testing", "ops", "reference", "backends", "openelm.config", "formats"},
+    "commands": {"commands", "console", "openelm", "formats"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
         ("openelm.proof", "openelm.speed", "openelm.job"),
@@ -212,6 +213,7 @@ def run_alone(folder: Path, blocked: list[str], watched: list[str], built: bool)
 
 
 EXTRAS = ["triton", "matplotlib", "tqdm", "yaml", "transformers", "liger_kernel", "pytest"]
+EXTRAS += ["tokenizers", "sentencepiece"]
 
 
 def test_import_loads_no_extra():

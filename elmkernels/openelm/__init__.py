@@ -1,9 +1,10 @@
-"""OpenELM models: configuration, reference model, checkpoints, cache and decoding."""
+"""OpenELM models: configuration, reference model, checkpoints, cache and generation."""
 
 from .cache import KVCache
 from .config import OpenELMConfig
-from .generate import greedy
+from .generate import Row, Session, Stream, generate, greedy, stream
 from .model import OpenELM, next_token_loss
+from .stack import next_logits, stack_of
 from .swap import Report, accelerate, restore
 
 __all__ = [
@@ -11,8 +12,15 @@ __all__ = [
     "OpenELM",
     "OpenELMConfig",
     "Report",
+    "Row",
+    "Session",
+    "Stream",
     "accelerate",
+    "generate",
     "greedy",
+    "next_logits",
     "next_token_loss",
     "restore",
+    "stack_of",
+    "stream",
 ]

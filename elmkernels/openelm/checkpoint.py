@@ -159,12 +159,20 @@ class _Folder:
         return None
 
 
-def _folder_config(folder: _Folder) -> OpenELMConfig:
-    file = folder.find(_CONFIG)
+def raw_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder as it stands there. Raises FileNotFoundError or
+    ValueError.
+    """
+    file = _Folder(Path(path)).find(_CONFIG)
     if file is None:
-        raise FileNotFoundError(f"{folder.path / _CONFIG} does not exist")
+        raise FileNotFoundError(f"{Path(path) / _CONFIG} does not exist")
+    return _read_json(file)
+
+
+def _folder_config(folder: _Folder) -> OpenELMConfig:
+    values = raw_config(folder.path)
     try:
-        return OpenELMConfig.from_hf_dict(_read_json(file))
+        return OpenELMConfig.from_hf_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.path / _CONFIG}: {error}") from error
 

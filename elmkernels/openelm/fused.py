@@ -91,7 +91,7 @@ class FusedAttention(nn.Module):
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
             q, _, _ = self.project(x, context.positions, context.rope_table, **buffers)
             k, v = cache.filled(i, x.shape[1])
-        out = ops.attention(q, k, v, key_mask=context.key_mask)
+        out = ops.attention(q, k, v, key_mask=context.key_mask, offsets=context.offsets)
         return self.out_proj(out.flatten(-2))
 
 

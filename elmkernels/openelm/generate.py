@@ -1,10 +1,256 @@
-"""Greedy decoding: one pass over the prompt, then one token a pass through the cache."""
+"""Generating tokens: `generate` gives results, `stream` tokens as they come, `greedy` a tensor.
+
+A prompt goes through the model in chunks, so that its activations never take more memory than a
+chunk's, then every step decodes one token a row (`stack.next_logits`). Rows may have prompts of
+different lengths: the cache holds each at its own positions.
+
+A `Session` keeps its cache: a prompt that begins like what a row holds pays for the rest alone.
+An interruption (Ctrl-C) ends a stream, and nothing is lost: `Stream.rows` has what was
+generated, and the session goes on from there.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
 from .model import OpenELM
+from .sampling import Sampler, Sampling, is_integer
+from .stack import next_logits
+
+CHUNK = 512
+Prompts = Tensor | Sequence[Sequence[int] | Tensor]
+
+
+@dataclass
+class Row:
+    """What one row generated, and why it ended: "length" (max_new_tokens), "stop" (a stop token,
+    `stopped_by`, which is not among the tokens), "interrupted" or "failed"; "" while it goes on.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    reason: str = ""
+    stopped_by: int | None = None
+
+
+class Session:
+    """A cache for `batch` rows, and the ids in it: ids[b][: cache.rows[b]].
+
+    max_length: the most tokens a row can hold, rope_max_length if None. It belongs to the weights
+    that filled it: `reset()` where they change. Raises what `KVCache` raises.
+    """
+
+    def __init__(self, model: OpenELM, batch: int = 1, max_length: int | None = None) -> None:
+        self.model = model
+        self.cache = KVCache(
+            model.config,
+            batch,
+            max_length,
+            dtype=model.activation_dtype,
+            device=model.norm.weight.device,
+        )
+        # Always at least what the cache holds: ids are added before they are written, so that no
+        # interruption leaves a token in the cache whose id isn't here.
+        self.ids: list[list[int]] = [[] for _ in range(batch)]
+        self._current: Stream | None = None
+
+    def reset(self) -> None:
+        """Forget everything; a stream that has not ended can't go on."""
+        self._current = None
+        self.cache.reset()
+        self.ids = [[] for _ in self.ids]
+
+    def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> list[Row]:
+        """See the function `generate`; the prompts may begin with what the rows hold."""
+        stream = self.stream(prompts, max_new_tokens, **options)
+        for _ in stream:
+            pass
+        return stream.rows
+
+    def stream(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> "Stream":
+        """See the function `stream`; one that has not ended can't go on after this."""
+        self._current = Stream(self, prompts, max_new_tokens, **options)
+        return self._current
+
+    def begin(self, prompts: Sequence[list[int]]) -> list[int]:
+        """Go back to the longest common prefix of each row with its prompt, less one token where
+        it is the whole prompt, as logits come from passes alone. Returns the tokens kept.
+        """
+        kept = []
+        for held, ids, prompt in zip(self.cache.rows, self.ids, prompts, strict=True):
+            most = min(held, len(prompt) - 1)
+            kept.append(next((i for i in range(most) if ids[i] != prompt[i]), most))
+        self.cache.truncate(kept)
+        self.ids = [list(prompt) for prompt in prompts]
+        return kept
+
+    @torch.inference_mode()
+    def prefill(self, chunk: int) -> Tensor:
+        """Run the ids that the cache doesn't hold, at least one a row, `chunk` at a time ->
+        the logits after each row's last, [batch, vocab_size].
+        """
+        logits: Tensor | None = None
+        cache, device = self.cache, self.cache.device
+        while True:
+            rows = cache.rows
+            missing = [len(ids) - held for ids, held in zip(self.ids, rows, strict=True)]
+            # Rows are padded to one width, which must fit after each of them.
+            width = min(chunk, max(missing), cache.max_length - max(rows))
+            counts = [min(n, width) for n in missing]
+            parts = [
+                ids[held : held + n] + [0] * (width - n)
+                for ids, held, n in zip(self.ids, rows, counts, strict=True)
+            ]
+            ids = torch.tensor(parts, dtype=torch.int64, device=device)
+            if width == 1 and min(counts) == 1:
+                last = next_logits(self.model, ids[:, 0], cache)
+            else:
+                last = self.model(ids, cache=cache, logits_to_keep=1, counts=counts)[:, -1]
+            if logits is None or min(counts) > 0:
+                logits = last
+            else:
+                going = torch.tensor([n > 0 for n in counts], device=device)
+                logits = torch.where(going[:, None], last, logits)
+            if width == max(missing):
+                return logits
+
+
+class Stream(Iterator[list[int | None]]):
+    """The steps of one generation: each gives a token a row, None where the row has ended.
+
+    rows: what was generated so far. interrupted: whether a KeyboardInterrupt ended it; that one is
+    not raised again. reused: the tokens of each prompt that the session held already.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompts: Prompts,
+        max_new_tokens: int,
+        *,
+        stop_tokens: int | Iterable[int] = (),
+        chunk: int = CHUNK,
+        **sampling: Any,
+    ) -> None:
+        config = session.model.config
+        ids = _prompt_ids(prompts, config.vocab_size)
+        cache = session.cache
+        if len(ids) != cache.batch:
+            raise ValueError(
+                f"prompts must be {cache.batch}, as the session's batch, got {len(ids)}"
+            )
+        _check_lengths(ids, max_new_tokens, cache.max_length, "the cache's max_length")
+        if not is_integer(chunk) or chunk < 1:
+            raise ValueError(f"chunk must be a positive integer, got {chunk!r}")
+        self.stops = _stop_set(stop_tokens, config.vocab_size)
+        self.session, self.chunk, self.steps_left = session, chunk, max_new_tokens
+        self.sampler = Sampler(Sampling(**sampling), ids, config.vocab_size, cache.device)
+        self.rows = [Row() for _ in ids]
+        self.interrupted = False
+        self.reused = session.begin(ids)
+        self._prompts = [len(prompt) for prompt in ids]
+        self._last: Tensor | None = None  # the tokens of the last step, not in the cache yet
+        if not max_new_tokens:
+            self._end("length")
+
+    def __next__(self) -> list[int | None]:
+        if not self.steps_left:
+            raise StopIteration
+        if self.session._current is not self:
+            raise RuntimeError("the session was reset, or began another stream, before this ended")
+        try:
+            return self._step()
+        except KeyboardInterrupt:
+            self.interrupt()
+        except BaseException:
+            self._end("failed")
+            raise
+        raise StopIteration
+
+    def interrupt(self) -> None:
+        """End here, as a KeyboardInterrupt during a step does."""
+        self.interrupted = True
+        self._end("interrupted")
+
+    @torch.inference_mode()
+    def _step(self) -> list[int | None]:
+        session = self.session
+        if self._last is None:
+            logits = session.prefill(self.chunk)
+        else:
+            logits = next_logits(session.model, self._last, session.cache)
+        tokens = self.sampler(logits)
+        chosen = tokens.tolist()
+        given: list[int | None] = list(chosen)
+        for b, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+            # A row that has ended runs along, so that rows of equal length stay so.
+            session.ids[b].append(token)
+            if row.reason:
+                given[b] = None
+            elif token in self.stops:
+                row.reason, row.stopped_by = "stop", token
+                given[b] = None
+            else:
+                row.tokens.append(token)
+        self._last = tokens
+        self.steps_left -= 1
+        if not self.steps_left or all(row.reason for row in self.rows):
+            self._end("length")
+        return given
+
+    def _end(self, reason: str) -> None:
+        self.steps_left = 0
+        for row in self.rows:
+            row.reason = row.reason or reason
+        # What a row ran along after its end is no part of it.
+        real = [n + len(row.tokens) for n, row in zip(self._prompts, self.rows, strict=True)]
+        cache = self.session.cache
+        cache.truncate([min(pair) for pair in zip(cache.rows, real, strict=True)])
+
+
+def stream(model: OpenELM, prompts: Prompts, max_new_tokens: int, **options: Any) -> Stream:
+    """`generate` step by step: an iterator of list[int | None], a token for each row that goes
+    on; its `rows` are what `generate` returns.
+    """
+    ids = _prompt_ids(prompts, model.config.vocab_size)
+    limit = model.config.rope_max_length
+    _check_lengths(ids, max_new_tokens, limit, "rope_max_length")
+    session = Session(model, len(ids), min(limit, max(map(len, ids)) + max_new_tokens))
+    return session.stream(ids, max_new_tokens, **options)
+
+
+def generate(
+    model: OpenELM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    stop_tokens: int | Iterable[int] = (),
+    chunk: int = CHUNK,
+) -> list[Row]:
+    """Up to max_new_tokens tokens after each prompt: integers [batch, length], or a list of lists
+    of ids, which may differ in length (none empty).
+
+    temperature to seed: see `sampling`; a temperature of 0 takes the most likely token, and row b
+    of a batch draws from seed + b (or seed[b]), whatever the rows beside it. chunk: tokens of the
+    prompt in one pass. An interruption returns what was generated by then.
+    Raises ValueError or TypeError, before anything is run, for arguments out of their range and
+    for prompts that don't fit rope_max_length with what is to follow.
+    """
+    run = stream(
+        model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens, chunk=chunk,
+    )  # fmt: skip
+    for _ in run:
+        pass
+    return run.rows
 
 
 @torch.inference_mode()
@@ -17,6 +263,7 @@ def greedy(
 ) -> Tensor:
     """input_ids [batch, length], padded on the left where attention_mask is 0 -> the `steps` most
     likely next tokens, int64 [batch, steps]. max_length: the cache's size, prompt + steps if None.
+    No step waits for the one before on a GPU: nothing is read back.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(
@@ -33,10 +280,65 @@ def greedy(
         device=input_ids.device,
     )
     tokens = input_ids.new_empty((batch, steps), dtype=torch.int64)
-    for step in range(steps):
-        logits = model(input_ids, attention_mask, cache, logits_to_keep=1)
-        tokens[:, step] = logits[:, -1].argmax(-1)
-        input_ids = tokens[:, step : step + 1]
-        if attention_mask is not None:
+    if not steps:
+        return tokens
+    chosen = model(input_ids, attention_mask, cache, logits_to_keep=1)[:, -1].argmax(-1)
+    tokens[:, 0] = chosen
+    for step in range(1, steps):
+        if attention_mask is None:
+            logits = next_logits(model, chosen, cache)
+        else:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
+            logits = model(chosen[:, None], attention_mask, cache, logits_to_keep=1)[:, -1]
+        tokens[:, step] = chosen = logits.argmax(-1)
     return tokens
+
+
+def _prompt_ids(prompts: Prompts, vocab_size: int) -> list[list[int]]:
+    """Prompts as lists of ids of the vocabulary, none empty."""
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2 or prompts.is_floating_point() or prompts.is_complex():
+            raise ValueError(
+                "prompts must be integers [batch, length] or a list of lists of ids, "
+                f"got {prompts.dtype} {list(prompts.shape)}"
+            )
+        rows = prompts.tolist()
+    elif isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes):
+        rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    else:
+        raise TypeError(f"prompts must be a tensor or a list, got {type(prompts).__name__}")
+    if not rows:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    for b, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or not all(map(is_integer, row)):
+            raise TypeError(f"prompts[{b}] must be a list of ids, got {_short(row)}")
+        if not row:
+            raise ValueError(f"prompts[{b}] must hold at least one token, got an empty prompt")
+        if min(row) < 0 or max(row) >= vocab_size:
+            wrong = next(token for token in row if not 0 <= token < vocab_size)
+            raise ValueError(f"prompts[{b}] must hold ids in [0, {vocab_size}), got {wrong}")
+    return [list(row) for row in rows]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_lengths(ids: list[list[int]], max_new_tokens: int, limit: int, what: str) -> None:
+    if not is_integer(max_new_tokens) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens!r}")
+    for b, prompt in enumerate(ids):
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompts[{b}] and max_new_tokens must fit {limit} tokens ({what}) together, "
+                f"got {len(prompt)} + {max_new_tokens}"
+            )
+
+
+def _stop_set(stop_tokens: int | Iterable[int], vocab_size: int) -> frozenset[int]:
+    stops = [stop_tokens] if is_integer(stop_tokens) else list(stop_tokens)
+    for token in stops:
+        if not is_integer(token) or not 0 <= token < vocab_size:
+            raise ValueError(f"stop_tokens must lie in [0, {vocab_size}), got {token!r}")
+    return frozenset(stops)

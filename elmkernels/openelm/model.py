@@ -9,6 +9,7 @@ a module keeps: `layer(x, context)` and `attn(x, context)`, `ffn(x)` and `norm(x
 `Context` is built by every forward pass and shared by its layers.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Context(NamedTuple):
     key_mask: Tensor | None  # bool [batch, past + length], False = padding; None = all real
     cache: KVCache | None
     slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
+    offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +79,8 @@ class Attention(nn.Module):
         )
         if context.cache is not None:
             k, v = context.cache.append(self.layer_index, k, v)
-        return self.out_proj(attention(q, k, v, context.key_mask).flatten(-2))
+        out = attention(q, k, v, context.key_mask, offsets=context.offsets)
+        return self.out_proj(out.flatten(-2))
 
     def extra_repr(self) -> str:
         return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
@@ -224,15 +227,22 @@ class OpenELM(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
         """input_ids integer [batch, length] -> logits [batch, length, vocab_size], or of the last
-        `logits_to_keep` positions where that is not 0. With a cache the tokens follow those it
-        holds. attention_mask [batch, past + length], 1 = real and 0 = padding, moves the positions:
-        the first real token of a row is at 0.
+        `logits_to_keep` positions where that is not 0. With a cache the tokens follow those that
+        each row holds. attention_mask [batch, past + length], 1 = real and 0 = padding, moves the
+        positions: the first real token of a row is at 0.
+
+        counts, with a cache and instead of a mask: row b's tokens are its first counts[b], from 0
+        to length, the rest is padding on the right. The cache counts the tokens alone, but needs
+        room for all. logits_to_keep then keeps the last of each row's tokens (repeating its first
+        position where it has fewer).
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
         context = self._context(input_ids, attention_mask, cache)
+        counts = self._check_counts(counts, input_ids, attention_mask, cache)
         x = self.token_embeddings(input_ids)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.layers:
@@ -241,12 +251,14 @@ class OpenELM(nn.Module):
                 if recompute
                 else layer(x, context)
             )
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        x = self.norm(x[:, -logits_to_keep:])
+        x = self.norm(_kept(x, logits_to_keep, counts))
         if self.classifier is None:
-            return self.tied_head(x, self.token_embeddings.weight)
-        return self.classifier(x)
+            logits = self.tied_head(x, self.token_embeddings.weight)
+        else:
+            logits = self.classifier(x)
+        if cache is not None:  # last of all: what fails before leaves the cache as it was
+            cache.advance(input_ids.shape[1] if counts is None else counts)
+        return logits
 
     def _context(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
@@ -267,6 +279,14 @@ class OpenELM(nn.Module):
         if cache is not None:
             self._check_cache(cache, batch, length, input_ids.device)
         self._place_rope_table(input_ids.device)
+        if cache is not None and cache.ragged:
+            if attention_mask is not None:
+                raise ValueError(
+                    f"attention_mask must be None for a cache whose rows differ, got {cache.rows}"
+                )
+            offsets = cache.lengths.to(input_ids.device)
+            new = offsets[:, None] + torch.arange(length, device=input_ids.device)
+            return Context(new, self.rope_table, None, cache, new, offsets)
         new = torch.arange(past, past + length, device=input_ids.device).expand(batch, -1)
         slots = None if cache is None else new
         if attention_mask is None:
@@ -280,6 +300,24 @@ class OpenELM(nn.Module):
         positions = (key_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         return Context(positions, self.rope_table, key_mask, cache, slots)
 
+    def _check_counts(
+        self,
+        counts: Sequence[int] | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> list[int] | None:
+        """counts as a list; None where every token counts."""
+        if counts is None:
+            return None
+        if cache is None or attention_mask is not None:
+            raise ValueError("counts must be given with a cache and without attention_mask")
+        counts = [int(count) for count in counts]
+        batch, length = input_ids.shape
+        if len(counts) != batch or not all(0 <= count <= length for count in counts):
+            raise ValueError(f"counts must be {batch} numbers in [0, {length}], got {counts}")
+        return None if min(counts) == length else counts
+
     def _check_ids(self, input_ids: Tensor) -> None:
         # On a GPU the check would wait for the device; there the embedding itself fails.
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
@@ -291,14 +329,14 @@ class OpenELM(nn.Module):
             )
 
     def _check_cache(self, cache: KVCache, batch: int, length: int, device: torch.device) -> None:
-        heads = [t.shape[2] for t in cache.k]
         for name, expected, got in (
             ("batch", batch, cache.batch),
             ("dtype", self.activation_dtype, cache.dtype),
             ("device", device, cache.device),
-            ("key/value heads of each layer", list(self.config.num_kv_heads), heads),
-            ("head_dim", self.config.head_dim, cache.k[0].shape[3]),
-        ):
+            ("key/value heads of each layer", list(self.config.num_kv_heads),
+             list(cache.kv_heads)),
+            ("head_dim", self.config.head_dim, cache.head_dim),
+        ):  # fmt: skip
             if got != expected:
                 raise ValueError(f"cache: {name} must be {expected}, got {got}")
         cache.check_room(length)
@@ -318,6 +356,15 @@ class OpenELM(nn.Module):
         super()._apply(fn, recurse)
         self._place_rope_table(self.token_embeddings.weight.device)
         return self
+
+
+def _kept(x: Tensor, last: int, counts: list[int] | None) -> Tensor:
+    """The last positions of x [batch, length, ...], of the first counts[b] in row b; 0 = all."""
+    if counts is None or not last:
+        return x[:, -last:]
+    at = [[max(count - last + i, 0) for i in range(last)] for count in counts]
+    index = torch.tensor(at, device=x.device)[..., None]
+    return x.gather(1, index.expand(-1, -1, x.shape[2]))
 
 
 def next_token_loss(

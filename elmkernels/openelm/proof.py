@@ -44,6 +44,7 @@ from .config import OpenELMConfig
 from .generate import greedy
 from .linear import LINEAR, Plan
 from .model import OpenELM
+from .stack import next_logits
 
 DECODED = 8  # tokens that go one by one through a cache for their logits
 STRICT = (2.0, 1.5)  # times the yardstick's max and rms error, as `compare` allows
@@ -242,7 +243,7 @@ def _token_by_token(model: OpenELM, input_ids: Tensor) -> Tensor:
     first = max(1, length - DECODED)
     cache = KVCache(model.config, 1, length, dtype=model.activation_dtype, device=input_ids.device)
     logits = [model(input_ids[:, :first], cache=cache, logits_to_keep=1)]
-    logits += [model(input_ids[:, i : i + 1], cache=cache) for i in range(first, length)]
+    logits += [next_logits(model, input_ids[:, i], cache)[:, None] for i in range(first, length)]
     return torch.cat(logits, dim=1)
 
 

@@ -23,6 +23,7 @@ from . import linear
 from .cache import KVCache
 from .config import OpenELMConfig
 from .model import OpenELM, next_token_loss
+from .stack import next_logits
 
 EAGER, SWAPPED = "eager", "swapped"
 EVERY_LOGIT = "eager, every logit"
@@ -176,15 +177,14 @@ def generation(
     def task(model: OpenELM) -> Callable[[], object]:
         cache = _cache(model, length + steps, ids.device)
         with torch.inference_mode():
-            first = model(ids, cache=cache, logits_to_keep=1)[:, -1].argmax(-1, keepdim=True)
+            first = model(ids, cache=cache, logits_to_keep=1)[:, -1].argmax(-1)
 
         @torch.inference_mode()
         def run() -> object:
             cache.truncate(length)
             token = first
             for _ in range(steps):
-                logits = model(token, cache=cache, logits_to_keep=1)
-                token = logits[:, -1].argmax(-1, keepdim=True)
+                token = next_logits(model, token, cache).argmax(-1)
             return token
 
         return run

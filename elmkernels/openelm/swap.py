@@ -324,6 +324,11 @@ def _projection_bytes(model: nn.Module) -> int:
     return total
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` has swapped modules of this very model."""
+    return hasattr(model, _STATE)
+
+
 def restore(model: nn.Module) -> None:
     """Undo `accelerate`: the original modules return, with the Parameters the model has now.
 

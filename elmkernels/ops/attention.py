@@ -4,6 +4,7 @@ It is torch's own scaled_dot_product_attention, called so that no key or value i
 memory and that the mask is implicit wherever it can be. Gradients are torch's.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -56,6 +57,7 @@ def attention(
     v: Tensor,
     *,
     key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -63,6 +65,7 @@ def attention(
 
     q: [batch, lq, q_heads, head_dim]; k, v: [batch, lk, kv_heads, head_dim], lk >= lq, any strides
     with a packed head_dim; key_mask: bool [batch, lk], False for padding; scale: head_dim^-0.5.
+    offsets: int64 [batch], the key index of each row's first query instead of lk - lq.
     Returns [batch, lq, q_heads, head_dim]; a query that sees no key gives zeros.
     Raises TypeError or ValueError for a wrong argument. backend: "sdpa" or "reference".
     """
@@ -70,11 +73,13 @@ def attention(
         _refuse(q, k, v)
     if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype.is_floating_point):
         fail("key_mask", f"bool {list(k.shape[:2])}", f"{key_mask.dtype} {list(key_mask.shape)}")
+    if offsets is not None and (offsets.shape != q.shape[:1] or offsets.dtype != torch.int64):
+        fail("offsets", f"int64 [{q.shape[0]}]", f"{offsets.dtype} {list(offsets.shape)}")
     if backend is not None and backend not in BACKENDS:
         fail("backend", " or ".join(BACKENDS) + " for attention", repr(backend))
     key_mask = None if key_mask is None else key_mask.bool()
     if backend == "reference" or q.numel() == 0:
-        return reference.attention(q, k, v, key_mask, scale)
+        return reference.attention(q, k, v, key_mask, scale, offsets)
     batch, lq, q_heads, head_dim = q.shape
     lk, kv_heads = k.shape[1:3]
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
@@ -82,15 +87,17 @@ def attention(
         # The query heads of a group become the rows of one small matrix: each key is read once.
         grouped = q.view(batch, kv_heads, q_heads // kv_heads, head_dim)
         mask = None if key_mask is None else key_mask[:, None, None, :]
+        if offsets is not None:
+            mask = visible_keys(1, lk, key_mask, q.device, offsets)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(batch, 1, q_heads, head_dim)
     queries = q.transpose(1, 2)
-    if key_mask is None and lq == lk:
+    if key_mask is None and offsets is None and lq == lk:
         out = scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
         )
     else:
-        visible = visible_keys(lq, lk, key_mask, q.device)
+        visible = visible_keys(lq, lk, key_mask, q.device, offsets)
         out = scaled_dot_product_attention(
             queries, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
         )

@@ -1,0 +1,284 @@
+"""elmkernels generate: what a model writes after a prompt, as text or as ids.
+
+Results go to stdout, everything said about them (speed, an interruption) to stderr.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..console import (
+    DTYPES,
+    INTERRUPTED,
+    OK,
+    WrongInput,
+    add_shared,
+    checked,
+    dump,
+    find_device,
+    note,
+    positive,
+)
+from ..formats import BITS, GROUP_SIZES
+from ..openelm import OpenELM, Stream, accelerate, stream
+from ..openelm.config import VARIANTS
+from ..openelm.sampling import Sampling
+from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
+from .model import chosen_model
+
+# Options of the main job that would do nothing here.
+REFUSED = ("rounds", "pack_weights", "out", "quick")
+MAX_NEW_TOKENS = 64
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = commands.add_parser("generate", help="what a model writes after a prompt")
+    parser.allow_abbrev = False
+    absent = argparse.SUPPRESS  # what was given before the command stays
+    add_shared(parser, absent)
+    add = parser.add_argument
+    add("--checkpoint", metavar="PATH", default=absent, help="a Hugging Face folder, or a file")
+    add("--config", metavar="YAML|NAME", default=absent, help="the shape of a CoreNet checkpoint")
+    add("--model", default=absent, help=f"{', '.join(VARIANTS)}, with random weights")
+    add("--tokenizer", metavar="PATH", help=f"{' or '.join(FILES)} (default: by the checkpoint)")
+    prompts: dict[str, Any] = {"action": "append", "dest": "prompts"}
+    add("--prompt", metavar="TEXT", type=lambda text: ("text", text), **prompts)
+    add(
+        "--ids",
+        metavar="1,2,3|FILE",
+        type=lambda text: ("ids", text),
+        help="a prompt as token ids; of a file, each line. Several prompts make a batch",
+        **prompts,
+    )
+    add("--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, help="(default %(default)s)")
+    add("--temperature", type=float, default=0.0, help="(default 0: the likeliest token)")
+    add("--top-k", type=int, help="draw from the k likeliest tokens")
+    add("--top-p", type=float, help="draw from the likeliest that sum to this probability")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: less of what was there")
+    add("--seed", type=int, default=absent, help="of what is drawn, and of random weights")
+    add("--stop", metavar="IDS|none", help="ids that end a row (default: eos_token_id)")
+    add("--bits", type=int, choices=BITS, help="quantise the projections")
+    add("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale, by --bits")
+    add("--pack", action="store_true", help="bfloat16 weights in 12 bits, without loss")
+    add("--eager", action="store_true", help="the reference model, without the kernels")
+    add("--stream", action="store_true", help="print the text as it comes (one prompt)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit code."""
+    _refuse_what_does_nothing(args)
+    device, dtype, backend = find_device(args.device), _dtype(args), _backend(args)
+    options = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "repetition_penalty": args.repetition_penalty,
+        "seed": args.seed,
+    }
+    checked(lambda: Sampling(**options))
+    if args.checkpoint is not None and not Path(args.checkpoint).exists():
+        raise WrongInput(f"--checkpoint: {args.checkpoint} does not exist")
+    name, weights, load = chosen_model(args, device, args.seed or 0)
+    bos, ends = checked(special_tokens, args.checkpoint)
+    tokenizer = _tokenizer(args, bos)
+    prompts = [ids for kind, text in args.prompts for ids in _prompt(kind, text, tokenizer)]
+    if args.stream and len(prompts) > 1:
+        raise WrongInput(f"--stream takes one prompt, got {len(prompts)}")
+    stops = ends if args.stop is None else [] if args.stop == "none" else _ids(args.stop, "--stop")
+    compress = _compressor(args)
+    model = checked(load, dtype).eval()
+    checked(compress, model)
+    if not args.eager:
+        checked(lambda: accelerate(model, backend=backend))
+    stops = stops if args.stop is not None else [s for s in stops if s < model.config.vocab_size]
+    writing = checked(
+        lambda: stream(model, prompts, args.max_new_tokens, stop_tokens=stops, **options)
+    )
+    live = _Live(tokenizer, prompts[0]) if args.stream else None
+    seconds = _write(writing, live)
+    found = _results(writing, prompts, tokenizer, seconds)
+    if args.json:
+        about = {"model": name, "weights": weights, "dtype": str(dtype).removeprefix("torch.")}
+        print(dump(about | {"device": device} | found))
+    elif live is None:
+        _print(found["rows"], tokenizer)
+    note(_summary(found))
+    if writing.interrupted:
+        note("interrupted; what was generated by then is printed")
+        return INTERRUPTED
+    return OK
+
+
+def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
+    for name in REFUSED:
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise WrongInput(f"{option} belongs to the main job, not to generate")
+    if not args.prompts:
+        raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3")
+    if args.stream and args.json:
+        raise WrongInput("--stream prints text as it comes, --json at the end: give one of them")
+    if args.bits is not None and args.pack:
+        raise WrongInput("--bits quantises and --pack loses nothing: give one of them")
+    if args.group_size is not None and args.bits is None:
+        raise WrongInput("--group-size belongs to --bits, which is missing")
+    if args.eager and args.backend:
+        raise WrongInput("--eager runs without kernels: give it or --backend, not both")
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype:
+    names = args.dtype or ["bf16"]
+    if len(names) > 1:
+        raise WrongInput(f"--dtype takes one name here, got {', '.join(names)}")
+    return DTYPES[names[0]]
+
+
+def _backend(args: argparse.Namespace) -> str | None:
+    names = args.backend or [None]
+    if len(names) > 1:
+        raise WrongInput(f"--backend takes one name here, got {', '.join(names)}")
+    return names[0]
+
+
+def _tokenizer(args: argparse.Namespace, bos: int | None) -> Tokenizer | None:
+    """The tokenizer that is there. Without one, ids still work."""
+    path = checked(find_tokenizer, args.tokenizer, args.checkpoint)
+    if path is None:
+        if any(kind == "text" for kind, _ in args.prompts):
+            raise WrongInput(
+                f"--prompt needs a tokenizer: --tokenizer PATH, or {' or '.join(FILES)} beside the "
+                "checkpoint (OpenELM uses Llama 2's, which meta-llama/Llama-2-7b-hf holds); "
+                "--ids works without"
+            )
+        return None
+    try:
+        return Tokenizer(path, bos)
+    except ImportError as error:
+        if args.tokenizer is None and all(kind == "ids" for kind, _ in args.prompts):
+            return None
+        raise WrongInput(str(error)) from error
+    except ValueError as error:
+        raise WrongInput(str(error)) from error
+
+
+def _prompt(kind: str, text: str, tokenizer: Tokenizer | None) -> list[list[int]]:
+    if kind == "text" and tokenizer is not None:
+        if not text:
+            raise WrongInput("--prompt must hold text, got an empty string")
+        return [tokenizer.encode(text)]
+    if re.fullmatch(r"[-\d\s,]*", text):
+        return [_ids(text, "--ids")]
+    if not checked(Path(text).is_file):
+        raise WrongInput(f"--ids must be numbers like 1,2,3 or a file of them, got {text!r}")
+    lines = checked(lambda: Path(text).read_text(encoding="utf-8")).splitlines()
+    rows = [_ids(line, f"--ids: {text}") for line in lines if line.strip()]
+    if not rows:
+        raise WrongInput(f"--ids: {text} must hold token ids, got an empty file")
+    return rows
+
+
+def _ids(text: str, what: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise WrongInput(f"{what} must hold token ids like 1,2,3, got {text[:40]!r}")
+    return [int(part) for part in parts]
+
+
+def _compressor(args: argparse.Namespace) -> Callable[[OpenELM], object]:
+    """What --bits or --pack does to a model."""
+    if args.bits is not None:
+        try:
+            from ..openelm.quantize import quantize
+        except ImportError as error:
+            raise WrongInput("--bits: this version of elmkernels can't quantise") from error
+        size = {} if args.group_size is None else {"group_size": args.group_size}
+        return lambda model: quantize(model, bits=args.bits, **size)
+    if args.pack:
+        try:
+            from ..openelm.pack import pack
+        except ImportError as error:
+            raise WrongInput("--pack: this version of elmkernels can't pack") from error
+        return pack
+    return lambda model: None
+
+
+class _Live:
+    """One row on stdout, as it comes: its text, or its ids."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: list[int]) -> None:
+        self.text = None if tokenizer is None else TextStream(tokenizer, prompt)
+        self.first = True
+
+    def add(self, token: int) -> None:
+        if self.text is None:
+            piece = str(token) if self.first else f",{token}"
+        else:
+            piece = self.text.add(token)
+        self.first = False
+        print(piece, end="", flush=True)
+
+    def end(self) -> None:
+        print("" if self.text is None else self.text.end(), flush=True)
+
+
+def _write(writing: Stream, live: _Live | None) -> tuple[float, float]:
+    """Run to the end, or to an interruption: seconds to the first step, and of the others."""
+    start = first = last = time.perf_counter()
+    try:
+        for count, step in enumerate(writing):
+            last = time.perf_counter()
+            first = first if count else last
+            if live is not None and step[0] is not None:
+                live.add(step[0])
+    except KeyboardInterrupt:  # between two steps; the stream deals with one inside a step
+        writing.interrupt()
+    if live is not None:
+        live.end()
+    return first - start, last - first
+
+
+def _results(
+    writing: Stream, prompts: list[list[int]], tokenizer: Tokenizer | None, seconds: tuple
+) -> dict[str, Any]:
+    rows = []
+    for prompt, row in zip(prompts, writing.rows, strict=True):
+        text = None if tokenizer is None else tokenizer.continuation(prompt, row.tokens)
+        rows.append({"prompt": prompt, "tokens": row.tokens, "text": text, "reason": row.reason})
+    # The first token of a row comes with its prompt.
+    after = sum(max(0, len(row.tokens) - 1) for row in writing.rows)
+    tokens = sum(map(len, prompts))
+    return {
+        "rows": rows,
+        "prompt_tokens": tokens,
+        "prompt_seconds": seconds[0],
+        "prompt_tokens_per_second": tokens / seconds[0] if seconds[0] else None,
+        "generated_tokens": sum(len(row.tokens) for row in writing.rows),
+        "generation_seconds": seconds[1],
+        "tokens_per_second": after / seconds[1] if after and seconds[1] else None,
+    }
+
+
+def _print(rows: list[dict[str, Any]], tokenizer: Tokenizer | None) -> None:
+    for b, row in enumerate(rows):
+        if tokenizer is None:
+            print(",".join(map(str, row["tokens"])))
+        else:
+            print(row["text"] if len(rows) == 1 else f"[{b}] {row['text']}")
+    sys.stdout.flush()
+
+
+def _summary(found: dict[str, Any]) -> str:
+    def rate(per_second: float | None) -> str:
+        return "" if per_second is None else f" ({per_second:.1f} tokens/s)"
+
+    return (
+        f"prompt: {found['prompt_tokens']} tokens{rate(found['prompt_tokens_per_second'])}, "
+        f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}"
+    )

@@ -1,0 +1,36 @@
+"""Which model a command line means: a checkpoint, or a shape with random weights."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..console import WrongInput
+from ..openelm import OpenELM, job
+from ..openelm.config import VARIANTS
+
+
+def chosen_model(
+    args: argparse.Namespace, device: torch.device, seed: int, default: str | None = None
+) -> tuple[str, str, Callable[[torch.dtype], OpenELM]]:
+    """The model's name, where its weights come from, and how to get it in a dtype. default: the
+    shape where neither --checkpoint nor --model is given; None where one must be.
+    """
+    if args.checkpoint is None:
+        if args.config is not None:
+            raise WrongInput("--config describes a --checkpoint, which is missing")
+        chosen = args.model or default
+        if chosen is None:
+            raise WrongInput("a model is missing: --checkpoint DIR, or --model for random weights")
+        short = chosen.upper().removeprefix("OPENELM-").replace(".", "_")
+        name = f"OpenELM-{short}"
+        if name not in VARIANTS:
+            raise WrongInput(f"--model must be one of {', '.join(VARIANTS)}, got {args.model!r}")
+        load = job.weights_of(None, None, name, seed, device)
+        return name, f"random weights of seed {seed}", load
+    if args.model is not None:
+        raise WrongInput("--model draws random weights: give it or --checkpoint, not both")
+    path = Path(args.checkpoint)
+    load = job.weights_of(path, args.config, "", seed, device)
+    return path.resolve().stem if path.is_file() else path.resolve().name, f"from {path}", load

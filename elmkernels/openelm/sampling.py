@@ -1,0 +1,158 @@
+"""Choosing the next token from logits [rows, vocab_size], in this order:
+
+    repetition penalty   logit / penalty where it is positive, else logit * penalty, for every token
+                         that the row holds already
+    temperature          logits / temperature; 0 takes the largest and nothing below applies
+    top_k                the k largest remain, and what ties with the last of them
+    top_p                the fewest of the largest whose probabilities sum to top_p or more remain
+    draw                 from the softmax of what remains, by one uniform number a row
+
+All in float32, the sums of probabilities in float64. Each row draws from a generator of its own, so
+that what it draws depends on its seed and logits alone, not on its neighbours.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+# Candidates that top_p looks at first: sorting a whole vocabulary costs more than a small model.
+_FIRST_CANDIDATES = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. seed: row b draws from seed + b, or from seed[b]; None: from fresh
+    entropy. Raises ValueError or TypeError, naming what is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is None and name == "top_p":
+                continue
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k is not None and (not is_integer(self.top_k) or self.top_k < 1):
+            raise ValueError(f"top_k must be a positive integer, got {self.top_k!r}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty must be positive and finite, got {self.repetition_penalty}"
+            )
+
+    def generators(self, rows: int) -> list[torch.Generator]:
+        """One for each row, on the CPU. Raises where seed is neither None, an integer nor one
+        integer a row.
+        """
+        seeds = self.seed
+        if seeds is None:
+            generators = [torch.Generator() for _ in range(rows)]
+            for generator in generators:
+                generator.seed()
+            return generators
+        seeds = [seeds + row for row in range(rows)] if is_integer(seeds) else list(seeds)
+        if len(seeds) != rows or not all(is_integer(seed) for seed in seeds):
+            raise ValueError(
+                f"seed must be an integer or one for each of {rows} rows, got {self.seed!r}"
+            )
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class Sampler:
+    """The choices of `rows` rows, one after another. held: the tokens that each row begins with
+    (for the repetition penalty).
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        held: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.sampling = sampling
+        self.generators = sampling.generators(len(held))
+        self.seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(len(held), vocab_size, dtype=torch.bool, device=device)
+            for row, tokens in enumerate(held):
+                self.seen[row, torch.tensor(tokens, dtype=torch.int64, device=device)] = True
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]."""
+        s = self.sampling
+        if self.seen is not None:
+            logits = penalise(logits.float(), self.seen, s.repetition_penalty)
+        if s.temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = draw(warp(logits, s.temperature, s.top_k, s.top_p), self.generators)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """logits [rows, vocab_size] made less likely (penalty > 1) where seen is True."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def warp(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits [rows, vocab_size] -> float32, divided by the temperature, up to a constant a row,
+    and -inf where top_k and top_p leave nothing.
+    """
+    logits = logits.float()
+    # The largest is 0 first, so that no temperature is too small: 0 / t is 0, the rest -> -inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None and top_p < 1:
+        logits = _top_p(logits, top_p)
+    return logits
+
+
+def _top_p(logits: Tensor, p: float) -> Tensor:
+    probabilities = logits.softmax(-1, dtype=torch.float64)
+    vocab_size = logits.shape[-1]
+    for n in (min(_FIRST_CANDIDATES, vocab_size), vocab_size):
+        largest, tokens = probabilities.topk(n)
+        sums = largest.cumsum(-1)
+        if n == vocab_size or bool((sums[:, -1] >= p).all()):
+            break
+    # A token remains where those before it don't reach p: the first one always.
+    before = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), dim=-1)
+    kept = logits.gather(1, tokens).masked_fill(before >= p, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter_(1, tokens, kept)
+
+
+def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token a row of logits [rows, vocab_size] by its softmax: the first whose cumulated
+    probability exceeds a uniform number from the row's generator. Raises ValueError for NaN.
+    """
+    sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    total = sums[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise ValueError("logits must be numbers to draw a token, got NaN")
+    uniform = [torch.rand(1, dtype=torch.float64, generator=g) for g in generators]
+    # u is at most 1 - 2^-53, so that u total < total even after rounding: a token is always found,
+    # and never one of probability 0, whose sum exceeds nothing that its predecessor's doesn't.
+    at = torch.stack(uniform).to(logits.device) * total
+    return torch.searchsorted(sums, at, right=True)[:, 0]
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,231 @@
+"""A model as data for the op that runs all layers in one call, and the step of decoding.
+
+`next_logits` is the one way a token is decoded here: by `ops.decode_step` where that op exists, the
+model is accelerated (or holds compressed weights) and nothing hangs on its modules that the op
+would skip; by the model itself everywhere else.
+"""
+
+from collections.abc import Iterator
+from itertools import repeat
+from operator import contains, getitem, is_
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..formats import Affine, Layer, Packed, Stack, Weight
+from . import fused, linear
+from . import model as reference
+from .cache import KVCache
+from .model import OpenELM
+from .swap import is_accelerated
+
+MOST_ROWS = 8  # what decode_step takes; with more, products are bound by arithmetic
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def stack_of(model: OpenELM) -> Stack:
+    """The weights, head counts and rotary table of a model, swapped or not, without a copy.
+
+    A module with a method `compressed()` is asked for its `Affine` or `Packed` first (None: it has
+    none). Raises ValueError, with the reason, for a model that isn't described by its weights:
+    adapters, hooks, foreign modules. The same object is returned until the model changes.
+    """
+    return _described(model).stack
+
+
+def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
+    """One step of decoding: tokens int64 [batch], each after those its row of the cache holds ->
+    logits [batch, vocab_size]; the cache then holds one token more a row.
+    """
+    known = _in_one_call(model, tokens, cache)
+    if known is None:
+        return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
+    cache.check_room(1)
+    backend = getattr(model.layers[0], "backend", None)  # what accelerate was asked for
+    logits = ops.decode_step(known.stack, tokens, cache.lengths, cache.arena, backend=backend)
+    cache.advance(1)
+    return logits
+
+
+def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> "_Described | None":
+    """The model as data, where `ops.decode_step` is there and computes what the model would."""
+    if (
+        not hasattr(ops, "decode_step")
+        or not isinstance(model, OpenELM)  # torch.compile's wrapper
+        or tokens.device.type != "cpu"
+        or cache.device.type != "cpu"
+        or tokens.shape != (cache.batch,)
+        or cache.batch > MOST_ROWS
+        or cache.dtype != model.activation_dtype
+        or (cache.kv_heads, cache.head_dim) != (model.config.num_kv_heads, model.config.head_dim)
+        or torch.is_autocast_enabled("cpu")
+        or (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()))
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    try:
+        known = _described(model)
+    except ValueError:
+        return None
+    wanted = known.compressed or is_accelerated(model)
+    return known if wanted and known.dtypes == {cache.dtype} else None
+
+
+class _Described:
+    """A stack, and what must still be so for it to describe its model: every module, parameter and
+    buffer in its place, of its class and at its address, every eps, and no hook anywhere.
+    """
+
+    def __init__(self, model: OpenELM) -> None:
+        self.stack = _describe(model)
+        self.dtypes = {w.dtype for w in _weights(self.stack)}
+        self.compressed = any(isinstance(w, Affine | Packed) for w in _weights(self.stack))
+        # Not the model itself: what is kept here must not keep it.
+        modules = [m for m in model.modules() if m is not model]
+        places = [
+            (owner, name, value)
+            for m in (model, *modules)
+            for owner in (m._modules, m._parameters, m._buffers)
+            for name, value in owner.items()
+        ]
+        # In columns, so that holds() runs in C: it is asked for every token.
+        self._owners, self._names, self._values = map(list, zip(*places, strict=True))
+        self._tensors = [v for v in self._values if isinstance(v, Tensor)]
+        self._tensors.append(model.rope_table)
+        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._dtypes = [t.dtype for t in self._tensors]
+        self._modules = modules
+        self._types = [type(m) for m in modules]
+        self._attributes = [vars(m) for m in (model, *modules)]
+        self._epsilons = [a for a in self._attributes if "eps" in a]
+        self._hooks = [getattr(m, name) for m in (model, *modules) for name in _HOOKS]
+
+    def holds(self) -> bool:
+        try:
+            places = all(map(is_, map(getitem, self._owners, self._names), self._values))
+        except KeyError:
+            return False
+        return (
+            places
+            and not any(self._hooks)
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and list(map(type, self._modules)) == self._types
+            and all(a.get("eps") == self.stack.eps for a in self._epsilons)
+            and [t.data_ptr() for t in self._tensors] == self._addresses
+            and [t.dtype for t in self._tensors] == self._dtypes
+        )
+
+
+# Weak keys: a description must not keep its model, nor must a copy of the model carry it along.
+_KNOWN: WeakKeyDictionary[OpenELM, _Described] = WeakKeyDictionary()
+
+
+def _described(model: OpenELM) -> _Described:
+    known = _KNOWN.get(model)
+    if known is None or not known.holds():
+        known = _KNOWN[model] = _Described(model)
+    return known
+
+
+def _refuse(path: str, reason: str) -> None:
+    raise ValueError(f"the model can't be described as a stack: {path} {reason}")
+
+
+def _plain(path: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
+    """The module is of one of these very classes, and computes what the class says."""
+    if type(module) not in kinds:
+        _refuse(path, f"must be {kinds[0].__name__}, got {type(module).__name__}")
+    _unhooked(path, module)
+
+
+def _unhooked(path: str, module: nn.Module) -> None:
+    if any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module):
+        _refuse(path, "has hooks or a forward of its own")
+
+
+def _norm(path: str, module: nn.Module, eps: float) -> Tensor:
+    _plain(path, module, reference.RMSNorm, fused.FusedRMSNorm)
+    if module.eps != eps:
+        _refuse(path, f"must have the eps of the others, {eps}, got {module.eps}")
+    return module.weight
+
+
+def _compressed(path: str, module: nn.Module) -> Affine | Packed | None:
+    method = getattr(module, "compressed", None)
+    if method is None:
+        return None
+    _unhooked(path, module)
+    weight = method()
+    if weight is not None and not isinstance(weight, Affine | Packed):
+        _refuse(path, f"gives {type(weight).__name__} as compressed()")
+    return weight
+
+
+def _matrix(path: str, module: nn.Module, *kinds: type[nn.Module]) -> Weight:
+    weight = _compressed(path, module)
+    if weight is not None:
+        return weight
+    if not hasattr(module, "compressed"):
+        _plain(path, module, *kinds)
+    if getattr(module, "bias", None) is not None:
+        _refuse(path, "has a bias")
+    return module.weight
+
+
+def _describe(model: OpenELM) -> Stack:
+    _plain("it", model, OpenELM)
+    eps = model.norm.eps
+    model._place_rope_table(model.norm.weight.device)
+    layers = tuple(
+        _layer(f"layers.{i}", layer, eps, model.config.ffn_with_glu)
+        for i, layer in enumerate(model.layers)
+    )
+    embedding = _matrix("token_embeddings", model.token_embeddings, nn.Embedding)
+    return Stack(
+        embedding=embedding,
+        layers=layers,
+        norm=_norm("norm", model.norm, eps),
+        head=_head(model, embedding),
+        rope_table=model.rope_table,
+        head_dim=model.config.head_dim,
+        gated=model.config.ffn_with_glu,
+        eps=eps,
+    )
+
+
+def _head(model: OpenELM, embedding: Weight) -> Weight:
+    if model.classifier is not None:
+        return _matrix("classifier", model.classifier, nn.Linear, linear.Linear)
+    weight = _compressed("tied_head", model.tied_head)
+    if weight is None and not hasattr(model.tied_head, "compressed"):
+        _plain("tied_head", model.tied_head, reference.TiedHead, linear.TiedHead)
+    return embedding if weight is None else weight
+
+
+def _layer(path: str, layer: nn.Module, eps: float, gated: bool) -> Layer:
+    _plain(path, layer, reference.DecoderLayer, fused.FusedDecoderLayer)
+    attn, ffn = layer.attn, layer.ffn
+    _plain(f"{path}.attn", attn, reference.Attention, fused.FusedAttention)
+    _plain(f"{path}.ffn", ffn, reference.FeedForward, fused.FusedFeedForward)
+    plain = (nn.Linear, linear.Linear)
+    normalised = attn.q_norm is not None
+    return Layer(
+        attn_norm=_norm(f"{path}.attn_norm", layer.attn_norm, eps),
+        qkv_proj=_matrix(f"{path}.attn.qkv_proj", attn.qkv_proj, *plain),
+        q_norm=_norm(f"{path}.attn.q_norm", attn.q_norm, eps) if normalised else None,
+        k_norm=_norm(f"{path}.attn.k_norm", attn.k_norm, eps) if normalised else None,
+        out_proj=_matrix(f"{path}.attn.out_proj", attn.out_proj, *plain),
+        ffn_norm=_norm(f"{path}.ffn_norm", layer.ffn_norm, eps),
+        proj_1=_matrix(f"{path}.ffn.proj_1", ffn.proj_1, *plain),
+        proj_2=_matrix(f"{path}.ffn.proj_2", ffn.proj_2, *plain),
+        q_heads=attn.q_heads,
+        kv_heads=attn.kv_heads,
+    )
+
+
+def _weights(stack: Stack) -> Iterator[Weight]:
+    yield from (stack.embedding, stack.norm, stack.head)
+    for layer in stack.layers:
+        yield from (w for w in layer if isinstance(w, Tensor | Affine | Packed))

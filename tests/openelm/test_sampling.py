@@ -1,0 +1,148 @@
+"""Sampling against the plain formulas, token by token, and the generators of rows."""
+
+import math
+
+import pytest
+import torch
+
+from elmkernels.openelm.sampling import Sampler, Sampling, draw, penalise, warp
+
+VOCAB = 700  # more than the candidates that top_p looks at first
+
+
+def logits_of(rows: int = 4, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, VOCAB, generator=generator) * scale
+
+
+def kept(row: list[float], temperature: float, top_k: int | None, top_p: float | None) -> set[int]:
+    """The tokens that remain, by the definitions, in Python's float64."""
+    order = sorted(range(len(row)), key=lambda i: -row[i])
+    if top_k is not None:
+        least = row[order[min(top_k, len(row)) - 1]]
+        order = [i for i in order if row[i] >= least]
+    weights = [math.exp((row[i] - row[order[0]]) / temperature) for i in order]
+    total, mass, remain = sum(weights), 0.0, set()
+    for i, weight in zip(order, weights, strict=True):
+        if top_p not in (None, 1.0) and mass / total >= top_p:
+            break
+        remain.add(i)
+        mass += weight
+    return remain
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [(None, None), (1, None), (40, None), (VOCAB + 9, None), (None, 0.6), (None, 1.0), (30, 0.8)],
+)
+@pytest.mark.parametrize("scale", [3.0, 0.01])  # the second needs every candidate for top_p
+def test_what_remains(temperature, top_k, top_p, scale):
+    logits = logits_of(scale=scale)
+    got = warp(logits, temperature, top_k, top_p)
+    for row, warped in zip(logits.tolist(), got, strict=True):
+        remain = kept(row, temperature, top_k, top_p)
+        assert set(warped.isfinite().nonzero()[:, 0].tolist()) == remain
+        order = sorted(remain)
+        expected = torch.tensor([row[i] / temperature for i in order], dtype=torch.float64)
+        torch.testing.assert_close(
+            warped[order].double().softmax(-1), expected.softmax(-1), rtol=1e-4, atol=1e-8
+        )
+
+
+def test_top_k_keeps_ties_and_top_p_keeps_one():
+    logits = torch.tensor([[1.0, 5.0, 5.0, 5.0, 0.0]])
+    assert warp(logits, 1.0, 2, None).isfinite().tolist() == [[False, True, True, True, False]]
+    assert warp(logits, 1.0, None, 1e-9).isfinite().sum() == 1
+    exact = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert warp(exact, 1.0, None, 0.6).isfinite().tolist() == [[True, True, False, False]]
+
+
+def test_penalty():
+    logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
+    seen = torch.tensor([[True, True, False, False]])
+    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
+    sampler = Sampler(Sampling(repetition_penalty=1e9), [[2]], 4, torch.device("cpu"))
+    # Each choice is held from then on, and no choice comes twice while another is left.
+    chosen = [sampler(torch.tensor([[4.0, 3.0, 5.0, 2.0]])).item() for _ in range(3)]
+    assert chosen == [0, 1, 3]
+
+
+def test_greedy_is_the_largest_and_no_temperature_is_too_small():
+    logits = logits_of()
+    sampler = Sampler(Sampling(), [[0]] * 4, VOCAB, logits.device)
+    assert torch.equal(sampler(logits), logits.argmax(-1))
+    sampler = Sampler(Sampling(temperature=1e-30), [[0]] * 4, VOCAB, logits.device)
+    assert torch.equal(sampler(logits), logits.argmax(-1))
+
+
+def test_draws_follow_the_probabilities():
+    """Chi-squared over 8 tokens: 7 degrees of freedom exceed 29.9 once in 10,000 seeds."""
+    probabilities = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.08, 0.05, 0.02, 0.0])
+    generator = [torch.Generator().manual_seed(0)]
+    n = 20_000
+    logits = probabilities.log()[None]
+    tokens = torch.cat([draw(logits, generator) for _ in range(n)])
+    counts = tokens.bincount(minlength=8).double()
+    assert counts[7] == 0
+    expected = n * probabilities[:7].double() / probabilities.double().sum()
+    assert ((counts[:7] - expected).square() / expected).sum() < 29.9
+
+
+def test_a_draw_is_the_inverse_of_the_cumulated_probabilities():
+    logits = logits_of(rows=1, scale=1.0)
+    tokens = [draw(logits, [torch.Generator().manual_seed(s)]).item() for s in range(50)]
+    sums = logits[0].double().softmax(-1).cumsum(-1).tolist()
+    for seed, token in enumerate(tokens):
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.rand(1, dtype=torch.float64, generator=generator).item() * sums[-1]
+        assert token == next(i for i, s in enumerate(sums) if s > u)
+    assert len(set(tokens)) > 10
+
+
+def test_rows_draw_alone():
+    """A row's tokens depend on its seed and logits, not on its neighbours."""
+    logits = logits_of()
+    sampling = Sampling(temperature=1.5, seed=[7, 8, 7, 9])
+    together = Sampler(sampling, [[0]] * 4, VOCAB, logits.device)
+    tokens = torch.stack([together(logits) for _ in range(20)], dim=1)
+    for row, seed in enumerate(sampling.seed):
+        alone = Sampler(Sampling(temperature=1.5, seed=seed), [[0]], VOCAB, logits.device)
+        got = [alone(logits[row : row + 1]).item() for _ in range(20)]
+        assert got == tokens[row].tolist()
+    same = Sampler(Sampling(temperature=1.5, seed=7), [[0]] * 4, VOCAB, logits.device)
+    assert torch.equal(same(logits[:1].expand(4, -1))[0], tokens[0, 0])
+
+
+def test_without_a_seed_every_sampler_is_another():
+    logits = torch.zeros(1, VOCAB)
+    rows = []
+    for _ in range(2):
+        sampler = Sampler(Sampling(temperature=1.0), [[0]], VOCAB, logits.device)
+        rows.append([sampler(logits).item() for _ in range(20)])
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": -0.1}, ValueError, "temperature must be at least 0 .*got -0.1"),
+        ({"temperature": math.nan}, ValueError, "temperature must be at least 0 .*got nan"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
+        ({"top_p": 0.0}, ValueError, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, ValueError, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"top_k": 0}, ValueError, "top_k must be a positive integer, got 0"),
+        ({"top_k": 2.0}, ValueError, "top_k must be a positive integer, got 2.0"),
+        ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be positive .*got 0.0"),
+    ],
+)
+def test_wrong_options(options, error, message):
+    with pytest.raises(error, match=message):
+        Sampling(**options)
+
+
+def test_wrong_seeds_and_logits():
+    with pytest.raises(ValueError, match=r"one for each of 2 rows, got \[1\]"):
+        Sampling(seed=[1]).generators(2)
+    with pytest.raises(ValueError, match="got NaN"):
+        draw(torch.full((1, 4), math.nan), [torch.Generator()])
