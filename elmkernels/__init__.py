@@ -1,7 +1,7 @@
 """elmkernels: Apple's OpenELM language models on fused kernels, proved against the reference."""
 
 from . import reference
-from .openelm import OpenELM, OpenELMConfig, accelerate, restore
+from .openelm import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore, unpack
 from .ops import add_rms_norm, attention, qk_norm_rope, rms_norm, swiglu
 from .reference import rope_table
 
@@ -13,10 +13,13 @@ __all__ = [
     "accelerate",
     "add_rms_norm",
     "attention",
+    "pack",
     "qk_norm_rope",
+    "quantize",
     "reference",
     "restore",
     "rms_norm",
     "rope_table",
     "swiglu",
+    "unpack",
 ]

@@ -4,6 +4,8 @@ from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import greedy
 from .model import OpenELM, next_token_loss
+from .pack import pack, unpack
+from .quantize import quantize
 from .swap import Report, accelerate, restore
 
 __all__ = [
@@ -14,5 +16,8 @@ __all__ = [
     "accelerate",
     "greedy",
     "next_token_loss",
+    "pack",
+    "quantize",
     "restore",
+    "unpack",
 ]

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..formats import Weight
+from .compressed import product
+
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
 
@@ -107,7 +110,9 @@ class TiedHead(nn.Module):
         super().__init__()
         self.products = Products(plan)
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        if not isinstance(weight, Tensor):
+            return product(x, weight)
         return self.products(x, weight)
 
     def train(self, mode: bool = True) -> "TiedHead":

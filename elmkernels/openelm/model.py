@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..formats import Weight
 from ..reference import attention, qk_norm_rope, rms_norm, rope_table, swiglu
 from .cache import KVCache
+from .compressed import product, weight_of
 from .config import OpenELMConfig
 
 
@@ -117,8 +119,8 @@ class DecoderLayer(nn.Module):
 class TiedHead(nn.Module):
     """The output projection by another module's weight: no parameters of its own."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        return product(x, weight)
 
 
 class OpenELM(nn.Module):
@@ -200,7 +202,7 @@ class OpenELM(nn.Module):
     @property
     def activation_dtype(self) -> torch.dtype:
         """What a cache must hold: autocast's dtype where it is on, else the weights'."""
-        weight = self.token_embeddings.weight
+        weight = self.norm.weight  # the others may be compressed
         kind = weight.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
@@ -245,7 +247,7 @@ class OpenELM(nn.Module):
             cache.advance(input_ids.shape[1])
         x = self.norm(x[:, -logits_to_keep:])
         if self.classifier is None:
-            return self.tied_head(x, self.token_embeddings.weight)
+            return self.tied_head(x, weight_of(self.token_embeddings))
         return self.classifier(x)
 
     def _context(
@@ -316,7 +318,7 @@ class OpenELM(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._place_rope_table(self.token_embeddings.weight.device)
+        self._place_rope_table(self.norm.weight.device)
         return self
 
 

@@ -1,0 +1,221 @@
+"""bfloat16 without loss in 12 bits a weight: what a model's weights are, in three quarters.
+
+The exponents of a trained (or a random) matrix crowd into a few values: 15 of them, the commonest,
+are coded in 4 bits each, and sign and mantissa keep their byte. The weights with another exponent
+are escapes: a list of their columns and values for each row. Every bit comes back, of inf and nan
+too. `formats.Packed` is the layout, `reference.dense` the way back.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, Packed
+from .compressed import Compressed, CompressedEmbedding, CompressedLinear
+from .convert import Conversion, convert, dense_weight, plain
+from .model import OpenELM
+
+# An escape takes 6 bytes and, in a product, a step of its own where the others go 32 or more at a
+# time: from 1 in 64 on, those steps would be as long as all the rest.
+MAX_ESCAPES = 1 / 64
+_CHUNK = 1 << 20  # weights at a time: the temporaries stay near the core
+
+
+class Table(NamedTuple):
+    """The exponents that have a code, uint8 [16] of ascending values then zeros; how many there
+    are, and how many weights of the matrix have none of them.
+    """
+
+    exponents: np.ndarray
+    size: int
+    escapes: int
+
+
+def count_exponents(w: Tensor) -> Table:
+    """The 15 commonest exponents of a bfloat16 matrix [n, k]; of equally common ones the larger."""
+    counts = np.zeros(256, np.int64)
+    for chunk in _chunks(w):
+        counts += np.bincount(_exponents(chunk).numpy().ravel(), minlength=256)
+    common = sorted(np.flatnonzero(counts), key=lambda e: (-counts[e], -e))[:ESCAPE]
+    table = np.zeros(ESCAPE + 1, np.uint8)
+    table[: len(common)] = sorted(common)
+    return Table(table, len(common), int(counts.sum() - counts[common].sum()))
+
+
+def pack_weight(w: Tensor, table: Table | None = None) -> Packed:
+    """w bfloat16 [n, k] -> its packed form, on the same device; `reference.dense` gives back every
+    bit. table: what `count_exponents` found, if that is known. Raises ValueError for another w.
+    """
+    if w.dim() != 2 or w.dtype != torch.bfloat16:
+        raise ValueError(f"w must be [n, k] of bfloat16, got {list(w.shape)} {w.dtype}")
+    n, k = w.shape
+    if n * k == 0:
+        raise ValueError(f"w must hold weights, got {list(w.shape)}")
+    w = w.detach()
+    table = count_exponents(w) if table is None else table
+    segments = -(-k // SEGMENT_COLUMNS)
+    data = torch.empty(n, segments, SEGMENT_BYTES, dtype=torch.uint8)
+    counts, columns, values = [], [], []
+    start = 0
+    for chunk in _chunks(w):
+        stop = start + chunk.shape[0]
+        codes = _codes(_exponents(chunk), table)
+        _write_segments(chunk, codes, data[start:stop])
+        found = torch.from_numpy(np.flatnonzero(codes.numpy() == ESCAPE))
+        counts.append(torch.bincount(found // k, minlength=chunk.shape[0]))
+        columns.append((found % k).int())
+        values.append(chunk.flatten()[found])
+        start = stop
+    starts = F.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
+    return Packed(
+        data.to(w.device),
+        torch.from_numpy(table.exponents).to(w.device),
+        starts.to(w.device),
+        torch.cat(columns).to(w.device),
+        torch.cat(values).to(w.device),
+        k,
+    )
+
+
+def _chunks(w: Tensor):
+    """Contiguous bfloat16 pieces of w's rows, on the CPU."""
+    rows = max(1, _CHUNK // w.shape[1])
+    for start in range(0, w.shape[0], rows):
+        yield w[start : start + rows].to("cpu").contiguous()
+
+
+def _exponents(w: Tensor) -> Tensor:
+    """uint8: the cast keeps the low 8 bits of sign and exponent."""
+    return (w.view(torch.int16) >> 7).to(torch.uint8)
+
+
+def _codes(exponents: Tensor, table: Table) -> Tensor:
+    """The index of every exponent in the table, ESCAPE where it isn't there.
+
+    A look-up in a table would need an int64 index a weight; the exponents of a matrix are mostly
+    one run of adjacent values, and a run takes a few operations on bytes, which are vectorised.
+    """
+    codes = None
+    values = table.exponents[: table.size].astype(int)
+    breaks = np.flatnonzero(np.diff(values) != 1) + 1
+    for run in np.split(np.arange(table.size), breaks):
+        offset = exponents - int(values[run[0]])  # wraps: those below the run are above it now
+        if codes is None:
+            codes = offset.masked_fill_(offset >= len(run), ESCAPE)
+        else:
+            codes = torch.where(offset < len(run), offset + int(run[0]), codes)
+    return codes
+
+
+def _write_segments(w: Tensor, codes: Tensor, data: Tensor) -> None:
+    bits = w.view(torch.int16)
+    kept = (bits >> 8).bitwise_and_(0x80).bitwise_or_(bits & 0x7F).to(torch.uint8)
+    words = data.view(torch.int64)  # 8 columns each: 16 words of `kept`, 8 of codes
+    words[..., :16].unflatten(-1, (2, 4, 2)).copy_(_interleaved(kept, data.shape[1]))
+    pairs = _interleaved(codes, data.shape[1]).flatten(-2)
+    words[..., 16:] = pairs[:, :, 0] | pairs[:, :, 1] << 4
+
+
+def _interleaved(columns: Tensor, segments: int) -> Tensor:
+    """uint8 [n, k] -> int64 [n, segments, 2, 4, 2], eight columns a word in their place."""
+    padding = segments * SEGMENT_COLUMNS - columns.shape[1]
+    if padding:
+        columns = F.pad(columns, (0, padding))
+    words = columns.view(torch.int64).unflatten(-1, (segments, 2, 2, 4))
+    return words.transpose(-1, -2).contiguous()
+
+
+def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> Conversion:
+    """Pack every bfloat16 projection of an OpenELM model in place, without loss; with embeddings,
+    those of tokens and the output as well. A matrix with more than 1 escape in 64 weights stays
+    as it is and is reported. An accelerated model stays accelerated. progress: show it on a
+    terminal.
+
+    Raises TypeError for another model, ValueError for weights of another dtype and for quantised
+    ones; nothing is changed then. Stopped half way, it can be called again.
+    """
+
+    def check(name: str, module: nn.Module) -> None:
+        if isinstance(module, Compressed):
+            if not isinstance(module, _Packed):
+                raise ValueError(f"{name} must be plain bfloat16, got {type(module).__name__}")
+        elif module.weight.dtype != torch.bfloat16:
+            raise ValueError(f"{name} must be bfloat16 to be packed, got {module.weight.dtype}")
+
+    def make(name: str, module: nn.Module) -> nn.Module | str | None:
+        if isinstance(module, _Packed):
+            return None
+        w = dense_weight(module)
+        table = count_exponents(w)
+        if table.escapes > MAX_ESCAPES * w.numel():
+            return (
+                f"{table.escapes / w.numel():.1%} of its weights have an exponent beside the "
+                f"{ESCAPE} commonest (at most {MAX_ESCAPES:.1%} pay)"
+            )
+        kind = PackedEmbedding if name == "token_embeddings" else PackedLinear
+        return kind(pack_weight(w, table))
+
+    return convert(model, embeddings, "packed", check, make, progress)
+
+
+def unpack(model: OpenELM, *, progress: bool = True) -> Conversion:
+    """Give a packed model its plain bfloat16 modules back (for training, or to be cast), in place.
+
+    Raises TypeError for another model, ValueError for one that holds no packed weights.
+    """
+    if isinstance(model, OpenELM) and not any(isinstance(m, _Packed) for m in model.modules()):
+        raise ValueError("model must hold packed weights to be unpacked, it has none")
+
+    def make(name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, _Packed):
+            return None
+        return plain(module, dense_weight(module), model.config.padding_index)
+
+    return convert(model, True, "unpacked", lambda name, module: None, make, progress)
+
+
+class _Packed(Compressed):
+    """Buffers named as in a checkpoint. They stay what they are when the model is cast."""
+
+    names = ("packed", "exponents", "escape_starts", "escape_columns", "escape_values")
+
+    def __init__(self, weight: Packed) -> None:
+        super().__init__(weight)
+        tensors = (
+            weight.data,
+            weight.exponents,
+            weight.escape_starts,
+            weight.escape_columns,
+            weight.escape_values,
+        )
+        for name, tensor in zip(self.names, tensors, strict=True):
+            self.register_buffer(name, tensor)
+
+    def compressed(self) -> Packed:
+        return Packed(*(getattr(self, name) for name in self.names), self.in_features)
+
+    def _apply(self, fn, recurse=True):
+        before = self.escape_values
+        super()._apply(fn, recurse)
+        if self.escape_values.dtype != torch.bfloat16:
+            self.escape_values = before.to(self.escape_values.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # How many escapes there are is the weight's own: make room for those that come.
+        for name in ("escape_columns", "escape_values"):
+            incoming, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(incoming, Tensor) and incoming.dim() == 1:
+                setattr(self, name, own.new_empty(incoming.shape[0]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class PackedLinear(_Packed, CompressedLinear):
+    """A projection by a packed weight."""
+
+
+class PackedEmbedding(_Packed, CompressedEmbedding):
+    """Token embeddings by a packed weight, and the tied head's weight."""
