@@ -155,8 +155,7 @@ def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> C
                 f"{table.escapes / w.numel():.1%} of its weights have an exponent beside the "
                 f"{ESCAPE} commonest (at most {MAX_ESCAPES:.1%} pay)"
             )
-        kind = PackedEmbedding if name == "token_embeddings" else PackedLinear
-        return kind(pack_weight(w, table))
+        return packed_module(name, pack_weight(w, table))
 
     return convert(model, embeddings, "packed", check, make, progress)
 
@@ -219,3 +218,22 @@ class PackedLinear(_Packed, CompressedLinear):
 
 class PackedEmbedding(_Packed, CompressedEmbedding):
     """Token embeddings by a packed weight, and the tied head's weight."""
+
+
+def packed_module(name: str, weight: Packed) -> PackedLinear | PackedEmbedding:
+    """The module of a model's matrix, by its name in the model."""
+    return (PackedEmbedding if name == "token_embeddings" else PackedLinear)(weight)
+
+
+def check_packed(weight: Packed) -> None:
+    """Raise ValueError where the escapes of a stored weight point outside of it."""
+    starts, columns = weight.escape_starts, weight.escape_columns
+    if starts.device.type == "meta":
+        return
+    count = columns.numel()
+    if weight.escape_values.numel() != count:
+        raise ValueError(f"{count} escape_columns, {weight.escape_values.numel()} escape_values")
+    if int(starts[0]) or int(starts[-1]) != count or bool((starts.diff() < 0).any()):
+        raise ValueError(f"escape_starts must ascend from 0 to {count}")
+    if count and not 0 <= int(columns.min()) <= int(columns.max()) < weight.columns:
+        raise ValueError(f"escape_columns must lie in [0, {weight.columns})")

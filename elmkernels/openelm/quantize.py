@@ -118,7 +118,7 @@ def quantize(
         if isinstance(module, _Quantized):
             return None
         affine = quantize_weight(dense_weight(module), bits, group_size)
-        return (QuantizedEmbedding if name == "token_embeddings" else QuantizedLinear)(affine)
+        return quantized_module(name, affine)
 
     return convert(model, embeddings, f"quantised to {bits} bits", check, make, progress)
 
@@ -157,3 +157,8 @@ class QuantizedLinear(_Quantized, CompressedLinear):
 
 class QuantizedEmbedding(_Quantized, CompressedEmbedding):
     """Token embeddings by a quantised weight, and the tied head's weight."""
+
+
+def quantized_module(name: str, weight: Affine) -> QuantizedLinear | QuantizedEmbedding:
+    """The module of a model's matrix, by its name in the model."""
+    return (QuantizedEmbedding if name == "token_embeddings" else QuantizedLinear)(weight)
