@@ -1,8 +1,11 @@
 """Changing the form of a model's weights in place: what quantize, pack and unpack share."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..reference import dense
@@ -11,6 +14,9 @@ from .linear import Linear, TiedHead
 from .model import OpenELM
 from .progress import progress
 from .swap import PROJECTIONS, accelerate, is_accelerated, restore, set_module
+
+T = TypeVar("T")
+_CHUNK = 1 << 18  # weights at a time
 
 
 @dataclass
@@ -79,6 +85,8 @@ def convert(
             module = model.get_submodule(name)
             if problem := plain_problem(module):
                 raise ValueError(f"{name}: {problem}")
+            if weight_of(module).device.type == "meta":
+                raise ValueError(f"{name} has no weights: it is on the meta device")
             check(name, module)
         for name in progress(names, what) if show else names:
             module = model.get_submodule(name)
@@ -104,12 +112,22 @@ def _options(model: OpenELM) -> dict:
     return {"backend": model.norm.backend, "pack_weights": any(p.packs for p in plans)}
 
 
+def each_chunk(fn: Callable[[slice], T], rows: int, columns: int) -> list[T]:
+    """fn of successive slices of a matrix's rows, by as many threads as torch uses.
+
+    Each thread stays within its core's cache, and waits for no other as it would in every
+    operation that torch divides: on a busy machine that takes many times as long.
+    """
+    size = max(1, _CHUNK // max(1, columns))
+    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(fn, slices))
+
+
 def plain(module: Compressed, weight: Tensor, padding_index: int | None = None) -> nn.Module:
     """nn.Linear or nn.Embedding that holds weight [n, k], in place of a compressed one."""
-    n, k = weight.shape
     if isinstance(module, CompressedEmbedding):
-        fresh = nn.Embedding(n, k, padding_index, device="meta", dtype=weight.dtype)
-    else:
-        fresh = nn.Linear(k, n, bias=False, device="meta", dtype=weight.dtype)
+        return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=padding_index)
+    fresh = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
     fresh.weight = nn.Parameter(weight)
     return fresh

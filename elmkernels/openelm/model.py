@@ -145,8 +145,11 @@ class OpenELM(nn.Module):
         device = torch.get_default_device() if device is None else torch.device(device)
         # Built on "meta" first, so that nn.Linear's own initialisation costs nothing.
         with torch.device("meta"):
-            self.token_embeddings = nn.Embedding(
-                config.vocab_size, config.model_dim, config.padding_index, dtype=dtype
+            # Not nn.Embedding(): its normal_() on "meta" imports half of torch, a second or two.
+            self.token_embeddings = nn.Embedding.from_pretrained(
+                torch.empty(config.vocab_size, config.model_dim, dtype=dtype),
+                freeze=False,
+                padding_idx=config.padding_index,
             )
             self.layers = nn.ModuleList(
                 DecoderLayer(config, i, dtype=dtype) for i in range(config.num_transformer_layers)
@@ -310,11 +313,13 @@ class OpenELM(nn.Module):
         if self.rope_table.device == device and self.rope_table.shape[0]:
             return
         config = self.config
-        made_on = "meta" if device.type == "meta" else "cpu"
+        shape = config.rope_max_length, config.head_dim
+        if device.type == "meta":  # arange there would import half of torch too
+            self.rope_table = torch.empty(shape, dtype=torch.float32, device=device)
+            return
         with torch.inference_mode(False):  # an inference tensor could not be saved for backward
-            self.rope_table = rope_table(
-                config.rope_max_length, config.head_dim, config.rope_freq_constant, device=made_on
-            ).to(device)
+            table = rope_table(*shape, config.rope_freq_constant, device="cpu")
+            self.rope_table = table.to(device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

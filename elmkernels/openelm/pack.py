@@ -11,17 +11,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, Packed
 from .compressed import Compressed, CompressedEmbedding, CompressedLinear
-from .convert import Conversion, convert, dense_weight, plain
+from .convert import Conversion, convert, dense_weight, each_chunk, plain
 from .model import OpenELM
 
 # An escape takes 6 bytes and, in a product, a step of its own where the others go 32 or more at a
 # time: from 1 in 64 on, those steps would be as long as all the rest.
 MAX_ESCAPES = 1 / 64
-_CHUNK = 1 << 20  # weights at a time: the temporaries stay near the core
 
 
 class Table(NamedTuple):
@@ -36,9 +34,8 @@ class Table(NamedTuple):
 
 def count_exponents(w: Tensor) -> Table:
     """The 15 commonest exponents of a bfloat16 matrix [n, k]; of equally common ones the larger."""
-    counts = np.zeros(256, np.int64)
-    for chunk in _chunks(w):
-        counts += np.bincount(_exponents(chunk).numpy().ravel(), minlength=256)
+    histograms = each_chunk(lambda rows: _histogram(_exponents(_bits(w[rows]))), *w.shape)
+    counts = np.sum(histograms, axis=0)
     common = sorted(np.flatnonzero(counts), key=lambda e: (-counts[e], -e))[:ESCAPE]
     table = np.zeros(ESCAPE + 1, np.uint8)
     table[: len(common)] = sorted(common)
@@ -54,78 +51,76 @@ def pack_weight(w: Tensor, table: Table | None = None) -> Packed:
     n, k = w.shape
     if n * k == 0:
         raise ValueError(f"w must hold weights, got {list(w.shape)}")
-    w = w.detach()
     table = count_exponents(w) if table is None else table
     segments = -(-k // SEGMENT_COLUMNS)
-    data = torch.empty(n, segments, SEGMENT_BYTES, dtype=torch.uint8)
-    counts, columns, values = [], [], []
-    start = 0
-    for chunk in _chunks(w):
-        stop = start + chunk.shape[0]
-        codes = _codes(_exponents(chunk), table)
-        _write_segments(chunk, codes, data[start:stop])
-        found = torch.from_numpy(np.flatnonzero(codes.numpy() == ESCAPE))
-        counts.append(torch.bincount(found // k, minlength=chunk.shape[0]))
-        columns.append((found % k).int())
-        values.append(chunk.flatten()[found])
-        start = stop
-    starts = F.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
-    return Packed(
-        data.to(w.device),
-        torch.from_numpy(table.exponents).to(w.device),
-        starts.to(w.device),
-        torch.cat(columns).to(w.device),
-        torch.cat(values).to(w.device),
-        k,
+    data = np.empty((n, segments, SEGMENT_BYTES), np.uint8)
+
+    def encode(rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Write the segments of some rows; the escapes' count by row, columns and bits."""
+        bits = _bits(w[rows])
+        codes = _codes(_exponents(bits), table)
+        _write_segments(bits, codes, data[rows])
+        found = np.flatnonzero(codes == ESCAPE)
+        counts = np.bincount(found // k, minlength=len(bits))
+        return counts, (found % k).astype(np.int32), bits.ravel()[found]
+
+    counts, columns, values = (
+        np.concatenate(t) for t in zip(*each_chunk(encode, n, k), strict=True)
     )
+    starts = np.concatenate(([0], counts.cumsum())).astype(np.int32)
+    tensors = [torch.from_numpy(t) for t in (data, table.exponents, starts, columns, values)]
+    tensors[-1] = tensors[-1].view(torch.bfloat16)
+    return Packed(*(t.to(w.device) for t in tensors), k)
 
 
-def _chunks(w: Tensor):
-    """Contiguous bfloat16 pieces of w's rows, on the CPU."""
-    rows = max(1, _CHUNK // w.shape[1])
-    for start in range(0, w.shape[0], rows):
-        yield w[start : start + rows].to("cpu").contiguous()
+def _bits(w: Tensor) -> np.ndarray:
+    """The bit patterns of bfloat16 weights, int16."""
+    return np.ascontiguousarray(w.detach().to("cpu").view(torch.int16).numpy())
 
 
-def _exponents(w: Tensor) -> Tensor:
+def _exponents(bits: np.ndarray) -> np.ndarray:
     """uint8: the cast keeps the low 8 bits of sign and exponent."""
-    return (w.view(torch.int16) >> 7).to(torch.uint8)
+    return (bits >> 7).astype(np.uint8)
 
 
-def _codes(exponents: Tensor, table: Table) -> Tensor:
+def _histogram(exponents: np.ndarray) -> np.ndarray:
+    """How often each of 256 values occurs; two at a time, since a bin costs more than its byte."""
+    flat = exponents.ravel()
+    pairs = np.bincount(flat[: flat.size & ~1].view(np.uint16), minlength=1 << 16)
+    pairs = pairs.reshape(256, 256)
+    return pairs.sum(0) + pairs.sum(1) + np.bincount(flat[flat.size & ~1 :], minlength=256)
+
+
+def _codes(exponents: np.ndarray, table: Table) -> np.ndarray:
     """The index of every exponent in the table, ESCAPE where it isn't there.
 
     A look-up in a table would need an int64 index a weight; the exponents of a matrix are mostly
     one run of adjacent values, and a run takes a few operations on bytes, which are vectorised.
     """
-    codes = None
-    values = table.exponents[: table.size].astype(int)
-    breaks = np.flatnonzero(np.diff(values) != 1) + 1
-    for run in np.split(np.arange(table.size), breaks):
-        offset = exponents - int(values[run[0]])  # wraps: those below the run are above it now
-        if codes is None:
-            codes = offset.masked_fill_(offset >= len(run), ESCAPE)
-        else:
-            codes = torch.where(offset < len(run), offset + int(run[0]), codes)
+    codes = np.uint8(ESCAPE)
+    values = table.exponents[: table.size]
+    breaks = np.flatnonzero(np.diff(values.astype(int)) != 1) + 1
+    for run in np.split(np.arange(table.size, dtype=np.uint8), breaks):
+        offset = exponents - values[run[0]]  # wraps: what is below the run comes out above it
+        codes = np.where(offset < len(run), offset + run[0], codes)
     return codes
 
 
-def _write_segments(w: Tensor, codes: Tensor, data: Tensor) -> None:
-    bits = w.view(torch.int16)
-    kept = (bits >> 8).bitwise_and_(0x80).bitwise_or_(bits & 0x7F).to(torch.uint8)
-    words = data.view(torch.int64)  # 8 columns each: 16 words of `kept`, 8 of codes
-    words[..., :16].unflatten(-1, (2, 4, 2)).copy_(_interleaved(kept, data.shape[1]))
-    pairs = _interleaved(codes, data.shape[1]).flatten(-2)
-    words[..., 16:] = pairs[:, :, 0] | pairs[:, :, 1] << 4
+def _write_segments(bits: np.ndarray, codes: np.ndarray, data: np.ndarray) -> None:
+    kept = ((bits >> 8) & 0x80 | bits & 0x7F).astype(np.uint8)
+    n, segments, _ = data.shape
+    data[..., :SEGMENT_COLUMNS] = _interleaved(kept, segments).view(np.uint8)
+    halves = _interleaved(codes, segments).reshape(n, segments, 2, -1)
+    data[..., SEGMENT_COLUMNS:] = (halves[:, :, 0] | halves[:, :, 1] << 4).view(np.uint8)
 
 
-def _interleaved(columns: Tensor, segments: int) -> Tensor:
-    """uint8 [n, k] -> int64 [n, segments, 2, 4, 2], eight columns a word in their place."""
-    padding = segments * SEGMENT_COLUMNS - columns.shape[1]
-    if padding:
-        columns = F.pad(columns, (0, padding))
-    words = columns.view(torch.int64).unflatten(-1, (segments, 2, 2, 4))
-    return words.transpose(-1, -2).contiguous()
+def _interleaved(columns: np.ndarray, segments: int) -> np.ndarray:
+    """uint8 [n, k] -> uint64 [n, segments, 16]: eight columns a word, each word in its place."""
+    n, k = columns.shape
+    if padding := segments * SEGMENT_COLUMNS - k:
+        columns = np.pad(columns, ((0, 0), (0, padding)))
+    words = columns.view(np.uint64).reshape(n, segments, 2, 2, 4)
+    return words.swapaxes(-1, -2).reshape(n, segments, -1)
 
 
 def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> Conversion:

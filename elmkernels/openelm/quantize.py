@@ -10,15 +10,15 @@ Per group of 32 or 64 weights of a row, in float32 (MLX's affine mode):
 so that the weight of largest magnitude is exact. Scales and biases are kept in the weights' dtype.
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..formats import BITS, GROUP_SIZES, Affine
 from .compressed import Compressed, CompressedEmbedding, CompressedLinear
-from .convert import Conversion, convert, dense_weight
+from .convert import Conversion, convert, dense_weight, each_chunk
 from .model import OpenELM
 
-_CHUNK = 1 << 20  # weights at a time: the temporaries stay small and near the core
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,41 +35,53 @@ def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 64) -> Affine:
     n, k = w.shape
     if k % group_size:
         raise ValueError(f"k must be a multiple of group_size {group_size}, got {k}")
-    w = w.detach()
-    q = torch.empty(n, k * bits // 8, dtype=torch.uint8, device=w.device)
-    scales, biases = (w.new_empty(n, k // group_size) for _ in range(2))
-    rows = max(1, _CHUNK // max(1, k))
-    for start in range(0, n, rows):
-        chunk = slice(start, start + rows)
-        _quantize_rows(w[chunk], bits, group_size, q[chunk], scales[chunk], biases[chunk])
-    return Affine(q.view(torch.uint32), scales, biases, bits, group_size)
+    q = np.empty((n, k * bits // 8), np.uint8)
+    scales, biases = (torch.empty(n, k // group_size, dtype=w.dtype) for _ in range(2))
+
+    def encode(rows: slice) -> None:
+        values, scale, bias = _quantize_rows(_float32(w[rows]), bits, group_size)
+        if bits == 4:
+            pairs = values.view(np.uint16)  # a + 256 b becomes a + 16 b in its low byte
+            values = (pairs | pairs >> 4).astype(np.uint8)
+        q[rows] = values
+        scales[rows], biases[rows] = torch.from_numpy(scale), torch.from_numpy(bias)
+
+    each_chunk(encode, n, k)
+    words = torch.from_numpy(q).view(torch.uint32)
+    return Affine(*(t.to(w.device) for t in (words, scales, biases)), bits, group_size)
+
+
+def _float32(w: Tensor) -> np.ndarray:
+    w = w.detach().to("cpu")
+    if w.dtype != torch.bfloat16:
+        return w.numpy().astype(np.float32)
+    wide = w.view(torch.int16).numpy().astype(np.int32)
+    return np.left_shift(wide, 16, out=wide).view(np.float32)
 
 
 def _quantize_rows(
-    w: Tensor, bits: int, group_size: int, q: Tensor, scales: Tensor, biases: Tensor
-) -> None:
-    top = 2**bits - 1
-    groups = w.unflatten(1, (-1, group_size)).to(torch.float32, copy=True)
-    low, high = torch.aminmax(groups, dim=-1)
-    if not bool((low.isfinite() & high.isfinite()).all()):
+    w: np.ndarray, bits: int, group_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """w float32 [n, k], which is written to -> q uint8 [n, k]; scale and bias float32."""
+    groups = w.reshape(len(w), -1, group_size)
+    low, high = groups.min(-1), groups.max(-1)
+    if not (np.isfinite(low) & np.isfinite(high)).all():
         raise ValueError("weights must be finite to be quantised, got inf or nan")
-    below = low.abs() > high.abs()
-    scale = ((high - low) / top).clamp_(min=1e-7)
-    scale = torch.where(below, scale, -scale)
-    edge = torch.where(below, low, high)
-    q0 = (edge / scale).round_()
-    there = q0 != 0
-    scale = torch.where(there, edge / q0, scale)
-    bias = edge.masked_fill_(~there, 0)
-    groups.sub_(bias[..., None]).div_(scale[..., None]).round_().clamp_(0, top)
-    values = groups.flatten(1).to(torch.uint8)
-    if bits == 4:
-        pairs = values.view(torch.int16)  # a + 256 b becomes a + 16 b in its low byte
-        q.copy_(pairs.bitwise_or_(pairs >> 4))
-    else:
-        q.copy_(values)
-    scales.copy_(scale)
-    biases.copy_(bias)
+    top = np.float32(2**bits - 1)
+    below = np.abs(low) > np.abs(high)
+    # The range of huge weights may overflow, and MLX goes on with that.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scale = np.maximum((high - low) / top, np.float32(1e-7))
+        scale = np.where(below, scale, -scale)
+        edge = np.where(below, low, high)
+        q0 = np.rint(edge / scale)
+        scale = np.where(q0 != 0, edge / q0, scale)
+    bias = np.where(q0 != 0, edge, np.float32(0))
+    groups -= bias[..., None]
+    groups /= scale[..., None]
+    np.rint(groups, out=groups)
+    np.clip(groups, 0, top, out=groups)
+    return w.astype(np.uint8), scale, bias
 
 
 def check_scheme(bits: int, group_size: int) -> None:

@@ -150,7 +150,7 @@ def write_safetensors(file: Path, weights: Mapping[str, Tensor], what: str) -> N
         out.write(len(text).to_bytes(8, "little") + text)
         for key in progress(order, what):
             weight = weights[key].detach().to("cpu").contiguous()
-            out.write(weight.reshape(-1).view(torch.uint8).numpy())
+            out.write(weight.reshape(-1, 1).view(torch.uint8).numpy())
         _sync_file(out)
 
 

@@ -25,7 +25,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal shapes, dtypes and bits. (torch can't compare uint32; nan is equal to itself here.)"""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(*(t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b)))
+    return torch.equal(
+        *(t.detach().cpu().contiguous().reshape(-1, 1).view(torch.uint8) for t in (a, b))
+    )
 
 
 def assert_same(a: OpenELM, b: OpenELM) -> None:
