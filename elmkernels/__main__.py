@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy
 import torch
 
-from . import __version__
+from . import __version__, convert
 from .backends import BACKENDS, REFERENCE, build_report, choose
 from .console import (
     FAILED,
@@ -66,7 +66,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, help="measurements of each task (default 5)")
     add("--seed", type=int, help="of random weights and tokens (default 0)")
     add("--pack-weights", action="store_true", default=None, help="see accelerate")
-    commands = parser.add_subparsers(dest="command", metavar="info | parity | bench")
+    commands = parser.add_subparsers(dest="command", metavar="info | parity | bench | convert")
     absent = argparse.SUPPRESS
     info = commands.add_parser("info", help="what can run here, and why the rest can't")
     info.add_argument("--gemm", action="store_true", help="measure the projections' routines")
@@ -75,6 +75,7 @@ def _build_parser() -> argparse.ArgumentParser:
     for command in (info, parity, bench):
         command.allow_abbrev = False
         add_shared(command, absent)
+    convert.add_parser(commands)
     for command in (parity, bench):
         command.add_argument("ops", nargs="*", metavar="op", help=", ".join(CASES))
         add_files(command, absent, quick=command is bench)
@@ -281,10 +282,13 @@ def _run(argv: list[str] | None) -> int:
     args = _build_parser().parse_args(argv)
     if args.command is None:
         return _main_job(args)
+    own = {"convert": ("checkpoint", "config")}.get(args.command, ())
     for name in MAIN_ONLY:
-        if getattr(args, name) is not None:
+        if name not in own and getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise WrongInput(f"{option} belongs to the main job, not to {args.command}")
+    if args.command == "convert":
+        return convert.run(args)
     return _info(args) if args.command == "info" else _op_job(args)
 
 

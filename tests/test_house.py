@@ -33,7 +33,7 @@ MAY_IMPORT = {
         {"openelm", "ops", "reference", "checks", "backends", "testing", "formats"},
     ),
 }
-ANYTHING = {"__init__", "__main__", "console"}
+ANYTHING = {"__init__", "__main__", "console", "convert"}
 # What may be imported when a module is: the core dependencies, and Triton by its kernels.
 CORE = {"torch", "numpy", "safetensors"}
 
