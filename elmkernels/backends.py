@@ -110,13 +110,16 @@ _KERNELS: dict[tuple[str, str], Callable] = {}
 _CHOICE: dict[tuple[str, str, str | None], str] = {}
 _OPS: dict[str, tuple[str, ...]] = {}
 
-# Ops that have CUDA C++ kernels; every other backend implements every op.
-CUDA_OPS = ("rms_norm", "add_rms_norm")
+# The ops that a backend has kernels for; the CPU's backends have all.
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "cuda": ("rms_norm", "add_rms_norm"),
+    "triton": ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"),
+}
 
 
 def implements(backend: str, op: str) -> bool:
     """Whether a backend has kernels for an op at all, able to run here or not."""
-    return op in _OPS and (backend != "cuda" or op in CUDA_OPS)
+    return op in _OPS and op in IMPLEMENTED.get(backend, _OPS)
 
 
 def define(op: str, **kernels: tuple[str, Callable]) -> None:

@@ -1,8 +1,8 @@
 // qk_norm_rope: forward moves the q and k columns of qkv once in and once out (and v, with a
 // cache); backward reads qkv, dq, dk, dv and writes dqkv. A token's rotation is loaded once for its
 // heads.
-#include "norm.h"
 #include "op.h"
+#include "rope.h"
 
 namespace {
 
@@ -35,7 +35,6 @@ struct Layer {
   const float* table;
   float eps;
 
-  int64_t half() const { return head_dim / 2; }
   const float* rotation(int64_t token) const { return table + *positions[token] * head_dim; }
 };
 
@@ -44,45 +43,6 @@ void check_index(const char* name, const Tensor& index, int64_t limit, const cha
   for (int64_t i = 0, n = index.numel(); i < n; ++i)
     STD_TORCH_CHECK(*at[i] >= 0 && *at[i] < limit, name, " must be in [0, ", limit, ") (", what,
                     "), got ", *at[i]);
-}
-
-// y = rotate(norm(x)) for one head; `weight` is null where q and k aren't normalised. A head of
-// whole vectors on both halves stays in registers from its load to its store.
-template <class T, class W, class Half>
-inline void head_forward(const T* x, const W* weight, const float* rotation, T* y, Half half,
-                         float eps) {
-  if constexpr (!std::is_integral_v<Half>) {
-    constexpr int kVectors = 2 * Half::value / Vec::size;
-    Vec h[kVectors], squares[2] = {vec(0.0f), vec(0.0f)};
-    for (int i = 0; i < kVectors; ++i) {
-      h[i] = load(x + i * Vec::size, Full{});
-      squares[i % 2] = fma(h[i], h[i], squares[i % 2]);
-    }
-    if (weight != nullptr) {
-      const Vec scale = vec(rstd_of(sum(squares[0] + squares[1]), 2 * half, eps));
-      for (int i = 0; i < kVectors; ++i)
-        h[i] = round_to<W>(round_to<T>(h[i] * scale) * load(weight + i * Vec::size, Full{}));
-    }
-    for (int i = 0; i < kVectors / 2; ++i) {
-      const int64_t at = i * Vec::size;
-      const Vec cos = load(rotation + at, Full{}), sin = load(rotation + half + at, Full{});
-      const Vec a = h[i], b = h[i + kVectors / 2];
-      store(y + at, fnma(b, sin, a * cos), Full{});
-      store(y + half + at, fma(a, sin, b * cos), Full{});
-    }
-  } else {
-    const Vec scale = vec(weight == nullptr ? 1.0f : row_rstd(x, 2 * half, eps));
-    const auto unit = [&](int64_t i, auto part) {
-      const Vec a = load(x + i, part);
-      return weight == nullptr ? a : round_to<W>(round_to<T>(a * scale) * load(weight + i, part));
-    };
-    sweep(half, [&](int64_t i, auto part) {
-      const Vec cos = load(rotation + i, part), sin = load(rotation + half + i, part);
-      const Vec a = unit(i, part), b = unit(half + i, part);
-      store(y + i, fnma(b, sin, a * cos), part);
-      store(y + half + i, fma(a, sin, b * cos), part);
-    });
-  }
 }
 
 // dx for one head, and dweight += du round(z); `du` is scratch of head_dim floats.
@@ -137,11 +97,7 @@ void with_layer(const Tensor& qkv, const Optional& q_weight, const Optional& k_w
                             Tokens<const int64_t>(positions),
                             data<const float>(rotations),
                             static_cast<float>(eps)};
-    switch (layer.head_dim) {
-      case 64: return fn(layer, std::integral_constant<int64_t, 32>{});
-      case 128: return fn(layer, std::integral_constant<int64_t, 64>{});
-      default: return fn(layer, layer.half());
-    }
+    with_half(layer.head_dim, [&](auto half) { fn(layer, half); });
   });
 }
 

@@ -2,8 +2,18 @@
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .decode_step import decode_step
+from .linear import linear
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .swiglu import swiglu
 
-__all__ = ["add_rms_norm", "attention", "qk_norm_rope", "rms_norm", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "decode_step",
+    "linear",
+    "qk_norm_rope",
+    "rms_norm",
+    "swiglu",
+]

@@ -2,6 +2,7 @@
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .decode_step import decode_step
 from .linear import dense, linear
 from .qk_norm_rope import qk_norm_rope, rope_table
 from .rms_norm import rms_norm
@@ -10,6 +11,7 @@ from .swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "decode_step",
     "dense",
     "linear",
     "qk_norm_rope",

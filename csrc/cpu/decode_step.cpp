@@ -1,0 +1,302 @@
+// decode_step: one token of each sequence through a whole decoder, in one parallel region.
+//
+// Every weight is read once, whatever the batch; that is the floor, and the rest hides behind it.
+// A layer is five stages with a barrier after each: qkv_proj, attention (with QK norm, RoPE and the
+// cache write), out_proj, proj_1 with its gate, proj_2. Each member of the team owns a share of the
+// rows of each weight, and normalises the whole (short) input by itself, which is cheaper than one
+// more barrier.
+#include "attend.h"
+#include "dense.h"
+#include "op.h"
+#include "rope.h"
+#include "stream.h"
+#include "team.h"
+
+namespace {
+
+// The columns of a weight in the table that elmkernels/ops/decode_step.py makes.
+constexpr int64_t kWeightFields = 13;
+
+Weight weight_from(const int64_t* f) {
+  Weight w{};
+  w.form = static_cast<Form>(f[0]);
+  w.n = f[1];
+  w.k = f[2];
+  w.row_bytes = f[3];
+  w.data = reinterpret_cast<const uint8_t*>(f[4]);
+  w.element = static_cast<Element>(f[5]);
+  w.scales = reinterpret_cast<const uint8_t*>(f[6]);
+  w.biases = reinterpret_cast<const uint8_t*>(f[7]);
+  w.group = f[8];
+  w.exponents = reinterpret_cast<const uint8_t*>(f[9]);
+  w.escape_starts = reinterpret_cast<const int32_t*>(f[10]);
+  w.escape_columns = reinterpret_cast<const int32_t*>(f[11]);
+  w.escape_values = reinterpret_cast<const uint16_t*>(f[12]);
+  return w;
+}
+
+template <class T>
+struct Layer {
+  Weight qkv_proj, out_proj, proj_1, proj_2;
+  const T *attn_norm, *q_norm, *k_norm, *ffn_norm;
+  int64_t q_heads, kv_heads;
+  T *keys, *values;  // [batch, kv_heads, max_length, head_dim]
+};
+
+template <class T>
+struct Decoder {
+  std::vector<Layer<T>> layers;
+  Weight embedding, head;
+  const T* norm;
+  const float* rope_table;
+  int64_t dim, head_dim, max_length;
+  bool gated;
+  float eps;
+
+  Decoder(const Tensor& table, const Tensor& arena, const Tensor& offsets) {
+    const int64_t count = table.size(0) - 1, width = table.size(1);
+    const int64_t* row = data<const int64_t>(table);
+    const int64_t* at = data<const int64_t>(offsets);
+    const auto pointer = [](int64_t x) { return reinterpret_cast<const T*>(x); };
+    for (int64_t i = 0; i < count; ++i, row += width, at += 2) {
+      const int64_t* rest = row + 4 * kWeightFields;
+      layers.push_back({weight_from(row), weight_from(row + kWeightFields),
+                        weight_from(row + 2 * kWeightFields), weight_from(row + 3 * kWeightFields),
+                        pointer(rest[0]), pointer(rest[1]), pointer(rest[2]), pointer(rest[3]),
+                        rest[4], rest[5], data<T>(arena) + at[0], data<T>(arena) + at[1]});
+    }
+    embedding = weight_from(row);
+    head = weight_from(row + kWeightFields);
+    norm = pointer(row[4 * kWeightFields]);
+    dim = head.k;
+  }
+};
+
+// What the members of the team share: one row for each sequence.
+template <class T>
+struct State {
+  int64_t batch, qkv_width = 0, q_width = 0, ffn = 0;
+  std::vector<T> hidden, qkv, attended, gated;
+
+  State(const Decoder<T>& decoder, int64_t batch) : batch(batch) {
+    for (const Layer<T>& layer : decoder.layers) {
+      qkv_width = std::max(qkv_width, layer.qkv_proj.n);
+      q_width = std::max(q_width, layer.out_proj.k);
+      ffn = std::max(ffn, layer.proj_2.k);
+    }
+    hidden.resize(batch * decoder.dim);
+    qkv.resize(batch * qkv_width);
+    attended.resize(batch * q_width);
+    gated.resize(batch * ffn);
+  }
+};
+
+constexpr int64_t kBlock = 64;  // rows of a weight between two roundings of their sums
+
+// What one member needs for itself. Nothing is allocated inside the parallel region.
+template <class T>
+struct Scratch {
+  int batch;  // as compiled
+  Activations activations;
+  std::vector<T> normed, queries;
+  std::vector<float> sums, more_sums, attention;
+
+  static int64_t widest(const Decoder<T>& d, const State<T>& s) {
+    return std::max({d.dim, s.q_width, s.ffn});
+  }
+
+  Scratch(const Decoder<T>& decoder, const State<T>& state)
+      : batch(compiled_batch(state.batch)),
+        activations(state.batch, widest(decoder, state), widest(decoder, state) / 32),
+        normed(decoder.dim),
+        sums(batch * kBlock),
+        more_sums(batch * kBlock) {
+    int64_t group = 1;
+    for (const Layer<T>& layer : decoder.layers)
+      group = std::max(group, layer.q_heads / layer.kv_heads);
+    queries.resize(group * decoder.head_dim);
+    attention.resize(attend_scratch(group, decoder.head_dim));
+    // Rows that the compiled batch has too many repeat the last one.
+    while (static_cast<int>(activations.rows.size()) < batch)
+      activations.rows.push_back(activations.rows.back());
+  }
+};
+
+template <class T>
+class Step {
+ public:
+  Step(const Decoder<T>& decoder, State<T>& state, Scratch<T>& own, Member member,
+       const int64_t* positions, T* logits)
+      : decoder_(decoder),
+        state_(state),
+        own_(own),
+        member_(member),
+        positions_(positions),
+        logits_(logits) {}
+
+  void run() {
+    for (const Layer<T>& layer : decoder_.layers) {
+      arrange_normed(layer.attn_norm, layer.qkv_proj);
+      rows(layer.qkv_proj, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
+        rounded(sums, count, state_.qkv.data() + b * state_.qkv_width + r);
+      });
+      member_.wait();
+      attend(layer);
+      member_.wait();
+      arrange_rows(state_.attended.data(), state_.q_width, layer.out_proj);
+      add_to_hidden(layer.out_proj);
+      member_.wait();
+      arrange_normed(layer.ffn_norm, layer.proj_1);
+      feed_forward(layer.proj_1);
+      member_.wait();
+      arrange_rows(state_.gated.data(), state_.ffn, layer.proj_2);
+      add_to_hidden(layer.proj_2);
+      member_.wait();
+    }
+    arrange_normed(decoder_.norm, decoder_.head);
+    rows(decoder_.head, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
+      rounded(sums, count, logits_ + b * decoder_.head.n + r);
+    });
+  }
+
+ private:
+  static void rounded(const float* sums, int64_t count, T* out) {
+    sweep(count, [&](int64_t i, auto part) { store(out + i, load(sums + i, part), part); });
+  }
+
+  void arrange_rows(const T* x, int64_t stride, const Weight& w) {
+    for (int64_t b = 0; b < state_.batch; ++b) arrange(w, x + b * stride, own_.activations.rows[b]);
+  }
+
+  void arrange_normed(const T* weight, const Weight& w) {
+    const int64_t n = decoder_.dim;
+    for (int64_t b = 0; b < state_.batch; ++b) {
+      const T* x = state_.hidden.data() + b * n;
+      norm_row(x, weight, own_.normed.data(), n, row_rstd(x, n, decoder_.eps));
+      arrange(w, own_.normed.data(), own_.activations.rows[b]);
+    }
+  }
+
+  void sums_of(const Weight& w, int64_t begin, int64_t end, float* out) {
+    stream<T>(w, own_.batch, own_.activations.rows.data(), begin, end, out, kBlock);
+  }
+
+  // done(b, first row, rows, sums) for this member's share of a weight's rows.
+  template <class Done>
+  void rows(const Weight& w, Done&& done) {
+    const int64_t end = member_.last(w.n);
+    for (int64_t r = member_.first(w.n); r < end; r += kBlock) {
+      const int64_t count = std::min(kBlock, end - r);
+      sums_of(w, r, r + count, own_.sums.data());
+      for (int64_t b = 0; b < state_.batch; ++b) done(b, r, count, own_.sums.data() + b * kBlock);
+    }
+  }
+
+  void add_to_hidden(const Weight& w) {
+    rows(w, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
+      T* x = state_.hidden.data() + b * decoder_.dim + r;
+      sweep(count, [&](int64_t i, auto part) {
+        store(x + i, load(x + i, part) + round_to<T>(load(sums + i, part)), part);
+      });
+    });
+  }
+
+  void feed_forward(const Weight& w) {
+    const int64_t ffn = decoder_.gated ? w.n / 2 : w.n, end = member_.last(ffn);
+    for (int64_t r = member_.first(ffn); r < end; r += kBlock) {
+      const int64_t count = std::min(kBlock, end - r);
+      // Blocks of rows, so that gate and up are two long streams and not two short ones.
+      sums_of(w, r, r + count, own_.sums.data());
+      if (decoder_.gated) sums_of(w, ffn + r, ffn + r + count, own_.more_sums.data());
+      for (int64_t b = 0; b < state_.batch; ++b) {
+        const float *gate = own_.sums.data() + b * kBlock, *up = own_.more_sums.data() + b * kBlock;
+        T* out = state_.gated.data() + b * state_.ffn + r;
+        sweep(count, [&](int64_t i, auto part) {
+          const Vec g = round_to<T>(load(gate + i, part));
+          const Vec silu = round_to<T>(g * sigmoid(g, T{}));
+          store(out + i, decoder_.gated ? silu * round_to<T>(load(up + i, part)) : silu, part);
+        });
+      }
+    }
+  }
+
+  // QK norm, RoPE, the cache write and attention of this member's share of key/value heads.
+  void attend(const Layer<T>& layer) {
+    const int64_t heads = state_.batch * layer.kv_heads, d = decoder_.head_dim;
+    for (int64_t i = member_.first(heads); i < member_.last(heads); ++i)
+      with_half(
+          d, [&](auto half) { attend_head(layer, i / layer.kv_heads, i % layer.kv_heads, half); });
+  }
+
+  template <class Half>
+  void attend_head(const Layer<T>& layer, int64_t b, int64_t head, Half half) {
+    const int64_t d = decoder_.head_dim, group = layer.q_heads / layer.kv_heads;
+    const int64_t position = positions_[b];
+    const float* rotation = decoder_.rope_table + position * d;
+    const T* qkv = state_.qkv.data() + b * state_.qkv_width;
+    const int64_t cached = (b * layer.kv_heads + head) * decoder_.max_length * d;
+    T *keys = layer.keys + cached, *values = layer.values + cached;
+    head_forward(qkv + (layer.q_heads + head) * d, layer.k_norm, rotation, keys + position * d,
+                 half, decoder_.eps);
+    std::memcpy(values + position * d, qkv + (layer.q_heads + layer.kv_heads + head) * d,
+                d * sizeof(T));
+    T* queries = own_.queries.data();
+    for (int64_t g = 0; g < group; ++g)
+      head_forward(qkv + (head * group + g) * d, layer.q_norm, rotation, queries + g * d, half,
+                   decoder_.eps);
+    T* out = state_.attended.data() + b * state_.q_width + head * group * d;
+    attend_token(queries, group, d, keys, d, values, d, position + 1, d,
+                 1.0f / std::sqrt(static_cast<float>(d)), out, d, own_.attention.data());
+  }
+
+  const Decoder<T>& decoder_;
+  State<T>& state_;
+  Scratch<T>& own_;
+  const Member member_;
+  const int64_t* positions_;
+  T* logits_;
+};
+
+void check_within(const char* name, const Tensor& index, int64_t limit, const char* what) {
+  const int64_t* at = data<const int64_t>(index);
+  for (int64_t i = 0; i < index.numel(); ++i)
+    STD_TORCH_CHECK(at[i] >= 0 && at[i] < limit, name, " must be in [0, ", limit, ") (", what,
+                    "), got ", at[i]);
+}
+
+Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
+                       Tensor arena, const Tensor& offsets, const Tensor& rope_table,
+                       int64_t max_length, int64_t vocab_size, bool gated, double eps) {
+  const int64_t batch = tokens.size(0);
+  Tensor logits = output(arena, {batch, vocab_size});
+  with_dtype(arena, [&](auto t) {
+    using T = decltype(t);
+    Decoder<T> decoder(table, arena, offsets);
+    decoder.rope_table = data<const float>(rope_table);
+    decoder.head_dim = rope_table.size(1);
+    decoder.max_length = max_length;
+    decoder.gated = gated;
+    decoder.eps = static_cast<float>(eps);
+    check_within("tokens", tokens, decoder.embedding.n, "the vocabulary");
+    check_within("positions", positions, rope_table.size(0), "rope_table's length");
+    check_within("positions", positions, max_length, "the cache's max_length");
+    State<T> state(decoder, batch);
+    for (int64_t b = 0; b < batch; ++b)
+      dense_row(decoder.embedding, data<const int64_t>(tokens)[b],
+                state.hidden.data() + b * decoder.dim);
+    const int threads = static_cast<int>(torch::stable::get_num_threads());
+    std::vector<Scratch<T>> scratch;
+    scratch.reserve(threads);
+    for (int i = 0; i < threads; ++i) scratch.emplace_back(decoder, state);
+    with_team(threads, [&](Member member) {
+      Step<T>(decoder, state, scratch[member.index], member, data<const int64_t>(positions),
+              data<T>(logits))
+          .run();
+    });
+  });
+  return logits;
+}
+
+}  // namespace
+
+ELMKERNELS_IMPL(m) { m.impl("decode_step_fwd", TORCH_BOX(&decode_step_fwd)); }

@@ -1,0 +1,106 @@
+// linear: few rows of activations against a weight in any form, whose bytes are read once; and the
+// dense matrix that a compressed weight stands for.
+#include "dense.h"
+#include "op.h"
+#include "stream.h"
+
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+Element element_of(const Tensor& x) {
+  switch (dtype_of(x)) {
+    case ScalarType::BFloat16: return Element::BFloat16;
+    case ScalarType::Half: return Element::Half;
+    default: return Element::Float;
+  }
+}
+
+// The parts of a weight as elmkernels/ops/linear.py passes them: `bits` is 0 for a plain tensor,
+// 8 or 4 for an affine one and 12 for a packed one; rows of `data` may have any stride.
+Weight weight_of(const Tensor& data, const Optional& scales, const Optional& biases,
+                 const Optional& exponents, const Optional& starts, const Optional& columns,
+                 const Optional& values, int64_t k, int64_t bits) {
+  Weight w{};
+  w.n = data.size(0);
+  w.k = k;
+  w.data = static_cast<const uint8_t*>(data.data_ptr());
+  if (bits == 0) {
+    w.form = static_cast<Form>(element_of(data));
+    w.row_bytes = data.stride(0) * (w.form == Form::Float ? 4 : 2);
+  } else if (bits == 12) {
+    w.form = Form::Packed;
+    w.row_bytes = data.stride(0);
+    w.exponents = ::data<const uint8_t>(*exponents);
+    w.escape_starts = ::data<const int32_t>(*starts);
+    w.escape_columns = ::data<const int32_t>(*columns);
+    w.escape_values = ::data<const uint16_t>(*values);
+  } else {
+    w.form = bits == 8 ? Form::Affine8 : Form::Affine4;
+    w.row_bytes = data.stride(0) * 4;
+    w.element = element_of(*scales);
+    w.scales = ::data<const uint8_t>(*scales);
+    w.biases = ::data<const uint8_t>(*biases);
+    w.group = k / scales->size(1);
+  }
+  return w;
+}
+
+Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional biases,
+                  Optional exponents, Optional starts, Optional columns, Optional values,
+                  int64_t bits) {
+  const Rows<const uint8_t> shape(x);  // only its counts are used
+  const int64_t batch = shape.count, k = shape.width;
+  const Weight w = weight_of(data, scales, biases, exponents, starts, columns, values, k, bits);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = w.n;
+  Tensor y = output(x, sizes);
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    const Rows<const T> in(x);
+    T* out = ::data<T>(y);
+    parallel_rows(w.n, k, [&](int64_t begin, int64_t end) {
+      Activations room(kMaxBatch, w);
+      for (int64_t first = 0; first < batch; first += kMaxBatch) {
+        const int64_t count = std::min<int64_t>(kMaxBatch, batch - first);
+        const int compiled = compiled_batch(count);
+        for (int64_t b = 0; b < compiled; ++b)
+          arrange(w, in[first + std::min(b, count - 1)], room.rows[b]);
+        constexpr int64_t block = 256;  // rows whose floats wait in L1 for their rounding
+        float sums[kMaxBatch * block];
+        for (int64_t r = begin; r < end; r += block) {
+          const int64_t rows = std::min(block, end - r);
+          stream<T>(w, compiled, room.rows.data(), r, r + rows, sums, block);
+          for (int64_t b = 0; b < count; ++b)
+            sweep(rows, [&](int64_t i, auto part) {
+              store(out + (first + b) * w.n + r + i, load(sums + b * block + i, part), part);
+            });
+        }
+      }
+    });
+  });
+  return y;
+}
+
+// Rows [begin, end) as `like`'s dtype; a packed weight is always bfloat16.
+Tensor linear_dense(const Tensor& like, const Tensor& data, Optional scales, Optional biases,
+                    Optional exponents, Optional starts, Optional columns, Optional values,
+                    int64_t bits, int64_t k, int64_t begin, int64_t end) {
+  const Weight w = weight_of(data, scales, biases, exponents, starts, columns, values, k, bits);
+  Tensor y = output(like, {end - begin, k});
+  with_dtype(like, [&](auto t) {
+    using T = decltype(t);
+    T* out = ::data<T>(y);
+    parallel_rows(end - begin, k, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) dense_row(w, begin + r, out + r * k);
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+ELMKERNELS_IMPL(m) {
+  m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+  m.impl("linear_dense", TORCH_BOX(&linear_dense));
+}

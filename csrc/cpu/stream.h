@@ -1,0 +1,228 @@
+// Products of few activation rows with a weight that streams from memory, each byte of it once.
+//
+// A row of the weight at a time: one contiguous stream reads at the memory's full speed, where four
+// rows side by side reached 80% of it. `Batch` activation rows share the pass. What a row's sum
+// does, in which order, depends on nothing but k: not on the batch, nor on the number of threads;
+// and Packed sums in the very order of BFloat16, so that both give the same bits.
+#pragma once
+
+#include "weight.h"
+
+// Two accumulators for each activation row.
+template <int Batch>
+struct Sums {
+  Vec even[Batch], odd[Batch];
+  Sums() {
+    for (int b = 0; b < Batch; ++b) even[b] = odd[b] = vec(0.0f);
+  }
+  void store_to(float* out, int64_t stride) const {
+    for (int b = 0; b < Batch; ++b) out[b * stride] = sum(even[b] + odd[b]);
+  }
+};
+
+// out[b * stride + r - begin] = row r of w times activation b, for rows [begin, end).
+template <int Batch, class T>
+void stream_dense(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                  int64_t stride) {
+  constexpr int64_t step = 2 * Vec::size;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* row = reinterpret_cast<const T*>(w.row(r));
+    Sums<Batch> sums;
+    int64_t c = 0;
+    for (; c + step <= w.k; c += step) {
+      const Vec first = load(row + c, Full{}), second = load(row + c + Vec::size, Full{});
+      for (int b = 0; b < Batch; ++b) {
+        sums.even[b] = fma(first, load(x[b].values + c, Full{}), sums.even[b]);
+        sums.odd[b] = fma(second, load(x[b].values + c + Vec::size, Full{}), sums.odd[b]);
+      }
+    }
+    for (; c < w.k; c += Vec::size) {
+      const Tail tail{std::min<int64_t>(Vec::size, w.k - c)};
+      const Vec part = tail.count == Vec::size ? load(row + c, Full{}) : load(row + c, tail);
+      for (int b = 0; b < Batch; ++b)
+        sums.even[b] = fma(part, load(x[b].values + c, Full{}), sums.even[b]);
+    }
+    sums.store_to(out + r - begin, stride);
+  }
+}
+
+template <int Batch, class P>
+void stream_bf16(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                 int64_t stride) {
+  constexpr int64_t step = 2 * Words::size;
+  for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* row = w.row(r);
+    Sums<Batch> sums;
+    const auto add = [&](int64_t c, Words first, Words second) {
+      for (int b = 0; b < Batch; ++b) {
+        const P* at = reinterpret_cast<const P*>(x[b].values) + c;
+        sums.even[b] = dot(first, at, sums.even[b]);
+        sums.odd[b] = dot(second, at + Words::size, sums.odd[b]);
+      }
+    };
+    int64_t c = 0;
+    for (; c + step <= w.k; c += step)
+      add(c, load_words(row + 2 * c, Full{}), load_words(row + 2 * (c + Words::size), Full{}));
+    if (c < w.k) {
+      const int64_t left = w.k - c, more = std::max<int64_t>(0, left - Words::size);
+      const auto part = [&](int64_t at, int64_t count) {
+        return count == Words::size ? load_words(row + 2 * at, Full{})
+                                    : load_words(row + 2 * at, Tail{count});
+      };
+      add(c, part(c, left - more), part(c + Words::size, more));
+    }
+    sums.store_to(out + r - begin, stride);
+  }
+}
+
+template <int Batch, class P>
+void stream_packed(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                   int64_t stride) {
+  constexpr int kWords = kSegmentColumns / Words::size;
+  const Exponents table(w.exponents);
+  for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* segment = w.row(r);
+    Sums<Batch> sums;
+    int32_t escape = w.escape_starts[r];
+    const int32_t last = w.escape_starts[r + 1];
+    for (int64_t c = 0; c < w.k; c += kSegmentColumns, segment += kSegmentBytes) {
+      Words words[kWords];
+      unpack_segment(segment, table, words);
+      if (escape < last && w.escape_columns[escape] < c + kSegmentColumns) {
+        // About 1 segment in 60 of normally distributed weights.
+        uint16_t patched[kSegmentColumns];
+        for (int i = 0; i < kWords; ++i) store_words(patched + i * Words::size, words[i]);
+        for (; escape < last && w.escape_columns[escape] < c + kSegmentColumns; ++escape)
+          patched[w.escape_columns[escape] - c] = w.escape_values[escape];
+        for (int i = 0; i < kWords; ++i) words[i] = load_words(patched + i * Words::size, Full{});
+      }
+      for (int b = 0; b < Batch; ++b) {
+        const P* at = reinterpret_cast<const P*>(x[b].values) + c;
+        for (int i = 0; i < kWords; i += 2) {
+          sums.even[b] = dot(words[i], at + i * Words::size, sums.even[b]);
+          sums.odd[b] = dot(words[i + 1], at + (i + 1) * Words::size, sums.odd[b]);
+        }
+      }
+    }
+    sums.store_to(out + r - begin, stride);
+  }
+}
+
+// The affine forms: per group s (q . x) + b sum(x), the sums of x being ready. With q - z for q and
+// b + s z for b it is the same product, and centred codes (z = 128 or 8) keep the two terms small:
+// in float32 that is worth two bits. Where pairs are bfloat16 nibbles come as 16 + q (z = -16),
+// which one shift and one logical instruction make.
+template <int Batch, class S>
+void stream_affine8(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                    int64_t stride) {
+  const int64_t groups = w.groups();
+  for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* row = w.row(r);
+    const S* scales = reinterpret_cast<const S*>(w.scales) + r * groups;
+    const S* biases = reinterpret_cast<const S*>(w.biases) + r * groups;
+    Sums<Batch> sums;
+    sweep(groups, [&](int64_t first, auto part) {
+      alignas(64) float scale[Vec::size];
+      store(scale, load(scales + first, part), Full{});
+      const Vec bias = fma(load(scales + first, part), vec(128.0f), load(biases + first, part));
+      for (int b = 0; b < Batch; ++b)
+        sums.odd[b] = fma(bias, load(x[b].sums + first, part), sums.odd[b]);
+      const int64_t count = std::min<int64_t>(Vec::size, groups - first);
+      for (int64_t g = 0; g < count; ++g) {
+        const int64_t from = (first + g) * w.group;
+        Vec dots[Batch];
+        for (int b = 0; b < Batch; ++b) dots[b] = vec(0.0f);
+        for (int64_t c = from; c < from + w.group; c += Vec::size) {
+          const Vec q = load_bytes_less_128(row + c);
+          for (int b = 0; b < Batch; ++b) dots[b] = fma(q, load(x[b].values + c, Full{}), dots[b]);
+        }
+        const Vec s = vec(scale[g]);
+        for (int b = 0; b < Batch; ++b) sums.even[b] = fma(s, dots[b], sums.even[b]);
+      }
+    });
+    sums.store_to(out + r - begin, stride);
+  }
+}
+
+template <int Batch, class P, class S>
+void stream_affine4(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                    int64_t stride) {
+  constexpr int64_t block = 4 * Words::size;  // columns of one load
+  constexpr bool centred = std::is_same_v<P, float>;
+  constexpr float zero = centred ? 8.0f : -16.0f;
+  const int64_t groups = w.groups();
+  const int log2_run = w.group == 64 ? 3 : 2;  // 32-bit lanes, of 8 columns, to a group
+  const int64_t groups_a_block = block / w.group;
+  for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* row = w.row(r);
+    const S* scales = reinterpret_cast<const S*>(w.scales) + r * groups;
+    const S* biases = reinterpret_cast<const S*>(w.biases) + r * groups;
+    Sums<Batch> sums;
+    sweep(groups, [&](int64_t first, auto part) {
+      const Vec scale = load(scales + first, part);
+      const Vec bias = fma(scale, vec(zero), load(biases + first, part));
+      for (int b = 0; b < Batch; ++b)
+        sums.odd[b] = fma(bias, load(x[b].sums + first, part), sums.odd[b]);
+      const int64_t count = std::min<int64_t>(Vec::size, groups - first);
+      for (int64_t g = 0; g < count; g += groups_a_block) {
+        const int64_t c = (first + g) * w.group, left = w.k - c;
+        const Words raw = left >= block ? load_words(row + c / 2, Full{})
+                                        : load_words(row + c / 2, Tail{left / 4});
+        const Words q[4] = {sixteen_plus_nibble<0>(raw), sixteen_plus_nibble<1>(raw),
+                            sixteen_plus_nibble<2>(raw), sixteen_plus_nibble<3>(raw)};
+        const Vec s = spread(scale, static_cast<int>(g), log2_run);
+        for (int b = 0; b < Batch; ++b) {
+          const P* at = reinterpret_cast<const P*>(x[b].values) + c;
+          Vec dots = vec(0.0f);
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (centred)
+              dots = dot_less_24(q[i], at + i * Words::size, dots);
+            else
+              dots = dot(q[i], at + i * Words::size, dots);
+          }
+          sums.even[b] = fma(s, dots, sums.even[b]);
+        }
+      }
+    });
+    sums.store_to(out + r - begin, stride);
+  }
+}
+
+template <int Batch, class T>
+void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                 int64_t stride) {
+  using P = Lanes<T>;
+  switch (w.form) {
+    case Form::Float: return stream_dense<Batch, float>(w, x, begin, end, out, stride);
+    case Form::Half: return stream_dense<Batch, fp16>(w, x, begin, end, out, stride);
+    case Form::BFloat16: return stream_bf16<Batch, P>(w, x, begin, end, out, stride);
+    case Form::Packed: return stream_packed<Batch, P>(w, x, begin, end, out, stride);
+    case Form::Affine8:
+      return with_element(w.element, [&](auto s) {
+        stream_affine8<Batch, decltype(s)>(w, x, begin, end, out, stride);
+      });
+    case Form::Affine4:
+      return with_element(w.element, [&](auto s) {
+        stream_affine4<Batch, P, decltype(s)>(w, x, begin, end, out, stride);
+      });
+  }
+}
+
+// Up to this many activation rows share one pass over the weight.
+constexpr int kMaxBatch = 8;
+// A batch is rounded up to one that is compiled: the rows added are computed for nothing.
+inline int compiled_batch(int64_t batch) {
+  return batch <= 2 ? static_cast<int>(batch) : batch <= 4 ? 4 : 8;
+}
+
+// The product for a batch of activations of type T, `x` and `out` being compiled_batch() long.
+template <class T>
+inline void stream(const Weight& w, int batch, const Activation* x, int64_t begin, int64_t end,
+                   float* out, int64_t stride) {
+  switch (batch) {
+    case 1: return stream_rows<1, T>(w, x, begin, end, out, stride);
+    case 2: return stream_rows<2, T>(w, x, begin, end, out, stride);
+    case 4: return stream_rows<4, T>(w, x, begin, end, out, stride);
+    default: return stream_rows<8, T>(w, x, begin, end, out, stride);
+  }
+}

@@ -1,0 +1,190 @@
+// What streaming products do with compressed weights, beside vec.h the only SIMD: bfloat16 lanes in
+// pairs, codes of 8 and 4 bits, packed exponents.
+#pragma once
+
+#include "vec.h"
+
+#if defined(__AVX512F__)
+
+// Bfloat16 lanes in pairs: each 32-bit lane meets one lane of a Vec.
+struct Words {
+  __m512i v;
+  static constexpr int64_t size = 32;
+};
+
+inline Words load_words(const void* p, Full) { return {_mm512_loadu_si512(p)}; }
+inline Words load_words(const void* p, Tail t) {
+  return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << t.count) - 1), p)};
+}
+inline void store_words(void* p, Words w) { _mm512_storeu_si512(p, w.v); }
+inline void store_words(void* p, Words w, Tail t) {
+  _mm512_mask_storeu_epi16(p, static_cast<__mmask32>((1ull << t.count) - 1), w.v);
+}
+inline Vec even_lanes(Words w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}; }
+inline Vec odd_lanes(Words w) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(0xffff0000)))};
+}
+// 16 + q in bfloat16 for nibble `Phase` of each 16-bit lane: q goes to the top of the mantissa.
+template <int Phase>
+inline Words sixteen_plus_nibble(Words w) {
+  __m512i moved;
+  if constexpr (Phase == 0)
+    moved = _mm512_slli_epi16(w.v, 3);
+  else
+    moved = _mm512_srli_epi16(w.v, 4 * Phase - 3);
+  // (moved & 0x78) | 0x4180
+  return {
+      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), 0xea)};
+}
+// The floats of unsigned bytes less 128, and of the nibbles of 32-bit words.
+inline Vec load_bytes_less_128(const uint8_t* p) {
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i s = _mm_xor_si128(b, _mm_set1_epi8(static_cast<char>(0x80)));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(s))};
+}
+inline Vec load_nibbles(const uint8_t* p) {
+  int64_t words;
+  std::memcpy(&words, p, 8);
+  // Words 0 and 1 in the even and odd lanes of 32 bits: each of them to eight lanes.
+  const __m512i spread = _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(words));
+  const __m512i shifts =
+      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(spread, shifts), _mm512_set1_epi32(15));
+  return {_mm512_cvtepi32_ps(q)};
+}
+// Lane i of the result is lane first + i / run of a (run 4, 8 or 16).
+inline Vec spread(Vec a, int first, int log2_run) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i from = _mm512_add_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(log2_run)),
+                                        _mm512_set1_epi32(first));
+  return {_mm512_permutexvar_ps(from, a.v)};
+}
+
+// A table of 16 exponents, as the two bytes of a bfloat16 that hold them.
+struct Exponents {
+  __m512i high, low;
+  explicit Exponents(const uint8_t* table) {
+    const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    const __m128i half = _mm_and_si128(_mm_srli_epi16(e, 1), _mm_set1_epi8(0x7f));
+    const __m128i bit = _mm_and_si128(_mm_slli_epi16(e, 7), _mm_set1_epi8(static_cast<char>(0x80)));
+    high = _mm512_broadcast_i32x4(half);
+    low = _mm512_broadcast_i32x4(bit);
+  }
+};
+// The 128 weights of a packed segment, in order.
+inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out)[4]) {
+  const __m512i pairs = _mm512_loadu_si512(p + 128), nibble = _mm512_set1_epi8(15);
+  const __m512i codes[2] = {_mm512_and_si512(pairs, nibble),
+                            _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble)};
+  for (int i = 0; i < 2; ++i) {
+    const __m512i bytes = _mm512_loadu_si512(p + 64 * i), mask = _mm512_set1_epi8(0x7f);
+    // sign from the byte, exponent bits from the table; exponent's last bit, mantissa.
+    const __m512i high =
+        _mm512_ternarylogic_epi32(bytes, mask, _mm512_shuffle_epi8(table.high, codes[i]), 0xba);
+    const __m512i low =
+        _mm512_ternarylogic_epi32(bytes, mask, _mm512_shuffle_epi8(table.low, codes[i]), 0xea);
+    out[2 * i] = {_mm512_unpacklo_epi8(low, high)};
+    out[2 * i + 1] = {_mm512_unpackhi_epi8(low, high)};
+  }
+}
+
+#else
+
+struct Words {
+  __m256i v;
+  static constexpr int64_t size = 16;
+};
+
+inline Words load_words(const void* p, Full) {
+  return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+}
+inline Words load_words(const void* p, Tail t) {
+  uint16_t part[Words::size] = {};
+  std::memcpy(part, p, t.count * 2);
+  return load_words(part, Full{});
+}
+inline void store_words(void* p, Words w) { _mm256_storeu_si256(static_cast<__m256i*>(p), w.v); }
+inline void store_words(void* p, Words w, Tail t) {
+  uint16_t part[Words::size];
+  store_words(part, w);
+  std::memcpy(p, part, t.count * 2);
+}
+inline Vec even_lanes(Words w) { return {_mm256_castsi256_ps(_mm256_slli_epi32(w.v, 16))}; }
+inline Vec odd_lanes(Words w) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(0xffff0000)))};
+}
+template <int Phase>
+inline Words sixteen_plus_nibble(Words w) {
+  __m256i moved;
+  if constexpr (Phase == 0)
+    moved = _mm256_slli_epi16(w.v, 3);
+  else
+    moved = _mm256_srli_epi16(w.v, 4 * Phase - 3);
+  return {
+      _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi16(0x78)), _mm256_set1_epi16(0x4180))};
+}
+inline Vec load_bytes_less_128(const uint8_t* p) {
+  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i s = _mm_xor_si128(b, _mm_set1_epi8(static_cast<char>(0x80)));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(s))};
+}
+inline Vec load_nibbles(const uint8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  const __m256i q = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(q, _mm256_set1_epi32(15)))};
+}
+inline Vec spread(Vec a, int first, int log2_run) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i from = _mm256_add_epi32(_mm256_srl_epi32(lane, _mm_cvtsi32_si128(log2_run)),
+                                        _mm256_set1_epi32(first));
+  return {_mm256_permutevar8x32_ps(a.v, from)};
+}
+
+struct Exponents {
+  __m256i high, low;
+  explicit Exponents(const uint8_t* table) {
+    const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    const __m128i half = _mm_and_si128(_mm_srli_epi16(e, 1), _mm_set1_epi8(0x7f));
+    const __m128i bit = _mm_and_si128(_mm_slli_epi16(e, 7), _mm_set1_epi8(static_cast<char>(0x80)));
+    high = _mm256_broadcastsi128_si256(half);
+    low = _mm256_broadcastsi128_si256(bit);
+  }
+};
+inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out)[8]) {
+  const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(static_cast<char>(0x80));
+  const __m256i mantissa = _mm256_set1_epi8(0x7f);
+  for (int i = 0; i < 4; ++i) {  // 32 bytes: halves of the columns 0..31 and 32..63 of 64
+    const __m256i pairs = load_words(p + 128 + 32 * (i % 2), Full{}).v;
+    const __m256i codes = _mm256_and_si256(i < 2 ? pairs : _mm256_srli_epi16(pairs, 4), nibble);
+    const __m256i bytes = load_words(p + 32 * i, Full{}).v;
+    const __m256i high =
+        _mm256_or_si256(_mm256_and_si256(bytes, sign), _mm256_shuffle_epi8(table.high, codes));
+    const __m256i low =
+        _mm256_or_si256(_mm256_and_si256(bytes, mantissa), _mm256_shuffle_epi8(table.low, codes));
+    const int at = 4 * (i / 2) + i % 2;
+    out[at] = {_mm256_unpacklo_epi8(low, high)};
+    out[at + 2] = {_mm256_unpackhi_epi8(low, high)};
+  }
+}
+
+#endif
+
+// acc + the products of bfloat16 pairs: with bfloat16 lanes at x in one instruction, or with
+// floats, those of the even lanes first, then those of the odd ones.
+inline Vec dot(Words w, const float* x, Vec acc) {
+  acc = fma(even_lanes(w), load(x, Full{}), acc);
+  return fma(odd_lanes(w), load(x + Vec::size, Full{}), acc);
+}
+// The same with the lanes less 24: 16 + q becomes q - 8, which is centred.
+inline Vec dot_less_24(Words w, const float* x, Vec acc) {
+  acc = fma(even_lanes(w) - vec(24.0f), load(x, Full{}), acc);
+  return fma(odd_lanes(w) - vec(24.0f), load(x + Vec::size, Full{}), acc);
+}
+#if defined(__AVX512BF16__)
+inline Vec dot(Words w, const bf16* x, Vec acc) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_loadu_si512(x))};
+}
+#endif

@@ -1,0 +1,187 @@
+"""decode_step: one token of each sequence through a whole decoder, in one call.
+
+The layers are rows of a table of pointers and sizes, so that layer-wise scaling is data. A CPU
+kernel runs all of them in one parallel region and reads every weight once for the whole batch. It
+rounds where the reference does: at the output of every norm, projection, rotation and addition.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import REFERENCE, choose, define, kernel
+from ..checks import fail, floating, integers, within
+from ..checks import weight as check_norm
+from ..formats import Affine, Arena, Layer, Packed, Stack, Weight
+from .linear import MAX_ROWS, check_weight, parts
+
+MAX_BATCH = MAX_ROWS
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_AFFINE_FORMS, _PACKED_FORM = {8: 3, 4: 4}, 5
+
+define(
+    "decode_step",
+    fwd=(
+        "(Tensor table, Tensor tokens, Tensor positions, Tensor(a!) arena, Tensor offsets, "
+        "Tensor rope_table, int max_length, int vocab_size, bool gated, float eps) -> Tensor",
+        lambda table, tokens, positions, arena, offsets, rope_table, max_length, vocab_size, *_: (
+            arena.new_empty((tokens.shape[0], vocab_size))
+        ),
+    ),
+)
+
+
+def _fields(weight: Weight) -> list[int]:
+    """A weight as csrc/cpu/decode_step.cpp reads it: form, n, k, bytes a row, data; element type,
+    scales, biases, group; exponents, escapes' starts, columns, values.
+    """
+    data, *rest, _ = parts(weight)
+    n, k = weight.shape
+    row_bytes = data.stride(0) * data.element_size()
+    pointers = [0 if t is None else t.data_ptr() for t in rest]
+    scales, biases, *packed = pointers
+    form = _ELEMENTS.get(data.dtype, _PACKED_FORM)
+    element = group = 0
+    if isinstance(weight, Affine):
+        form, element = _AFFINE_FORMS[weight.bits], _ELEMENTS[weight.scales.dtype]
+        group = weight.group_size
+    return [form, n, k, row_bytes, data.data_ptr(), element, scales, biases, group, *packed]
+
+
+def _table(stack: Stack) -> Tensor:
+    """int64 [layers + 1, fields]: a row for each layer, then embedding, head and last norm."""
+
+    def pointer(x: Tensor | None) -> int:
+        return 0 if x is None else x.data_ptr()
+
+    rows = []
+    for layer in stack.layers:
+        weights = (layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2)
+        norms = (layer.attn_norm, layer.q_norm, layer.k_norm, layer.ffn_norm)
+        rows.append([f for w in weights for f in _fields(w)] + [pointer(x) for x in norms])
+        rows[-1] += [layer.q_heads, layer.kv_heads]
+    width = 4 * len(_fields(stack.head)) + 6
+    last = _fields(stack.embedding) + _fields(stack.head)
+    last += [0] * (width - 6 - len(last)) + [pointer(stack.norm)]
+    rows.append(last + [0] * (width - len(last)))
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+# Tables of stacks that were checked, by identity: a Stack is immutable, and lives while it is used.
+_TABLES: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def _projection(name: str, weight: Weight, n: int, k: int, dtype: torch.dtype) -> None:
+    check_weight(name, weight)
+    if tuple(weight.shape) != (n, k):
+        fail(name, [n, k], list(weight.shape))
+    if not isinstance(weight, Affine) and weight.dtype != dtype:
+        fail(name, f"{dtype} like norm", weight.dtype, TypeError)
+    if not isinstance(weight, (Affine, Packed)) and weight.stride(-1) != 1:
+        fail(name, "of packed rows", f"strides {weight.stride()}")
+
+
+def _check_layer(name: str, layer: Layer, stack: Stack) -> None:
+    d, dim, dtype = stack.head_dim, stack.model_dim, stack.norm.dtype
+    q_heads, kv_heads = layer.q_heads, layer.kv_heads
+    if kv_heads < 1 or q_heads % kv_heads:
+        fail(f"{name}.q_heads", f"a multiple of kv_heads {kv_heads}", q_heads)
+    for norm, x, n in (
+        ("attn_norm", layer.attn_norm, dim),
+        ("ffn_norm", layer.ffn_norm, dim),
+        ("q_norm", layer.q_norm, d),
+        ("k_norm", layer.k_norm, d),
+    ):
+        if x is None and norm in ("q_norm", "k_norm"):
+            continue
+        check_norm(f"{name}.{norm}", x, n, "norm", stack.norm)
+        if x.dtype != dtype or not x.is_contiguous():
+            fail(f"{name}.{norm}", f"contiguous {dtype} like norm", x.dtype, TypeError)
+    ffn = layer.proj_2.shape[1]
+    _projection(f"{name}.qkv_proj", layer.qkv_proj, (q_heads + 2 * kv_heads) * d, dim, dtype)
+    _projection(f"{name}.out_proj", layer.out_proj, dim, q_heads * d, dtype)
+    _projection(f"{name}.proj_1", layer.proj_1, (2 if stack.gated else 1) * ffn, dim, dtype)
+    _projection(f"{name}.proj_2", layer.proj_2, dim, ffn, dtype)
+
+
+def _check_stack(stack: Stack) -> None:
+    floating("stack.norm", stack.norm)
+    dim, dtype = stack.model_dim, stack.norm.dtype
+    if stack.head_dim % 2 or stack.rope_table.shape[1:] != (stack.head_dim,):
+        fail("stack.rope_table", f"[length, {stack.head_dim}]", list(stack.rope_table.shape))
+    if stack.rope_table.dtype != torch.float32 or not stack.rope_table.is_contiguous():
+        fail("stack.rope_table", "contiguous float32", stack.rope_table.dtype, TypeError)
+    for name, weight in (("embedding", stack.embedding), ("head", stack.head)):
+        _projection(f"stack.{name}", weight, weight.shape[0], dim, dtype)
+    for i, layer in enumerate(stack.layers):
+        _check_layer(f"stack.layers[{i}]", layer, stack)
+
+
+def table_of(stack: Stack) -> Tensor:
+    """The checked table of a stack, made once for each."""
+    found = _TABLES.get(id(stack.layers))
+    if found is not None and found[0]() is stack.norm:
+        return found[1]
+    _check_stack(stack)
+    table, key = _table(stack), id(stack.layers)
+    owner = weakref.ref(stack.norm, lambda _: _TABLES.pop(key, None))
+    _TABLES[key] = (owner, table)
+    return table
+
+
+def _check_arena(arena: Arena, stack: Stack, batch: int) -> None:
+    if arena.data.dtype != stack.norm.dtype:
+        fail("arena", f"{stack.norm.dtype} like the norms", arena.data.dtype, TypeError)
+    if arena.batch != batch:
+        fail("arena", f"of {batch} sequences like tokens", arena.batch)
+    layers = len(stack.layers)
+    if arena.offsets.shape != (layers, 2):
+        fail("arena.offsets", [layers, 2], list(arena.offsets.shape))
+    if arena.head_dim != stack.head_dim:
+        fail("arena.head_dim", stack.head_dim, arena.head_dim)
+
+
+def decode_step(
+    stack: Stack,
+    tokens: Tensor,
+    positions: Tensor,
+    arena: Arena,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The next logits of every sequence, whose keys and values are written on the way.
+
+    tokens, positions: int64 [batch], batch up to MAX_BATCH; row b's token goes to position (and
+    slot) positions[b] and sees the positions before. arena: its keys and values, in the dtype of
+    the norms. Weights may be plain, `Affine` or `Packed`. Returns [batch, vocab_size].
+    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    No gradients: call it with weights that need none, or under torch.no_grad().
+    """
+    integers("tokens", tokens, arena.data.device)
+    integers("positions", positions, arena.data.device)
+    if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:
+        fail("tokens", f"[batch] of at most {MAX_BATCH}", list(tokens.shape))
+    if positions.shape != tokens.shape:
+        fail("positions", f"{list(tokens.shape)} like tokens", list(positions.shape))
+    _check_arena(arena, stack, tokens.shape[0])
+    backend = choose("decode_step", arena.data.device.type, backend)
+    if backend == REFERENCE or tokens.shape[0] == 0:
+        _check_stack(stack)
+        within("tokens", tokens, stack.embedding.shape[0], "the vocabulary")
+        within("positions", positions, stack.rope_table.shape[0], "rope_table's length")
+        within("positions", positions, arena.max_length, "the cache's max_length")
+        return reference.decode_step(stack, tokens, positions, arena)
+    return kernel("decode_step_fwd", backend)(
+        table_of(stack),
+        tokens.contiguous(),
+        positions.contiguous(),
+        arena.data,
+        arena.offsets,
+        stack.rope_table,
+        arena.max_length,
+        stack.vocab_size,
+        stack.gated,
+        stack.eps,
+    )

@@ -1,0 +1,46 @@
+"""One token of each sequence through a whole decoder: the plain loop over its layers.
+
+    x = x + out_proj(attention(qk_norm_rope(qkv_proj(attn_norm(x)))))
+    x = x + proj_2(swiglu(proj_1(ffn_norm(x))));  logits = head(norm(x))
+
+Row b's keys and values are written at its position in the arena, and it sees those up to there.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from ..formats import Arena, Stack
+from .attention import attention
+from .linear import dense, linear
+from .qk_norm_rope import qk_norm_rope
+from .rms_norm import rms_norm
+from .swiglu import swiglu
+
+
+def decode_step(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena) -> Tensor:
+    """tokens, positions int64 [batch] -> logits [batch, vocab_size] in the arena's dtype."""
+    dtype, eps = arena.data.dtype, stack.eps
+    x = dense(stack.embedding, dtype)[tokens][:, None]
+    place = positions[:, None]
+    batch = torch.arange(tokens.shape[0], device=tokens.device)
+    length = int(positions.max()) + 1 if positions.numel() else 0
+    seen = torch.arange(length, device=tokens.device) <= place
+    for i, layer in enumerate(stack.layers):
+        q, k, v = qk_norm_rope(
+            linear(rms_norm(x, layer.attn_norm, eps), layer.qkv_proj),
+            layer.q_norm,
+            layer.k_norm,
+            place,
+            layer.q_heads,
+            layer.kv_heads,
+            stack.rope_table,
+            eps,
+        )
+        k_cache, v_cache = arena.views(i, layer.kv_heads)
+        k_cache[batch, positions], v_cache[batch, positions] = k[:, 0], v[:, 0]
+        out = attention(q, k_cache[:, :length], v_cache[:, :length], seen)
+        x = x + linear(out.flatten(-2), layer.out_proj)
+        y = linear(rms_norm(x, layer.ffn_norm, eps), layer.proj_1)
+        x = x + linear(swiglu(y) if stack.gated else silu(y), layer.proj_2)
+    return linear(rms_norm(x, stack.norm, eps), stack.head)[:, 0]
