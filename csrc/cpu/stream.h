@@ -8,13 +8,14 @@
 
 #include "weight.h"
 
+// Loops over a batch must unroll whatever their length: their sums live in registers.
+#define UNROLL _Pragma("GCC unroll 8")
+
 // Two accumulators for each activation row.
 template <int Batch>
 struct Sums {
   Vec even[Batch], odd[Batch];
-  Sums() {
-    for (int b = 0; b < Batch; ++b) even[b] = odd[b] = vec(0.0f);
-  }
+  Sums() { UNROLL for (int b = 0; b < Batch; ++b) even[b] = odd[b] = vec(0.0f); }
   void store_to(float* out, int64_t stride) const {
     for (int b = 0; b < Batch; ++b) out[b * stride] = sum(even[b] + odd[b]);
   }
@@ -31,7 +32,7 @@ void stream_dense(const Weight& w, const Activation* x, int64_t begin, int64_t e
     int64_t c = 0;
     for (; c + step <= w.k; c += step) {
       const Vec first = load(row + c, Full{}), second = load(row + c + Vec::size, Full{});
-      for (int b = 0; b < Batch; ++b) {
+      UNROLL for (int b = 0; b < Batch; ++b) {
         sums.even[b] = fma(first, load(x[b].values + c, Full{}), sums.even[b]);
         sums.odd[b] = fma(second, load(x[b].values + c + Vec::size, Full{}), sums.odd[b]);
       }
@@ -39,8 +40,8 @@ void stream_dense(const Weight& w, const Activation* x, int64_t begin, int64_t e
     for (; c < w.k; c += Vec::size) {
       const Tail tail{std::min<int64_t>(Vec::size, w.k - c)};
       const Vec part = tail.count == Vec::size ? load(row + c, Full{}) : load(row + c, tail);
-      for (int b = 0; b < Batch; ++b)
-        sums.even[b] = fma(part, load(x[b].values + c, Full{}), sums.even[b]);
+      UNROLL for (int b = 0; b < Batch; ++b) sums.even[b] =
+          fma(part, load(x[b].values + c, Full{}), sums.even[b]);
     }
     sums.store_to(out + r - begin, stride);
   }
@@ -54,7 +55,7 @@ void stream_bf16(const Weight& w, const Activation* x, int64_t begin, int64_t en
     const uint8_t* row = w.row(r);
     Sums<Batch> sums;
     const auto add = [&](int64_t c, Words first, Words second) {
-      for (int b = 0; b < Batch; ++b) {
+      UNROLL for (int b = 0; b < Batch; ++b) {
         const P* at = reinterpret_cast<const P*>(x[b].values) + c;
         sums.even[b] = dot(first, at, sums.even[b]);
         sums.odd[b] = dot(second, at + Words::size, sums.odd[b]);
@@ -96,7 +97,7 @@ void stream_packed(const Weight& w, const Activation* x, int64_t begin, int64_t 
           patched[w.escape_columns[escape] - c] = w.escape_values[escape];
         for (int i = 0; i < kWords; ++i) words[i] = load_words(patched + i * Words::size, Full{});
       }
-      for (int b = 0; b < Batch; ++b) {
+      UNROLL for (int b = 0; b < Batch; ++b) {
         const P* at = reinterpret_cast<const P*>(x[b].values) + c;
         for (int i = 0; i < kWords; i += 2) {
           sums.even[b] = dot(words[i], at + i * Words::size, sums.even[b]);
@@ -110,37 +111,49 @@ void stream_packed(const Weight& w, const Activation* x, int64_t begin, int64_t 
 
 // The affine forms: per group s (q . x) + b sum(x), the sums of x being ready. With q - z for q and
 // b + s z for b it is the same product, and centred codes (z = 128 or 8) keep the two terms small:
-// in float32 that is worth two bits. Where pairs are bfloat16 nibbles come as 16 + q (z = -16),
-// which one shift and one logical instruction make.
+// in float32 that is worth two bits. Where pairs are bfloat16 nibbles come as 128 + q (z = -128),
+// which a shift and a logical instruction make.
+// sum over groups of (b + z s) sum(x), for one row of scales and biases.
 template <int Batch, class S>
+inline void add_biases(const S* scales, const S* biases, int64_t groups, float zero,
+                       const Activation* x, Vec (&sums)[Batch]) {
+  sweep(groups, [&](int64_t g, auto part) {
+    const Vec bias = fma(load(scales + g, part), vec(zero), load(biases + g, part));
+    UNROLL for (int b = 0; b < Batch; ++b) sums[b] = fma(bias, load(x[b].sums + g, part), sums[b]);
+  });
+}
+
+template <int Batch, class P, class S>
 void stream_affine8(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                     int64_t stride) {
-  const int64_t groups = w.groups();
+  const int64_t groups = w.groups(), group = w.group;
   for (int64_t r = begin; r < end; ++r) {
     const uint8_t* row = w.row(r);
     const S* scales = reinterpret_cast<const S*>(w.scales) + r * groups;
     const S* biases = reinterpret_cast<const S*>(w.biases) + r * groups;
-    Sums<Batch> sums;
-    sweep(groups, [&](int64_t first, auto part) {
-      alignas(64) float scale[Vec::size];
-      store(scale, load(scales + first, part), Full{});
-      const Vec bias = fma(load(scales + first, part), vec(128.0f), load(biases + first, part));
-      for (int b = 0; b < Batch; ++b)
-        sums.odd[b] = fma(bias, load(x[b].sums + first, part), sums.odd[b]);
-      const int64_t count = std::min<int64_t>(Vec::size, groups - first);
-      for (int64_t g = 0; g < count; ++g) {
-        const int64_t from = (first + g) * w.group;
-        Vec dots[Batch];
-        for (int b = 0; b < Batch; ++b) dots[b] = vec(0.0f);
-        for (int64_t c = from; c < from + w.group; c += Vec::size) {
-          const Vec q = load_bytes_less_128(row + c);
-          for (int b = 0; b < Batch; ++b) dots[b] = fma(q, load(x[b].values + c, Full{}), dots[b]);
+    Vec sums[Batch];
+    UNROLL for (int b = 0; b < Batch; ++b) sums[b] = vec(0.0f);
+    for (int64_t g = 0; g < groups; ++g) {
+      Vec dots[Batch];
+      UNROLL for (int b = 0; b < Batch; ++b) dots[b] = vec(0.0f);
+      for (int64_t c = g * group; c < (g + 1) * group; c += 32) {
+        if constexpr (std::is_same_v<P, float>) {
+          UNROLL for (int64_t i = c; i < c + 32; i += Vec::size) {
+            const Vec q = load_bytes_less_128(row + i);
+            UNROLL for (int b = 0; b < Batch; ++b) dots[b] =
+                fma(q, load(x[b].values + i, Full{}), dots[b]);
+          }
+        } else {
+          const Words q = load_byte_words_less_128(row + c, P{});
+          UNROLL for (int b = 0; b < Batch; ++b) dots[b] =
+              dot(q, reinterpret_cast<const P*>(x[b].values) + c, dots[b]);
         }
-        const Vec s = vec(scale[g]);
-        for (int b = 0; b < Batch; ++b) sums.even[b] = fma(s, dots[b], sums.even[b]);
       }
-    });
-    sums.store_to(out + r - begin, stride);
+      const Vec s = vec(widened(scales[g]));
+      UNROLL for (int b = 0; b < Batch; ++b) sums[b] = fma(s, dots[b], sums[b]);
+    }
+    add_biases<Batch>(scales, biases, groups, 128.0f, x, sums);
+    for (int b = 0; b < Batch; ++b) out[b * stride + r - begin] = sum(sums[b]);
   }
 }
 
@@ -149,42 +162,42 @@ void stream_affine4(const Weight& w, const Activation* x, int64_t begin, int64_t
                     int64_t stride) {
   constexpr int64_t block = 4 * Words::size;  // columns of one load
   constexpr bool centred = std::is_same_v<P, float>;
-  constexpr float zero = centred ? 8.0f : -16.0f;
-  const int64_t groups = w.groups();
-  const int log2_run = w.group == 64 ? 3 : 2;  // 32-bit lanes, of 8 columns, to a group
-  const int64_t groups_a_block = block / w.group;
+  constexpr float zero = centred ? 8.0f : -128.0f;
+  const int64_t groups = w.groups(), a_block = block / w.group;
+  const Spread spread(w.group / 8);  // a 32-bit lane meets 8 columns
   for (int64_t r = begin; r < end; ++r) {
     const uint8_t* row = w.row(r);
     const S* scales = reinterpret_cast<const S*>(w.scales) + r * groups;
     const S* biases = reinterpret_cast<const S*>(w.biases) + r * groups;
-    Sums<Batch> sums;
-    sweep(groups, [&](int64_t first, auto part) {
-      const Vec scale = load(scales + first, part);
-      const Vec bias = fma(scale, vec(zero), load(biases + first, part));
-      for (int b = 0; b < Batch; ++b)
-        sums.odd[b] = fma(bias, load(x[b].sums + first, part), sums.odd[b]);
+    Vec sums[Batch];
+    UNROLL for (int b = 0; b < Batch; ++b) sums[b] = vec(0.0f);
+    for (int64_t first = 0; first < groups; first += Vec::size) {
       const int64_t count = std::min<int64_t>(Vec::size, groups - first);
-      for (int64_t g = 0; g < count; g += groups_a_block) {
-        const int64_t c = (first + g) * w.group, left = w.k - c;
-        const Words raw = left >= block ? load_words(row + c / 2, Full{})
-                                        : load_words(row + c / 2, Tail{left / 4});
-        const Words q[4] = {sixteen_plus_nibble<0>(raw), sixteen_plus_nibble<1>(raw),
-                            sixteen_plus_nibble<2>(raw), sixteen_plus_nibble<3>(raw)};
-        const Vec s = spread(scale, static_cast<int>(g), log2_run);
-        for (int b = 0; b < Batch; ++b) {
+      const Vec scale =
+          count == Vec::size ? load(scales + first, Full{}) : load(scales + first, Tail{count});
+      const auto add = [&](Words raw, int64_t g, int64_t c) {
+        const Words q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw),
+                            nibble_plus_128<2>(raw), nibble_plus_128<3>(raw)};
+        const Vec s = permuted(scale, spread.lanes[g]);
+        UNROLL for (int b = 0; b < Batch; ++b) {
           const P* at = reinterpret_cast<const P*>(x[b].values) + c;
-          Vec dots = vec(0.0f);
+          Vec dots[2] = {vec(0.0f), vec(0.0f)};
           for (int i = 0; i < 4; ++i) {
             if constexpr (centred)
-              dots = dot_less_24(q[i], at + i * Words::size, dots);
+              dots[i % 2] = dot_less_136(q[i], at + i * Words::size, dots[i % 2]);
             else
-              dots = dot(q[i], at + i * Words::size, dots);
+              dots[i % 2] = dot(q[i], at + i * Words::size, dots[i % 2]);
           }
-          sums.even[b] = fma(s, dots, sums.even[b]);
+          sums[b] = fma(s, dots[0] + dots[1], sums[b]);
         }
-      }
-    });
-    sums.store_to(out + r - begin, stride);
+      };
+      int64_t g = 0, c = first * w.group;
+      for (; g + a_block <= count; g += a_block, c += block)
+        add(load_words(row + c / 2, Full{}), g, c);
+      if (g < count) add(load_words(row + c / 2, Tail{(w.k - c) / 4}), g, c);
+    }
+    add_biases<Batch>(scales, biases, groups, zero, x, sums);
+    for (int b = 0; b < Batch; ++b) out[b * stride + r - begin] = sum(sums[b]);
   }
 }
 
@@ -199,7 +212,7 @@ void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t en
     case Form::Packed: return stream_packed<Batch, P>(w, x, begin, end, out, stride);
     case Form::Affine8:
       return with_element(w.element, [&](auto s) {
-        stream_affine8<Batch, decltype(s)>(w, x, begin, end, out, stride);
+        stream_affine8<Batch, P, decltype(s)>(w, x, begin, end, out, stride);
       });
     case Form::Affine4:
       return with_element(w.element, [&](auto s) {

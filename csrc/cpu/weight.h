@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -70,60 +72,90 @@ struct Activation {
   float* sums;
 };
 
-// Room for the activations of a batch, whatever the form.
+// Room for the activations of a batch, whatever the form. Rows begin on cache lines: a vector that
+// crosses one takes two loads, and these products load a vector for every one they compute.
 class Activations {
  public:
-  Activations(int64_t batch, int64_t k, int64_t groups) : floats_(batch * (padded(k) + groups)) {
-    rows.reserve(batch);
-    for (int64_t b = 0; b < batch; ++b) {
-      float* at = floats_.data() + b * (padded(k) + groups);
-      rows.push_back({at, at + padded(k)});
-    }
+  Activations(int64_t batch, int64_t k, int64_t groups) {
+    const int64_t row = padded(k) + (groups + 15) / 16 * 16;
+    floats_.reset(
+        static_cast<float*>(std::aligned_alloc(64, std::max<int64_t>(1, batch) * row * 4)));
+    for (int64_t b = 0; b < batch; ++b)
+      rows.push_back({floats_.get() + b * row, floats_.get() + b * row + padded(k)});
   }
   Activations(int64_t batch, const Weight& w)
       : Activations(batch, w.k, w.affine() ? w.groups() : 0) {}
 
  private:
-  std::vector<float> floats_;
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float[], Free> floats_;
 
  public:
   std::vector<Activation> rows;
 };
 
-// Where column c goes: a Words of pairs meets bfloat16 lanes in their own order, but floats of its
-// even lanes first, then of its odd ones; nibble `phase` of lane l is column 4 l + phase.
-template <class P>
-inline int64_t pair_place(int64_t lane) {
-  if constexpr (std::is_same_v<P, bf16>) return lane;
-  const int64_t block = lane / Words::size * Words::size, at = lane % Words::size;
-  return block + at / 2 + at % 2 * Vec::size;
-}
-template <class P>
-inline int64_t nibble_place(int64_t c) {
-  const int64_t block = c / (4 * Words::size) * (4 * Words::size), at = c % (4 * Words::size);
-  return pair_place<P>(block + at % 4 * Words::size + at / 4);
-}
-
-template <class T, class P, class Place>
-inline void place_row(const T* x, int64_t k, P* out, Place&& place) {
+// A Words of pairs meets bfloat16 lanes in their own order, but floats of its even lanes first,
+// then of its odd ones. Nibble `phase` of lane l is column 4 l + phase.
+template <class T, class P>
+inline void place_pairs(const T* x, int64_t k, P* out) {
+  constexpr int64_t half = Vec::size;
   std::memset(out, 0, padded(k) * sizeof(P));
-  for (int64_t c = 0; c < k; ++c) {
-    if constexpr (std::is_same_v<P, float>)
-      out[place(c)] = widened(x[c]);
-    else
-      out[place(c)] = x[c];
+  if constexpr (std::is_same_v<P, T> && !std::is_same_v<P, float>) {
+    std::memcpy(out, x, k * sizeof(P));
+  } else {
+    int64_t c = 0;
+    for (; c + 2 * half <= k; c += 2 * half)
+      for (int64_t i = 0; i < half; ++i) {
+        out[c + i] = widened(x[c + 2 * i]);
+        out[c + half + i] = widened(x[c + 2 * i + 1]);
+      }
+    for (int64_t i = 0; c + i < k; ++i) out[c + i / 2 + i % 2 * half] = widened(x[c + i]);
+  }
+}
+template <class T, class P>
+inline void place_nibbles(const T* x, int64_t k, P* out) {
+  constexpr int64_t lanes = Words::size, block = 4 * lanes;
+  std::memset(out, 0, padded(k) * sizeof(P));
+  for (int64_t c = 0; c < k; c += block) {
+    T part[block] = {};  // a whole block, whatever is left of the row
+    const int64_t count = std::min(block, k - c);
+    const T* from = x + c;
+    if (count < block) {
+      std::memcpy(part, from, count * sizeof(T));
+      from = part;
+    }
+    if constexpr (std::is_same_v<P, T> && !std::is_same_v<P, float>) {
+      deal_by_four(from, out + c);
+    } else {
+      for (int64_t phase = 0; phase < 4; ++phase)
+        for (int64_t i = 0; i < Vec::size; ++i) {
+          out[c + phase * lanes + i] = widened(from[8 * i + phase]);
+          out[c + phase * lanes + Vec::size + i] = widened(from[8 * i + 4 + phase]);
+        }
+    }
   }
 }
 
 template <class T>
 inline void arrange(const Weight& w, const T* x, Activation& to) {
-  using P = Lanes<T>;
-  P* pairs = reinterpret_cast<P*>(to.values);
+  Lanes<T>* lanes = reinterpret_cast<Lanes<T>*>(to.values);
   switch (w.form) {
-    case Form::Affine4: place_row(x, w.k, pairs, nibble_place<P>); break;
+    case Form::Affine8:
+      if constexpr (std::is_same_v<Lanes<T>, bf16>) {
+        place_pairs(x, w.k, lanes);
+        break;
+      }
+      [[fallthrough]];
+    case Form::Float:
+    case Form::Half:
+      std::memset(to.values, 0, padded(w.k) * sizeof(float));
+      sweep(w.k, [&](int64_t i, auto part) { store(to.values + i, load(x + i, part), part); });
+      break;
+    case Form::Affine4: place_nibbles(x, w.k, lanes); break;
     case Form::BFloat16:
-    case Form::Packed: place_row(x, w.k, pairs, pair_place<P>); break;
-    default: place_row(x, w.k, to.values, [](int64_t c) { return c; });
+    case Form::Packed: place_pairs(x, w.k, lanes); break;
   }
   if (!w.affine()) return;
   for (int64_t g = 0; g < w.groups(); ++g) {

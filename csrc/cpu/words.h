@@ -2,6 +2,8 @@
 // pairs, codes of 8 and 4 bits, packed exponents.
 #pragma once
 
+#include <algorithm>
+
 #include "vec.h"
 
 #if defined(__AVX512F__)
@@ -24,28 +26,29 @@ inline Vec even_lanes(Words w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w
 inline Vec odd_lanes(Words w) {
   return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(0xffff0000)))};
 }
-// 16 + q in bfloat16 for nibble `Phase` of each 16-bit lane: q goes to the top of the mantissa.
+// 128 + q in bfloat16 for nibble `Phase` of each 16-bit lane: q is the end of the mantissa of 128.
 template <int Phase>
-inline Words sixteen_plus_nibble(Words w) {
-  __m512i moved;
-  if constexpr (Phase == 0)
-    moved = _mm512_slli_epi16(w.v, 3);
-  else
-    moved = _mm512_srli_epi16(w.v, 4 * Phase - 3);
-  // (moved & 0x78) | 0x4180
-  return {
-      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), 0xea)};
+inline Words nibble_plus_128(Words w) {
+  const __m512i q = Phase == 0 ? w.v : _mm512_srli_epi16(w.v, 4 * Phase);
+  // (q & 15) | 0x4300
+  return {_mm512_ternarylogic_epi32(q, _mm512_set1_epi16(15), _mm512_set1_epi16(0x4300), 0xea)};
 }
-// The floats of unsigned bytes less 128, and of the nibbles of 32-bit words.
 inline Vec load_bytes_less_128(const uint8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m128i s = _mm_xor_si128(b, _mm_set1_epi8(static_cast<char>(0x80)));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(s))};
 }
+#if defined(__AVX512BF16__)
+// The same of 32 bytes in bfloat16, which holds them exactly.
+inline Words load_byte_words_less_128(const uint8_t* p, bf16) {
+  const Vec low = load_bytes_less_128(p), high = load_bytes_less_128(p + 16);
+  return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)};
+}
+#endif
 inline Vec load_nibbles(const uint8_t* p) {
   int64_t words;
   std::memcpy(&words, p, 8);
-  // Words 0 and 1 in the even and odd lanes of 32 bits: each of them to eight lanes.
+  // Each of the two words to eight lanes.
   const __m512i spread = _mm512_permutexvar_epi32(
       _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(words));
   const __m512i shifts =
@@ -53,12 +56,21 @@ inline Vec load_nibbles(const uint8_t* p) {
   const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(spread, shifts), _mm512_set1_epi32(15));
   return {_mm512_cvtepi32_ps(q)};
 }
-// Lane i of the result is lane first + i / run of a (run 4, 8 or 16).
-inline Vec spread(Vec a, int first, int log2_run) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i from = _mm512_add_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(log2_run)),
-                                        _mm512_set1_epi32(first));
-  return {_mm512_permutexvar_ps(from, a.v)};
+#if defined(__AVX512BF16__)
+// 128 elements to four runs of 32: those of the columns 4 l, 4 l + 1, ...
+inline void deal_by_four(const bf16* x, bf16* out) {
+  for (int64_t i = 0; i < 4; ++i) {
+    const __m512i fours = _mm512_loadu_si512(x + 32 * i);
+    for (int phase = 0; phase < 4; ++phase) {
+      const __m128i one =
+          _mm512_cvtepi64_epi16(_mm512_srl_epi64(fours, _mm_cvtsi32_si128(16 * phase)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 32 * phase + 8 * i), one);
+    }
+  }
+}
+#endif
+inline Vec permuted(Vec a, const int32_t* lanes) {
+  return {_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), a.v)};
 }
 
 // A table of 16 exponents, as the two bytes of a bfloat16 that hold them.
@@ -115,14 +127,9 @@ inline Vec odd_lanes(Words w) {
   return {_mm256_castsi256_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(0xffff0000)))};
 }
 template <int Phase>
-inline Words sixteen_plus_nibble(Words w) {
-  __m256i moved;
-  if constexpr (Phase == 0)
-    moved = _mm256_slli_epi16(w.v, 3);
-  else
-    moved = _mm256_srli_epi16(w.v, 4 * Phase - 3);
-  return {
-      _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi16(0x78)), _mm256_set1_epi16(0x4180))};
+inline Words nibble_plus_128(Words w) {
+  const __m256i q = Phase == 0 ? w.v : _mm256_srli_epi16(w.v, 4 * Phase);
+  return {_mm256_or_si256(_mm256_and_si256(q, _mm256_set1_epi16(15)), _mm256_set1_epi16(0x4300))};
 }
 inline Vec load_bytes_less_128(const uint8_t* p) {
   const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -136,11 +143,9 @@ inline Vec load_nibbles(const uint8_t* p) {
   const __m256i q = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
   return {_mm256_cvtepi32_ps(_mm256_and_si256(q, _mm256_set1_epi32(15)))};
 }
-inline Vec spread(Vec a, int first, int log2_run) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i from = _mm256_add_epi32(_mm256_srl_epi32(lane, _mm_cvtsi32_si128(log2_run)),
-                                        _mm256_set1_epi32(first));
-  return {_mm256_permutevar8x32_ps(a.v, from)};
+inline Vec permuted(Vec a, const int32_t* lanes) {
+  return {
+      _mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)))};
 }
 
 struct Exponents {
@@ -172,16 +177,27 @@ inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out
 
 #endif
 
+// The lanes that spread one scale a group over the columns that a 32-bit lane meets: row `first` is
+// first + lane / run.
+struct Spread {
+  alignas(64) int32_t lanes[Vec::size][Vec::size];
+  explicit Spread(int64_t run) {
+    for (int64_t first = 0; first < Vec::size; ++first)
+      for (int64_t i = 0; i < Vec::size; ++i)
+        lanes[first][i] = static_cast<int32_t>(std::min(Vec::size - 1, first + i / run));
+  }
+};
+
 // acc + the products of bfloat16 pairs: with bfloat16 lanes at x in one instruction, or with
 // floats, those of the even lanes first, then those of the odd ones.
 inline Vec dot(Words w, const float* x, Vec acc) {
   acc = fma(even_lanes(w), load(x, Full{}), acc);
   return fma(odd_lanes(w), load(x + Vec::size, Full{}), acc);
 }
-// The same with the lanes less 24: 16 + q becomes q - 8, which is centred.
-inline Vec dot_less_24(Words w, const float* x, Vec acc) {
-  acc = fma(even_lanes(w) - vec(24.0f), load(x, Full{}), acc);
-  return fma(odd_lanes(w) - vec(24.0f), load(x + Vec::size, Full{}), acc);
+// The same with the lanes less 136: 128 + q becomes q - 8, which is centred.
+inline Vec dot_less_136(Words w, const float* x, Vec acc) {
+  acc = fma(even_lanes(w) - vec(136.0f), load(x, Full{}), acc);
+  return fma(odd_lanes(w) - vec(136.0f), load(x + Vec::size, Full{}), acc);
 }
 #if defined(__AVX512BF16__)
 inline Vec dot(Words w, const bf16* x, Vec acc) {
