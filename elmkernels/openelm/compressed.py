@@ -12,33 +12,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..formats import Affine, Packed, Weight
+from ..ops.linear import BLOCK_ROWS, dense_rows, linear
 from ..reference import dense
-
-CHUNK_ROWS = 1024  # rows of a matrix that are dense at one time
 
 
 def weight_of(module: nn.Module) -> Weight:
     """The weight [n, k] of a projection or an embedding, in the form in which it is held."""
     return module.compressed() if isinstance(module, Compressed) else module.weight
-
-
-def slice_rows(weight: Weight, start: int, stop: int) -> Weight:
-    """Rows start..stop of a weight: views of its large tensors."""
-    if isinstance(weight, Affine):
-        parts = (t[start:stop] for t in (weight.q, weight.scales, weight.biases))
-        return Affine(*parts, weight.bits, weight.group_size)
-    if isinstance(weight, Packed):
-        starts = weight.escape_starts[start : stop + 1]
-        first, last = int(starts[0]), int(starts[-1])
-        return Packed(
-            weight.data[start:stop],
-            weight.exponents,
-            starts - first,
-            weight.escape_columns[first:last],
-            weight.escape_values[first:last],
-            weight.columns,
-        )
-    return weight[start:stop]
 
 
 def gather_rows(weight: Weight, ids: Tensor) -> Weight:
@@ -63,41 +43,38 @@ def gather_rows(weight: Weight, ids: Tensor) -> Weight:
     return weight[ids]
 
 
-def _product(x: Tensor, weight: Affine | Packed) -> Tensor:
-    n, k = weight.shape
-    y = x.new_empty(*x.shape[:-1], n)
-    for start in range(0, n, CHUNK_ROWS):
-        stop = min(start + CHUNK_ROWS, n)
-        y[..., start:stop] = F.linear(x, dense(slice_rows(weight, start, stop), x.dtype))
-    return y
-
-
 class _Product(torch.autograd.Function):
-    """dx = dy w"""
+    """Dtypes that `ops.linear` doesn't take: float64, and packed weights with any but theirs."""
 
     @staticmethod
     def forward(ctx, x, weight):
         ctx.weight = weight
-        return _product(x, weight)
+        n = weight.shape[0]
+        y = x.new_empty(*x.shape[:-1], n)
+        for start in range(0, n, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, n)
+            y[..., start:stop] = F.linear(x, dense_rows(weight, x.dtype, start, stop))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return dy @ dense(ctx.weight, dy.dtype), None
+        return dy @ dense_rows(ctx.weight, dy.dtype, 0, ctx.weight.shape[0]), None
 
 
-def product(x: Tensor, weight: Weight) -> Tensor:
+def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
     """x [..., k], weight [n, k] in any form -> x weight^T [..., n] in x's dtype (autocast's where
-    that is on), differentiable in x, and in the weight where it is a Tensor.
+    that is on), differentiable in x, and in the weight where it is a Tensor. backend: of a
+    compressed weight, as in `ops.linear`.
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x.dtype == torch.float64 or (isinstance(weight, Packed) and x.dtype != weight.dtype):
         return _Product.apply(x, weight)
-    return _product(x, weight)
+    return linear(x, weight, backend=backend)
 
 
 class Compressed(nn.Module):
@@ -110,6 +87,7 @@ class Compressed(nn.Module):
         self.out_features, self.in_features = weight.shape
         # What the output of an embedding is cast to: follows model.to(dtype) like a Parameter.
         self.dtype = weight.dtype
+        self.backend: str | None = None  # of `ops.linear`; `accelerate` names one
 
     def compressed(self) -> Affine | Packed:
         """The weight, whose tensors are this module's buffers."""
@@ -130,7 +108,7 @@ class CompressedLinear(Compressed):
     """x [..., in_features] -> [..., out_features]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.compressed())
+        return product(x, self.compressed(), self.backend)
 
 
 class CompressedEmbedding(Compressed):

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..reference import dense
+from ..ops.linear import dense_rows
 from .compressed import Compressed, CompressedEmbedding, weight_of
 from .linear import Linear, TiedHead
 from .model import OpenELM
@@ -57,7 +57,8 @@ def plain_problem(module: nn.Module) -> str | None:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The matrix of a projection or an embedding, without gradients."""
-    return dense(weight_of(module)).detach()
+    weight = weight_of(module)
+    return dense_rows(weight, weight.dtype, 0, weight.shape[0]).detach()
 
 
 def convert(

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..reference import dense
-from .compressed import slice_rows, weight_of
+from ..ops.linear import dense_rows, rows_of
+from .compressed import weight_of
 from .config import OpenELMConfig
 from .convert import each_chunk
 from .model import OpenELM
@@ -184,8 +184,9 @@ def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:
     def matrix(key: str, module: Any, part: slice | None = None) -> tuple:
         weight = weight_of(module)
         if part is not None:
-            weight = slice_rows(weight, part.start, part.stop)
-        return f"{key}.weight", tuple(weight.shape), lambda: dense(weight)
+            weight = rows_of(weight, part.start, part.stop)
+        n = weight.shape[0]
+        return f"{key}.weight", tuple(weight.shape), lambda: dense_rows(weight, weight.dtype, 0, n)
 
     def vector(key: str, norm: Any) -> tuple:
         return f"{key}.weight", (0, norm.weight.shape[0]), lambda: norm.weight

@@ -104,15 +104,17 @@ class Linear(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """The output projection by the embedding's weight, with the plan's routines."""
+    """The output projection by the embedding's weight, with the plan's routines; a compressed one
+    is multiplied by a backend of `ops.linear`.
+    """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, backend: str | None = None) -> None:
         super().__init__()
-        self.products = Products(plan)
+        self.products, self.backend = Products(plan), backend
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         if not isinstance(weight, Tensor):
-            return product(x, weight)
+            return product(x, weight, self.backend)
         return self.products(x, weight)
 
     def train(self, mode: bool = True) -> "TiedHead":

@@ -281,6 +281,7 @@ def accelerate(
     def swap_linear(path: str) -> None:
         original = model.get_submodule(path)
         if isinstance(original, Compressed):
+            original.backend = backend
             kept.append(type(original).__name__)
             return
         if not _is_linear(original):
@@ -313,7 +314,7 @@ def accelerate(
     if isinstance(getattr(model, "classifier", None), nn.Module):
         swap_linear("classifier")
     elif isinstance(getattr(model, "tied_head", None), nn.Module):
-        swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan))
+        swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan, backend))
     else:
         report.left.append(("the output projection", "the model computes it in its own forward"))
     report.swapped = dict(counts)
@@ -346,6 +347,9 @@ def restore(model: nn.Module) -> None:
         raise ValueError(f"model ({type(model).__name__}) must be accelerated to be restored")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     training = {name: module.training for name, module in model.named_modules()}
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            module.backend = None
     for path, module in originals.items():  # parents first, as they were swapped
         set_module(model, path, module)
     for name, module in model.named_modules():

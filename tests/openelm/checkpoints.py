@@ -1,8 +1,11 @@
 """A small model's configuration, and equality of models, for the checkpoint tests."""
 
+import copy
+
 import torch
 
 from elmkernels.openelm import OpenELM, OpenELMConfig
+from elmkernels.testing.parity import compare
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=3,
@@ -28,6 +31,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(
         *(t.detach().cpu().contiguous().reshape(-1, 1).view(torch.uint8) for t in (a, b))
     )
+
+
+def assert_held(model: OpenELM, plain: OpenELM, ids: torch.Tensor) -> None:
+    """The logits of a compressed model are held, by the ops' rule, to those of the plain model of
+    its dense weights: of all the tokens at once, and of one row as in decoding.
+    """
+    exact = copy.deepcopy(plain).double()
+    with torch.inference_mode():
+        for tokens in (ids, ids[:1, :1]):
+            found = compare(exact(tokens), plain(tokens), model(tokens), "logits")
+            assert found.ok, found.reason
 
 
 def assert_same(a: OpenELM, b: OpenELM) -> None:

@@ -5,15 +5,16 @@ import pickle
 
 import pytest
 import torch
-from checkpoints import GROUPED, assert_same, same_bits
+from checkpoints import GROUPED, assert_held, assert_same, same_bits
 from golden import FOLDER, GLU_FREE
 from safetensors.torch import load_file
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, reference, restore
 from elmkernels.formats import Affine
 from elmkernels.openelm import greedy
-from elmkernels.openelm.compressed import CHUNK_ROWS, product
+from elmkernels.openelm.compressed import product
 from elmkernels.openelm.quantize import QuantizedEmbedding, QuantizedLinear, quantize_weight
+from elmkernels.ops.linear import BLOCK_ROWS
 
 SCHEMES = [(bits, group_size) for bits in (8, 4) for group_size in (32, 64)]
 UNTIED = OpenELMConfig.from_hf_dict(
@@ -103,16 +104,17 @@ def test_a_quantised_model_is_the_model_of_its_dense_weights(config, embeddings)
     assert done.bytes_after < 0.4 * done.bytes_before
     assert isinstance(model.token_embeddings, QuantizedEmbedding) == embeddings
     assert isinstance(model.layers[0].ffn.proj_1, QuantizedLinear)
-    assert torch.equal(model(IDS), dense_twin(model)(IDS))
-    assert torch.equal(greedy(model, IDS, 5), greedy(dense_twin(model), IDS, 5))
+    twin = dense_twin(model)
+    assert_held(model, twin, IDS)
+    assert torch.equal(greedy(model, IDS, 5), greedy(twin, IDS, 5))
 
 
 def test_a_product_in_chunks_of_rows_and_its_gradient():
     generator = torch.Generator().manual_seed(5)
-    w = torch.randn(CHUNK_ROWS + 40, 96, generator=generator)
+    w = torch.randn(BLOCK_ROWS + 40, 96, generator=generator)
     affine = quantize_weight(w, 4, 32)
     x = torch.randn(3, 7, 96, generator=generator, requires_grad=True)
-    dy = torch.randn(3, 7, CHUNK_ROWS + 40, generator=generator)
+    dy = torch.randn(3, 7, BLOCK_ROWS + 40, generator=generator)
     got = product(x, affine)
     expected = reference.linear(x, affine)
     torch.testing.assert_close(got, expected)
