@@ -223,6 +223,7 @@ def test_accelerated_before_or_after():
     report = accelerate(after, backend="reference")
     assert report.left == [] and "kept 12 PackedLinear" in report.notes
     for model in (before, after):
+        assert model.layers[0].ffn.proj_1.backend == "reference"
         assert type(model.norm).__name__ == "FusedRMSNorm"
         unpack(model)
         assert type(model.norm).__name__ == "FusedRMSNorm"

@@ -176,8 +176,10 @@ def test_accelerated_before_or_after():
     expected = plain(IDS)
     for model in (before, after):
         assert type(model.norm).__name__ == "FusedRMSNorm" and model.norm.backend == "reference"
+        assert model.layers[0].ffn.proj_1.backend == "reference"
         torch.testing.assert_close(model(IDS), expected)
         restore(model)
+        assert model.layers[0].ffn.proj_1.backend is None
         assert torch.equal(model(IDS), expected)
         assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
 
