@@ -1,7 +1,16 @@
 """elmkernels: Apple's OpenELM language models on fused kernels, proved against the reference."""
 
 from . import reference
-from .openelm import OpenELM, OpenELMConfig, accelerate, generate, restore
+from .openelm import (
+    OpenELM,
+    OpenELMConfig,
+    accelerate,
+    generate,
+    pack,
+    quantize,
+    restore,
+    unpack,
+)
 from .ops import add_rms_norm, attention, qk_norm_rope, rms_norm, swiglu
 from .reference import rope_table
 
@@ -14,10 +23,13 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "generate",
+    "pack",
     "qk_norm_rope",
+    "quantize",
     "reference",
     "restore",
     "rms_norm",
     "rope_table",
     "swiglu",
+    "unpack",
 ]

@@ -18,7 +18,7 @@ import torch
 
 from . import __version__
 from .backends import BACKENDS, REFERENCE, build_report, choose
-from .commands import generate
+from .commands import convert, generate
 from .commands.model import chosen_model
 from .console import (
     FAILED,
@@ -67,7 +67,9 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, help="measurements of each task (default 5)")
     add("--seed", type=int, help="of random weights and tokens (default 0)")
     add("--pack-weights", action="store_true", default=None, help="see accelerate")
-    commands = parser.add_subparsers(dest="command", metavar="generate | info | parity | bench")
+    commands = parser.add_subparsers(
+        dest="command", metavar="generate | info | parity | bench | convert"
+    )
     absent = argparse.SUPPRESS
     generate.add_parser(commands)
     info = commands.add_parser("info", help="what can run here, and why the rest can't")
@@ -77,6 +79,7 @@ def _build_parser() -> argparse.ArgumentParser:
     for command in (info, parity, bench):
         command.allow_abbrev = False
         add_shared(command, absent)
+    convert.add_parser(commands)
     for command in (parity, bench):
         command.add_argument("ops", nargs="*", metavar="op", help=", ".join(CASES))
         add_files(command, absent, quick=command is bench)
@@ -265,10 +268,13 @@ def _run(argv: list[str] | None) -> int:
         return _main_job(args)
     if args.command == "generate":
         return generate.run(args)
+    own = {"convert": ("checkpoint", "config")}.get(args.command, ())
     for name in MAIN_ONLY:
-        if getattr(args, name) is not None:
+        if name not in own and getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise WrongInput(f"{option} belongs to the main job, not to {args.command}")
+    if args.command == "convert":
+        return convert.run(args)
     return _info(args) if args.command == "info" else _op_job(args)
 
 

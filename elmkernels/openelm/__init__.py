@@ -4,6 +4,8 @@ from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import Row, Session, Stream, generate, greedy, stream
 from .model import OpenELM, next_token_loss
+from .pack import pack, unpack
+from .quantize import quantize
 from .stack import next_logits, stack_of
 from .swap import Report, accelerate, restore
 
@@ -20,7 +22,10 @@ __all__ = [
     "greedy",
     "next_logits",
     "next_token_loss",
+    "pack",
+    "quantize",
     "restore",
     "stack_of",
     "stream",
+    "unpack",
 ]

@@ -4,56 +4,39 @@ The folder holds config.json and either model.safetensors or shards with an inde
 CoreNet's with a `transformer.` prefix, the untied classifier is `lm_head.weight`. A CoreNet file
 is a state dict, bare or (a training checkpoint) under `model_state_dict`.
 
-Loading checks every key and shape before it reads a weight, and reports all that is wrong at
-once. Weights are mapped from the file, not copied, where neither dtype nor device changes; the
-mapping is private, so training on them leaves the file alone.
+Compressed weights have several tensors each, and a word in config.json:
 
-Saving writes every file under a temporary name first, then a journal of the renames, then renames.
-The journal's own rename is the moment the new checkpoint exists: before it the folder is the old
-one, after it `load` finds the new files under either name, so that killing the process at any
-point never mixes two checkpoints.
+    "quantization": {"group_size", "bits"}              MLX's own: NAME.{weight, scales, biases}
+    "elmkernels": {"format": "packed12", "version": 1}  NAME.{packed, exponents, escape_starts,
+                                                              escape_columns, escape_values}
+
+A matrix without `scales` or `packed` is plain. Loading checks every key and shape before it reads
+a weight, and reports all that is wrong at once. Weights are mapped from the file, not copied,
+where neither dtype nor device changes. Saving replaces a folder in one step (see `storage`).
 """
 
-import json
-import os
-import pickle
-import re
-import secrets
-import sys
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
+from . import storage
+from .compressed import Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
 from .model import OpenELM
+from .pack import check_packed, packed_module
+from .progress import progress
+from .quantize import check_scheme, quantized_module
+from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
+from .swap import set_module
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_JOURNAL = ".elmkernels-save.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.elmkernels-tmp")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class _Stored(NamedTuple):
-    """One tensor of a file, not read yet."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], Tensor]
+_CONFIG = "config.json"
+_PACKED = {"format": "packed12", "version": 1}
+_MARKS = {Affine: "scales", Packed: "packed"}  # the tensor that only this form has
 
 
 def load(
@@ -65,36 +48,70 @@ def load(
 ) -> OpenELM:
     """The model of a Hugging Face folder, or of one CoreNet (.pt) or safetensors file with its
     `config`: an OpenELMConfig, a CoreNet YAML (parsed or its path) or a variant's name. Weights
-    keep their stored dtype unless `dtype` is given.
+    keep their stored dtype unless `dtype` is given; of quantised ones that is the dtype of scales
+    and biases, and packed ones are bfloat16 and nothing else.
     """
     path = Path(path)
-    if dtype is not None and dtype not in _DTYPE_NAMES:
-        raise ValueError(f"dtype must be one of {list(_DTYPE_NAMES)}, got {dtype}")
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ValueError(f"dtype must be one of {list(FLOATS.values())}, got {dtype}")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist (a local folder or file; no download)")
+    scheme = None
     if path.is_dir():
         if config is not None:
             raise ValueError(f"config must not be given with a folder: {path / _CONFIG} is read")
-        folder = _Folder(path)
-        config, stored = _folder_config(folder), _folder_weights(folder)
+        folder = Folder(path)
+        config, scheme = _folder_config(folder)
+        stored = storage.folder_weights(folder)
     else:
         config = _given_config(config, path)
-        single = _safetensors if path.suffix == ".safetensors" else _torch_file
-        stored = single(path)
-    chosen = _match(config, stored, path)
+        is_safetensors = path.suffix == ".safetensors"
+        read = storage.read_safetensors if is_safetensors else storage.read_torch_file
+        stored = read(path)
+    if scheme == _PACKED and dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"dtype must be bfloat16 (or None) for the packed weights of {path}, got {dtype}: "
+            "load them as they are, elmkernels.unpack(model), then cast"
+        )
+    chosen = _match(config, scheme, stored, path)
     device = torch.get_default_device() if device is None else torch.device(device)
     weights = {}
-    for name in _progress(chosen, f"loading {path.name}"):
+    for name in progress(chosen, f"loading {path.name}"):
         weight = chosen[name].read()
-        weights[name] = weight.to(device=device, dtype=dtype or weight.dtype).contiguous()
+        wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
+        weights[name] = weight.to(device=device, dtype=wanted).contiguous()
     model = OpenELM(config, device="meta")
-    model.load_state_dict(weights, assign=True)
+    for name in [n.rpartition(".")[0] for n in weights if n.endswith(tuple(_MARKS.values()))]:
+        set_module(model, name, _take_module(name, weights, scheme, model, path))
+    # Not strict: `_match` has seen that nothing is missing, and the modules above hold the rest.
+    model.load_state_dict(weights, assign=True, strict=False)
     return model
 
 
+def _take_module(
+    name: str, weights: dict[str, Tensor], scheme: dict[str, Any], model: OpenELM, path: Path
+) -> Compressed:
+    """The module of a compressed matrix, which takes its tensors out of `weights`."""
+    if scheme != _PACKED:
+        parts = (weights.pop(f"{name}.{part}") for part in ("weight", "scales", "biases"))
+        return quantized_module(name, Affine(*parts, scheme["bits"], scheme["group_size"]))
+    columns = model.get_parameter(f"{name}.weight").shape[1]
+    parts = (weights.pop(f"{name}.{part}") for part in _parts(Packed, (1, columns), scheme))
+    packed = Packed(*parts, columns)
+    try:
+        check_packed(packed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name} is damaged: {error}") from error
+    made = packed_module(name, packed)
+    made.dtype = weights["norm.weight"].dtype
+    return made
+
+
 def save(model: OpenELM, path: str | Path, *, max_shard_bytes: int | None = None) -> None:
-    """Write a Hugging Face folder, in place of a checkpoint that is already there. A file over
-    max_shard_bytes is split between tensors.
+    """Write a Hugging Face folder, in place of a checkpoint that is already there, even of the one
+    that the model is mapped from. A file over max_shard_bytes is split between tensors.
+
+    A quantised model's folder is MLX's as well: `mlx_lm` loads it.
     """
     folder = Path(path)
     if max_shard_bytes is not None and max_shard_bytes < 1:
@@ -105,76 +122,62 @@ def save(model: OpenELM, path: str | Path, *, max_shard_bytes: int | None = None
     shards = _split(weights, max_shard_bytes)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    names = names if count > 1 else [_WEIGHTS]
-    texts = {_CONFIG: model.config.to_hf_dict()}
-    texts[_CONFIG]["torch_dtype"] = str(model.token_embeddings.weight.dtype).split(".")[-1]
+    names = names if count > 1 else [WEIGHTS]
+    texts = {_CONFIG: model.config.to_hf_dict() | _scheme_to_save(model)}
+    texts[_CONFIG]["torch_dtype"] = str(model.norm.weight.dtype).split(".")[-1]
     if count > 1:
         weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(weight.nbytes for weight in weights.values())
-        texts[_INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    folder.mkdir(parents=True, exist_ok=True)
-    _finish_renames(folder)
-    token = secrets.token_hex(4)
-    final_names = (*names, *texts)
-    temporary = {name: f".{name}.{token}.elmkernels-tmp" for name in final_names}
-    stale = [
-        entry.name
-        for entry in folder.iterdir()
-        if (entry.name in (_WEIGHTS, _INDEX) or _SHARD.fullmatch(entry.name))
-        and entry.name not in final_names
-    ]
-    try:
-        for name, shard in zip(_progress(names, f"saving {folder.name}"), shards, strict=True):
-            _write_safetensors(folder / temporary[name], shard)
-        for name, values in texts.items():
-            _write_json(folder / temporary[name], values)
-        _sync_folder(folder)
-        journal = folder / f".journal.{token}.elmkernels-tmp"
-        _write_json(
-            journal, {"rename": {t: name for name, t in temporary.items()}, "remove": stale}
-        )
-        os.replace(journal, folder / _JOURNAL)
-    except BaseException:
-        _remove_temporaries(folder, only=token)
-        raise
-    _sync_folder(folder)
-    _finish_renames(folder)
-    _remove_temporaries(folder)
-
-
-class _Folder:
-    """A checkpoint folder as its last completed save left it, whatever its files are called."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        journal = _read_journal(path)
-        self._renames = {name: temporary for temporary, name in journal["rename"].items()}
-        self._removed = set(journal["remove"])
-
-    def find(self, name: str) -> Path | None:
-        renamed = self.path / self._renames.get(name, name)
-        for candidate in (renamed, self.path / name):
-            if candidate.is_file() and name not in self._removed:
-                return candidate
-        return None
+        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    writers = {
+        name: partial(storage.write_safetensors, weights=shard, what=f"saving {folder.name}/{name}")
+        for name, shard in zip(names, shards, strict=True)
+    }
+    writers |= {name: partial(storage.write_json, values=text) for name, text in texts.items()}
+    storage.replace_files(folder, writers)
 
 
 def raw_config(path: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder as it stands there. Raises FileNotFoundError or
     ValueError.
     """
-    file = _Folder(Path(path)).find(_CONFIG)
+    file = Folder(Path(path)).find(_CONFIG)
     if file is None:
         raise FileNotFoundError(f"{Path(path) / _CONFIG} does not exist")
-    return _read_json(file)
+    return storage.read_json(file)
 
 
-def _folder_config(folder: _Folder) -> OpenELMConfig:
+def _folder_config(folder: Folder) -> tuple[OpenELMConfig, dict[str, Any] | None]:
+    """The shape, and how the weights are compressed."""
     values = raw_config(folder.path)
     try:
-        return OpenELMConfig.from_hf_dict(values)
+        return OpenELMConfig.from_hf_dict(values), _scheme(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.path / _CONFIG}: {error}") from error
+
+
+def _scheme(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of compression, if anything."""
+    quantised, ours = values.get("quantization"), values.get("elmkernels")
+    if quantised is not None and ours is not None:
+        raise ValueError("`quantization` and `elmkernels` exclude each other, both are given")
+    if ours is not None:
+        if ours != _PACKED:
+            raise ValueError(f"elmkernels must be {_PACKED}, got {ours!r}")
+        return _PACKED
+    if quantised is None:
+        return None
+    if not isinstance(quantised, Mapping) or not {"bits", "group_size"} <= quantised.keys():
+        raise ValueError(f"quantization must have bits and group_size, got {quantised!r}")
+    mode = quantised.get("mode", "affine")
+    others = sorted(quantised.keys() - {"bits", "group_size", "mode"})
+    if mode != "affine" or others:
+        raise ValueError(
+            "quantization must be of mode 'affine' and the same for every matrix, "
+            f"got {mode!r}{', and ' * bool(others)}{', '.join(others)}"
+        )
+    check_scheme(quantised["bits"], quantised["group_size"])
+    return {"group_size": quantised["group_size"], "bits": quantised["bits"]}
 
 
 def _given_config(config: Any, path: Path) -> OpenELMConfig:
@@ -192,85 +195,86 @@ def _given_config(config: Any, path: Path) -> OpenELMConfig:
     )
 
 
-def _folder_weights(folder: _Folder) -> list[_Stored]:
-    single = folder.find(_WEIGHTS)
-    if single is not None:
-        return _safetensors(single)
-    index = folder.find(_INDEX)
-    if index is None:
-        raise FileNotFoundError(f"{folder.path} holds neither {_WEIGHTS} nor {_INDEX}")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-    ):
-        raise ValueError(f"{index}: weight_map must map keys to file names of its folder")
-    files = {name: folder.find(name) for name in sorted(set(weight_map.values()))}
-    missing = [name for name, file in files.items() if file is None]
-    if missing:
-        raise FileNotFoundError(f"{index} names {', '.join(missing)}, not found beside it")
-    return [
-        stored
-        for name, file in files.items()
-        for stored in _safetensors(file)
-        if weight_map.get(stored.key, name) == name
-    ]
+def _parts(
+    form: type, shape: tuple[int, int], scheme: dict[str, Any]
+) -> dict[str, tuple[tuple[int | None, ...], str | None]]:
+    """The tensors of a compressed [n, k] matrix: name -> shape (None: any), dtype (None: float)."""
+    n, k = shape
+    if form is Affine:
+        groups = (n, k // scheme["group_size"])
+        words = (n, k * scheme["bits"] // 32)
+        return {"weight": (words, "U32"), "scales": (groups, None), "biases": (groups, None)}
+    segments = -(-k // SEGMENT_COLUMNS)
+    return {
+        "packed": ((n, segments, SEGMENT_BYTES), "U8"),
+        "exponents": ((16,), "U8"),
+        "escape_starts": ((n + 1,), "I32"),
+        "escape_columns": ((None,), "I32"),
+        "escape_values": ((None,), "BF16"),
+    }
 
 
-def _safetensors(file: Path) -> list[_Stored]:
-    try:
-        handle = safe_open(file, framework="pt")
-        slices = {key: handle.get_slice(key) for key in handle.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    return [
-        _Stored(file, key, tuple(s.get_shape()), s.get_dtype(), partial(handle.get_tensor, key))
-        for key, s in slices.items()
-    ]
+def _expected(
+    config: OpenELMConfig, scheme: dict[str, Any] | None, names: set[str], path: Path
+) -> dict[str, tuple[tuple[int | None, ...], str | None]]:
+    """Every tensor that must be there, as `_parts` says it, given the names of those that are."""
+    expected = {}
+    form = None if scheme is None else Packed if scheme == _PACKED else Affine
+    found = set()
+    for name, shape in config.parameter_shapes().items():
+        module = name.removesuffix(".weight")
+        mark = next((f for f, part in _MARKS.items() if f"{module}.{part}" in names), None)
+        if mark is None or len(shape) != 2:
+            expected[name] = shape, None
+            continue
+        found.add(mark)
+        if mark is form:
+            parts = _parts(form, shape, scheme)
+            expected |= {f"{module}.{part}": value for part, value in parts.items()}
+    for other in found - {form}:
+        what, word = {Affine: ("quantised", "quantization"), Packed: ("packed", "elmkernels")}[
+            other
+        ]
+        raise ValueError(f"{path} holds {what} weights, but no {_CONFIG} with `{word}`")
+    if form is not None and form not in found:
+        raise ValueError(f"{path / _CONFIG} says {scheme}, but no weight is stored so")
+    return expected
 
 
-def _torch_file(file: Path) -> list[_Stored]:
-    try:
-        # Only torch.save's zip format, the default since torch 1.6, can be mapped.
-        mapped = zipfile.is_zipfile(file)
-        values = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{file} is not a complete torch.save file: {error}") from error
-    if isinstance(values, Mapping) and isinstance(values.get("model_state_dict"), Mapping):
-        values = values["model_state_dict"]
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{file} must hold a state dict, got {type(values).__name__}")
-    stored = []
-    for key, value in values.items():
-        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        dtype = getattr(value, "dtype", type(value).__name__)
-        dtype = _DTYPE_NAMES.get(dtype, str(dtype))
-        stored.append(_Stored(file, str(key), shape, dtype, lambda value=value: value))
-    return stored
+def _match(
+    config: OpenELMConfig, scheme: dict[str, Any] | None, stored: Sequence[Stored], path: Path
+) -> dict[str, Stored]:
+    """The stored tensor of every name, or one error with all that doesn't fit."""
 
+    def short(key: str) -> str:
+        name = key.removeprefix("transformer.")
+        return f"classifier.{name[8:]}" if name.startswith("lm_head.") else name
 
-def _match(config: OpenELMConfig, stored: Sequence[_Stored], path: Path) -> dict[str, _Stored]:
-    """The stored tensor of every parameter, or one error with all that doesn't fit."""
-    expected = config.parameter_shapes()
+    expected = _expected(config, scheme, {short(s.key) for s in stored}, path)
     prefix = "transformer." if any(s.key.startswith("transformer.") for s in stored) else ""
-    chosen: dict[str, _Stored] = {}
+    chosen: dict[str, Stored] = {}
     problems = []
     for s in stored:
-        name = s.key.removeprefix("transformer.")
-        name = "classifier.weight" if name == "lm_head.weight" else name
+        name = short(s.key)
         if name not in expected or name in chosen:
             problems.append(f"unexpected: {s.key} {list(s.shape)} in {s.file.name}")
             continue
         chosen[name] = s
-        if s.shape != expected[name]:
+        shape, dtype = expected[name]
+        if len(s.shape) != len(shape) or any(
+            e not in (None, got) for e, got in zip(shape, s.shape, strict=True)
+        ):
+            how = "" if scheme is None else f" (of {scheme})"
             problems.append(
-                f"shape: {s.key} must be {list(expected[name])}, got {list(s.shape)} "
-                f"in {s.file.name}"
+                f"shape: {s.key} must be {_text(shape)}{how}, got {list(s.shape)} in {s.file.name}"
             )
-        elif s.dtype not in _DTYPES:
-            problems.append(f"dtype: {s.key} must be floating point, got {s.dtype}")
+        elif s.dtype != dtype if dtype else s.dtype not in FLOATS:
+            problems.append(f"dtype: {s.key} must be {dtype or 'floating point'}, got {s.dtype}")
     for name in expected.keys() - chosen.keys():
-        key = "lm_head.weight" if prefix and name == "classifier.weight" else prefix + name
-        problems.append(f"missing: {key} {list(expected[name])}")
+        key = prefix + name
+        if prefix and name.startswith("classifier."):
+            key = name.replace("classifier.", "lm_head.")
+        problems.append(f"missing: {key} {_text(expected[name][0])}")
     if problems:
         raise ValueError(
             "\n  ".join((f"{path} does not fit its configuration:", *sorted(problems)))
@@ -278,22 +282,62 @@ def _match(config: OpenELMConfig, stored: Sequence[_Stored], path: Path) -> dict
     return {name: chosen[name] for name in expected}
 
 
+def _text(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
+
+
+def _compressed(model: nn.Module) -> dict[str, Compressed]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
+
+
+def _scheme_to_save(model: OpenELM) -> dict[str, Any]:
+    """config.json's word on compressed weights."""
+    schemes = []
+    for name, module in _compressed(model).items():
+        weight = module.compressed()
+        if isinstance(weight, Packed):
+            scheme = {"elmkernels": _PACKED}
+        else:
+            values = {"group_size": weight.group_size, "bits": weight.bits}
+            scheme = {"quantization": values}
+        if schemes and scheme != schemes[0]:
+            raise ValueError(
+                f"a folder holds one form of weights, {name} has {scheme} beside {schemes[0]}"
+            )
+        schemes.append(scheme)
+    return schemes[0] if schemes else {}
+
+
 def _weights_to_save(model: OpenELM) -> dict[str, Tensor]:
-    """Name in the file -> weight."""
-    state, expected = model.state_dict(), model.config.parameter_shapes()
-    different = sorted(state.keys() ^ expected.keys()) + [
-        name for name, shape in expected.items() if name in state and state[name].shape != shape
-    ]
+    """Name in the file -> tensor."""
+    state, names = model.state_dict(), []
+    different = []
+    compressed = _compressed(model)
+    for name, shape in model.config.parameter_shapes().items():
+        module = compressed.get(name.removesuffix(".weight"))
+        parts = (
+            [name]
+            if module is None
+            else [f"{name.removesuffix('.weight')}.{part}" for part in module.names]
+        )
+        names += parts
+        if all(part in state for part in parts):
+            got = state[name].shape if module is None else weight_of(module).shape
+            different += [name] * (got != shape)
+    different = sorted(state.keys() ^ set(names)) + different
     if different:
         raise ValueError(
             f"the model's state_dict is not its configuration's: {', '.join(different)}"
         )
-    for name, weight in state.items():
-        if weight.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"{name} must be floating point, got {weight.dtype}")
+    for name in names:
+        known = DTYPE_NAMES if name.rpartition(".")[0] in compressed else FLOATS.values()
+        if state[name].dtype not in known:
+            raise ValueError(f"{name} must be floating point, got {state[name].dtype}")
     return {
-        "lm_head.weight" if name == "classifier.weight" else f"transformer.{name}": state[name]
-        for name in expected
+        name.replace("classifier.", "lm_head.")
+        if name.startswith("classifier.")
+        else f"transformer.{name}": state[name]
+        for name in names
     }
 
 
@@ -307,98 +351,3 @@ def _split(weights: Mapping[str, Tensor], max_bytes: int | None) -> list[dict[st
         shards[-1][key] = weight
         size += weight.nbytes
     return shards
-
-
-def _write_safetensors(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """One tensor at a time: the library's own writer holds a copy of all of them."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    # The format wants no gaps, so wider dtypes first: every tensor is then aligned to its dtype.
-    order = sorted(weights, key=lambda key: -weights[key].element_size())
-    for key in order:
-        weight, start = weights[key], end
-        end += weight.nbytes
-        header[key] = {
-            "dtype": _DTYPE_NAMES[weight.dtype],
-            "shape": list(weight.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            weight = weights[key].detach().to("cpu").contiguous()
-            out.write(weight.reshape(-1).view(torch.uint8).numpy())
-        _sync_file(out)
-
-
-def _write_json(file: Path, values: Any) -> None:
-    with open(file, "w", encoding="utf-8") as out:
-        out.write(json.dumps(values, indent=2) + "\n")
-        _sync_file(out)
-
-
-def _sync_file(out: Any) -> None:
-    out.flush()
-    os.fsync(out.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder can't be opened, nor need its entries be synced
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _read_journal(folder: Path) -> dict[str, Any]:
-    file = folder / _JOURNAL
-    return _read_json(file) if file.is_file() else {"rename": {}, "remove": []}
-
-
-def _finish_renames(folder: Path) -> None:
-    """Carry out what the journal says is left of a save; a second time does no harm."""
-    journal = _read_journal(folder)
-    for temporary, name in journal["rename"].items():
-        if (folder / temporary).is_file():
-            os.replace(folder / temporary, folder / name)
-    for name in journal["remove"]:
-        (folder / name).unlink(missing_ok=True)
-    _sync_folder(folder)
-    (folder / _JOURNAL).unlink(missing_ok=True)
-
-
-def _remove_temporaries(folder: Path, only: str = "") -> None:
-    for entry in folder.iterdir():
-        if _TEMPORARY.fullmatch(entry.name) and only in entry.name:
-            entry.unlink(missing_ok=True)
-
-
-def _progress(items: Iterable[str], what: str) -> Iterator[str]:
-    """The items, counted on a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    items = list(items)
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        for i, item in enumerate(items, 1):
-            print(f"\r{what}: {i}/{len(items)}", end="", file=sys.stderr, flush=True)
-            yield item
-        print(file=sys.stderr)
-    else:
-        yield from tqdm(items, desc=what, leave=False)

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..formats import Weight
+from .compressed import product
+
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
 
@@ -101,13 +104,17 @@ class Linear(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """The output projection by the embedding's weight, with the plan's routines."""
+    """The output projection by the embedding's weight, with the plan's routines; a compressed one
+    is multiplied by a backend of `ops.linear`.
+    """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, backend: str | None = None) -> None:
         super().__init__()
-        self.products = Products(plan)
+        self.products, self.backend = Products(plan), backend
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        if not isinstance(weight, Tensor):
+            return product(x, weight, self.backend)
         return self.products(x, weight)
 
     def train(self, mode: bool = True) -> "TiedHead":

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..formats import Weight
 from ..reference import attention, qk_norm_rope, rms_norm, rope_table, swiglu
 from .cache import KVCache
+from .compressed import product, weight_of
 from .config import OpenELMConfig
 
 
@@ -120,8 +122,8 @@ class DecoderLayer(nn.Module):
 class TiedHead(nn.Module):
     """The output projection by another module's weight: no parameters of its own."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        return product(x, weight)
 
 
 class OpenELM(nn.Module):
@@ -146,8 +148,11 @@ class OpenELM(nn.Module):
         device = torch.get_default_device() if device is None else torch.device(device)
         # Built on "meta" first, so that nn.Linear's own initialisation costs nothing.
         with torch.device("meta"):
-            self.token_embeddings = nn.Embedding(
-                config.vocab_size, config.model_dim, config.padding_index, dtype=dtype
+            # Not nn.Embedding(): its normal_() on "meta" imports half of torch, a second or two.
+            self.token_embeddings = nn.Embedding.from_pretrained(
+                torch.empty(config.vocab_size, config.model_dim, dtype=dtype),
+                freeze=False,
+                padding_idx=config.padding_index,
             )
             self.layers = nn.ModuleList(
                 DecoderLayer(config, i, dtype=dtype) for i in range(config.num_transformer_layers)
@@ -203,7 +208,7 @@ class OpenELM(nn.Module):
     @property
     def activation_dtype(self) -> torch.dtype:
         """What a cache must hold: autocast's dtype where it is on, else the weights'."""
-        weight = self.token_embeddings.weight
+        weight = self.norm.weight  # the others may be compressed
         kind = weight.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
@@ -253,7 +258,7 @@ class OpenELM(nn.Module):
             )
         x = self.norm(_kept(x, logits_to_keep, counts))
         if self.classifier is None:
-            logits = self.tied_head(x, self.token_embeddings.weight)
+            logits = self.tied_head(x, weight_of(self.token_embeddings))
         else:
             logits = self.classifier(x)
         if cache is not None:  # last of all: what fails before leaves the cache as it was
@@ -346,15 +351,17 @@ class OpenELM(nn.Module):
         if self.rope_table.device == device and self.rope_table.shape[0]:
             return
         config = self.config
-        made_on = "meta" if device.type == "meta" else "cpu"
+        shape = config.rope_max_length, config.head_dim
+        if device.type == "meta":  # arange there would import half of torch too
+            self.rope_table = torch.empty(shape, dtype=torch.float32, device=device)
+            return
         with torch.inference_mode(False):  # an inference tensor could not be saved for backward
-            self.rope_table = rope_table(
-                config.rope_max_length, config.head_dim, config.rope_freq_constant, device=made_on
-            ).to(device)
+            table = rope_table(*shape, config.rope_freq_constant, device="cpu")
+            self.rope_table = table.to(device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._place_rope_table(self.token_embeddings.weight.device)
+        self._place_rope_table(self.norm.weight.device)
         return self
 
 

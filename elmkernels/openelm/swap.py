@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..backends import choose
 from . import fused, linear
+from .compressed import Compressed, weight_of
 from .linear import Plan, measure_plan
 
 OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
@@ -97,7 +98,8 @@ def _child(root: nn.Module, path: str) -> nn.Module | None:
     return root
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path of the model."""
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent) if parent else model
     owner._modules[name] = module
@@ -162,7 +164,7 @@ def _not_a_ffn(ffn: nn.Module) -> str | None:
             if not torch.allclose(ffn.act(x), nn.functional.silu(x), atol=1e-6):
                 return "its activation is not SiLU"
     gated = _is_gated(ffn)
-    rows, columns = ffn.proj_1.weight.shape[0], ffn.proj_2.weight.shape[1]
+    rows, columns = weight_of(ffn.proj_1).shape[0], weight_of(ffn.proj_2).shape[1]
     if rows != columns * (2 if gated else 1):
         return f"proj_1 gives {rows} columns, proj_2 takes {columns}"
     return None
@@ -179,7 +181,7 @@ def _heads(attn: nn.Module) -> tuple[int, int] | str:
     head_dim = getattr(attn, "head_dim", None)
     if not q or not kv or not head_dim:
         return "it doesn't say how many heads it has"
-    rows = attn.qkv_proj.weight.shape[0]
+    rows = weight_of(attn.qkv_proj).shape[0]
     if rows != (q + 2 * kv) * head_dim:
         return f"qkv_proj gives {rows} columns for {q} + 2 x {kv} heads of {head_dim}"
     return q, kv
@@ -250,11 +252,11 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, _STATE):
+    if is_accelerated(model):
         restore(model)
     body, prefix = _body(model)
     convention, left = _examine(model, body, prefix)
-    weight = body.token_embeddings.weight
+    weight = body.norm.weight  # an embedding may be compressed
     device = "cpu" if weight.device.type == "meta" else weight.device.type
     backends = {op: choose(op, device, backend) for op in OPS}
     plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
@@ -265,6 +267,7 @@ def accelerate(
         )
     originals: dict[str, nn.Module] = {}
     counts: Counter[str] = Counter()
+    kept: list[str] = []
     skip = {path for path, _ in left}
 
     def swap(path: str, kind: str, make) -> None:
@@ -272,11 +275,15 @@ def accelerate(
             original = originals[path] = model.get_submodule(path)
             fresh = make(original)
             fresh.training = original.training
-            _set(model, path, fresh)
+            set_module(model, path, fresh)
             counts[kind] += 1
 
     def swap_linear(path: str) -> None:
         original = model.get_submodule(path)
+        if isinstance(original, Compressed):
+            original.backend = backend
+            kept.append(type(original).__name__)
+            return
         if not _is_linear(original):
             if path not in skip:
                 report.left.append((path, f"{type(original).__name__} is not nn.Linear"))
@@ -307,10 +314,11 @@ def accelerate(
     if isinstance(getattr(model, "classifier", None), nn.Module):
         swap_linear("classifier")
     elif isinstance(getattr(model, "tied_head", None), nn.Module):
-        swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan))
+        swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan, backend))
     else:
         report.left.append(("the output projection", "the model computes it in its own forward"))
     report.swapped = dict(counts)
+    report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
     if plan.packs:
         report.packed_bytes = _projection_bytes(model)
     setattr(model, _STATE, originals)
@@ -320,7 +328,8 @@ def accelerate(
 def _projection_bytes(model: nn.Module) -> int:
     total = sum(m.weight.nbytes for m in model.modules() if isinstance(m, linear.Linear))
     if any(isinstance(m, linear.TiedHead) for m in model.modules()):
-        total += model.token_embeddings.weight.nbytes
+        head = weight_of(model.token_embeddings)
+        total += head.nbytes if isinstance(head, Tensor) else 0
     return total
 
 
@@ -339,8 +348,11 @@ def restore(model: nn.Module) -> None:
         raise ValueError(f"model ({type(model).__name__}) must be accelerated to be restored")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     training = {name: module.training for name, module in model.named_modules()}
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            module.backend = None
     for path, module in originals.items():  # parents first, as they were swapped
-        _set(model, path, module)
+        set_module(model, path, module)
     for name, module in model.named_modules():
         module.training = training.get(name, model.training)
         for key in module._parameters:

@@ -22,7 +22,7 @@ def _affine(w: Affine, dtype: torch.dtype | None) -> Tensor:
     words = w.q.view(torch.int32)
     shifts = torch.arange(0, 32, w.bits, dtype=torch.int32, device=words.device)
     q = (words[..., None] >> shifts) & (2**w.bits - 1)
-    groups = q.reshape(w.shape[0], -1, w.group_size).to(wide)
+    groups = q.flatten(1).unflatten(1, (-1, w.group_size)).to(wide)
     exact = w.scales.to(wide)[..., None] * groups + w.biases.to(wide)[..., None]
     return exact.flatten(1).to(dtype or w.dtype)
 
@@ -34,7 +34,7 @@ def _packed(w: Packed) -> Tensor:
     exponent = w.exponents.int()[codes.long()]
     bits = (bytes_ & 0x80) << 8 | exponent << 7 | bytes_ & 0x7F
     # Of each 64 bytes, those of the even groups of 8 are columns 0..31, the others 32..63.
-    bits = bits.view(n, 2 * segments, 4, 2, 8).transpose(2, 3).reshape(n, -1)
+    bits = bits.view(n, 2 * segments, 4, 2, 8).transpose(2, 3).flatten(1)
     found = bits.to(torch.uint16).view(torch.bfloat16)[:, : w.columns].clone()
     rows = torch.arange(n, device=bits.device).repeat_interleave(w.escape_starts.diff().long())
     found[rows, w.escape_columns.long()] = w.escape_values

@@ -1,8 +1,11 @@
 """A small model's configuration, and equality of models, for the checkpoint tests."""
 
+import copy
+
 import torch
 
 from elmkernels.openelm import OpenELM, OpenELMConfig
+from elmkernels.testing.parity import compare
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=3,
@@ -17,6 +20,28 @@ CONFIG = OpenELMConfig(
     vocab_size=96,
     rope_max_length=64,
 )
+# The same with widths that groups of 32 divide.
+GROUPED = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"ffn_dim_divisor": 32})
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shapes, dtypes and bits. (torch can't compare uint32; nan is equal to itself here.)"""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(
+        *(t.detach().cpu().contiguous().reshape(-1, 1).view(torch.uint8) for t in (a, b))
+    )
+
+
+def assert_held(model: OpenELM, plain: OpenELM, ids: torch.Tensor) -> None:
+    """The logits of a compressed model are held, by the ops' rule, to those of the plain model of
+    its dense weights: of all the tokens at once, and of one row as in decoding.
+    """
+    exact = copy.deepcopy(plain).double()
+    with torch.inference_mode():
+        for tokens in (ids, ids[:1, :1]):
+            found = compare(exact(tokens), plain(tokens), model(tokens), "logits")
+            assert found.ok, found.reason
 
 
 def assert_same(a: OpenELM, b: OpenELM) -> None:
@@ -24,4 +49,4 @@ def assert_same(a: OpenELM, b: OpenELM) -> None:
     state, other = a.state_dict(), b.state_dict()
     assert state.keys() == other.keys()
     for name, weight in state.items():
-        assert weight.dtype == other[name].dtype and torch.equal(weight, other[name]), name
+        assert same_bits(weight, other[name]), name

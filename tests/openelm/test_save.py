@@ -10,24 +10,30 @@ from pathlib import Path
 import pytest
 from checkpoints import CONFIG, assert_same
 
-from elmkernels.openelm import OpenELM, OpenELMConfig, checkpoint
+from elmkernels.openelm import OpenELM, OpenELMConfig, pack, storage
 
 OTHER = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"norm_eps": 1e-5, "rope_max_length": 32})
 
 
 @pytest.mark.parametrize("old_shards", [None, 60_000], ids=["over one", "over shards"])
-@pytest.mark.parametrize("new_shards", [None, 60_000], ids=["one", "shards"])
+@pytest.mark.parametrize(
+    ("new_shards", "packed"),
+    [(None, False), (60_000, False), (None, True)],
+    ids=["one", "shards", "packed"],
+)
 def test_a_save_that_fails_anywhere_leaves_one_whole_checkpoint(
-    tmp_path, monkeypatch, old_shards, new_shards
+    tmp_path, monkeypatch, old_shards, new_shards, packed
 ):
     """Fail at the nth step that touches the disk, for every n: no mixture is ever loaded."""
     old, new = OpenELM(CONFIG, seed=1), OpenELM(OTHER, seed=2)
+    if packed:
+        pack(new.bfloat16())
     steps = {
-        (checkpoint, "_write_safetensors"): checkpoint._write_safetensors,
-        (checkpoint, "_write_json"): checkpoint._write_json,
-        (checkpoint.os, "replace"): os.replace,
-        (checkpoint.Path, "unlink"): Path.unlink,
-        (checkpoint.os, "fsync"): os.fsync,
+        (storage, "write_safetensors"): storage.write_safetensors,
+        (storage, "write_json"): storage.write_json,
+        (storage.os, "replace"): os.replace,
+        (storage.Path, "unlink"): Path.unlink,
+        (storage.os, "fsync"): os.fsync,
     }
     outcomes = []
     for last in range(1000):
@@ -67,15 +73,15 @@ def test_a_save_that_fails_anywhere_leaves_one_whole_checkpoint(
 
 KILLED = """
 import os, signal, sys
-from elmkernels.openelm import OpenELM, OpenELMConfig, checkpoint
+from elmkernels.openelm import OpenELM, OpenELMConfig, storage
 
 folder, config, where = sys.argv[1], OpenELMConfig.from_hf_dict(eval(sys.argv[2])), sys.argv[3]
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def half_written(file, weights):
-    whole(file, weights)
+def half_written(file, **what):
+    whole(file, **what)
     os.truncate(file, os.path.getsize(file) // 2)
     die()
 
@@ -84,9 +90,9 @@ def second_replace(source, target, done=[]):
     if len(done) == 2:
         die()
 
-whole, replace = checkpoint._write_safetensors, os.replace
+whole, replace = storage.write_safetensors, os.replace
 if where == "weights":
-    checkpoint._write_safetensors = half_written
+    storage.write_safetensors = half_written
 else:
     os.replace = second_replace
 OpenELM(config, seed=2).save_pretrained(folder)
@@ -98,7 +104,7 @@ OpenELM(config, seed=2).save_pretrained(folder)
 def test_a_killed_save(folder, where):
     """A process that dies half way through the weights, or between the two renames."""
     arguments = [sys.executable, "-c", KILLED, str(folder), repr(OTHER.to_hf_dict()), where]
-    root = Path(checkpoint.__file__).parents[2]
+    root = Path(storage.__file__).parents[2]
     result = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     expected = OpenELM(OTHER, seed=2) if where == "renames" else OpenELM(CONFIG, seed=1)

@@ -1,0 +1,119 @@
+"""Modules whose weight is compressed: what quantised and packed projections and embeddings share.
+
+    Linear     y = x w^T      dx = dy w
+    Embedding  y = w[ids], and as the tied head y = x w^T
+
+A compressed weight is data, not a Parameter: gradients pass through it to x, none are kept for it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..formats import Affine, Packed, Weight
+from ..ops.linear import BLOCK_ROWS, dense_rows, linear
+from ..reference import dense
+
+
+def weight_of(module: nn.Module) -> Weight:
+    """The weight [n, k] of a projection or an embedding, in the form in which it is held."""
+    return module.compressed() if isinstance(module, Compressed) else module.weight
+
+
+def gather_rows(weight: Weight, ids: Tensor) -> Weight:
+    """The rows that ids [m] name, as a weight of the same form."""
+    if isinstance(weight, Affine):
+        q = weight.q.view(torch.int32)[ids].view(torch.uint32)  # torch can't index uint32
+        return Affine(q, weight.scales[ids], weight.biases[ids], weight.bits, weight.group_size)
+    if isinstance(weight, Packed):
+        begin = weight.escape_starts[ids]
+        counts = weight.escape_starts[ids + 1] - begin
+        starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        found = torch.repeat_interleave(begin - starts[:-1], counts)
+        found += torch.arange(found.shape[0], dtype=found.dtype, device=found.device)
+        return Packed(
+            weight.data[ids],
+            weight.exponents,
+            starts,
+            weight.escape_columns[found],
+            weight.escape_values[found],
+            weight.columns,
+        )
+    return weight[ids]
+
+
+class _Product(torch.autograd.Function):
+    """Dtypes that `ops.linear` doesn't take: float64, and packed weights with any but theirs."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        n = weight.shape[0]
+        y = x.new_empty(*x.shape[:-1], n)
+        for start in range(0, n, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, n)
+            y[..., start:stop] = F.linear(x, dense_rows(weight, x.dtype, start, stop))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy @ dense_rows(ctx.weight, dy.dtype, 0, ctx.weight.shape[0]), None
+
+
+def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
+    """x [..., k], weight [n, k] in any form -> x weight^T [..., n] in x's dtype (autocast's where
+    that is on), differentiable in x, and in the weight where it is a Tensor. backend: of a
+    compressed weight, as in `ops.linear`.
+    """
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    if x.dtype == torch.float64 or (isinstance(weight, Packed) and x.dtype != weight.dtype):
+        return _Product.apply(x, weight)
+    return linear(x, weight, backend=backend)
+
+
+class Compressed(nn.Module):
+    """A module that holds one compressed weight in buffers, `names` in the order of its form."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, weight: Affine | Packed) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        # What the output of an embedding is cast to: follows model.to(dtype) like a Parameter.
+        self.dtype = weight.dtype
+        self.backend: str | None = None  # of `ops.linear`; `accelerate` names one
+
+    def compressed(self) -> Affine | Packed:
+        """The weight, whose tensors are this module's buffers."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        device = getattr(self, self.names[0]).device
+        probe = fn(torch.empty(0, dtype=self.dtype, device=device))
+        super()._apply(fn, recurse)
+        self.dtype = probe.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+class CompressedLinear(Compressed):
+    """x [..., in_features] -> [..., out_features]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.compressed(), self.backend)
+
+
+class CompressedEmbedding(Compressed):
+    """ids [...] -> [..., in_features] in `dtype`; only the rows that ids name are made dense."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = dense(gather_rows(self.compressed(), ids.flatten().long()), self.dtype)
+        return rows.view(*ids.shape, self.in_features)

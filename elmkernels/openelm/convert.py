@@ -1,0 +1,134 @@
+"""Changing the form of a model's weights in place: what quantize, pack and unpack share."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.linear import dense_rows
+from .compressed import Compressed, CompressedEmbedding, weight_of
+from .linear import Linear, TiedHead
+from .model import OpenELM
+from .progress import progress
+from .swap import PROJECTIONS, accelerate, is_accelerated, restore, set_module
+
+T = TypeVar("T")
+_CHUNK = 1 << 18  # weights at a time
+
+
+@dataclass
+class Conversion:
+    """What was done to the weights: how many matrices, those left with the reason, bytes."""
+
+    what: str
+    matrices: int = 0
+    left: list[tuple[str, str]] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def __str__(self) -> str:
+        before, after = (b / 2**20 for b in (self.bytes_before, self.bytes_after))
+        lines = [f"{self.what} {self.matrices} matrices: {before:.1f} MiB to {after:.1f} MiB"]
+        return "\n".join(lines + [f"left {path}: {reason}" for path, reason in self.left])
+
+
+def matrices(model: OpenELM, embeddings: bool) -> list[str]:
+    """Names of the modules that hold a projection; with embeddings, those of tokens as well."""
+    names = [f"layers.{i}.{p}" for i in range(len(model.layers)) for p in PROJECTIONS]
+    if embeddings:
+        names.insert(0, "token_embeddings")
+        names += ["classifier"] * (model.classifier is not None)
+    return names
+
+
+def plain_problem(module: nn.Module) -> str | None:
+    """Why the weight of a module can't be taken over by another one, or None."""
+    if isinstance(module, Compressed):
+        return None
+    if type(module) not in (nn.Linear, nn.Embedding):
+        return f"it must be nn.Linear or nn.Embedding, got {type(module).__name__}"
+    if getattr(module, "bias", None) is not None:
+        return "it has a bias"
+    return None
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The matrix of a projection or an embedding, without gradients."""
+    weight = weight_of(module)
+    return dense_rows(weight, weight.dtype, 0, weight.shape[0]).detach()
+
+
+def convert(
+    model: OpenELM,
+    embeddings: bool,
+    what: str,
+    check: Callable[[str, nn.Module], None],
+    make: Callable[[str, nn.Module], nn.Module | str | None],
+    show: bool,
+) -> Conversion:
+    """Put `make(name, module)` in place of every matrix of the model; None leaves it, a string
+    leaves it with that reason. `check` looks at all of them before any is touched, and raises.
+
+    An accelerated model is restored first and accelerated again at the end.
+    """
+    if not isinstance(model, OpenELM):
+        raise TypeError(f"model must be an elmkernels.OpenELM, got {type(model).__name__}")
+    options = _options(model) if is_accelerated(model) else None
+    if options is not None:
+        restore(model)
+    done = Conversion(what)
+    try:
+        names = matrices(model, embeddings)
+        for name in names:
+            module = model.get_submodule(name)
+            if problem := plain_problem(module):
+                raise ValueError(f"{name}: {problem}")
+            if weight_of(module).device.type == "meta":
+                raise ValueError(f"{name} has no weights: it is on the meta device")
+            check(name, module)
+        for name in progress(names, what) if show else names:
+            module = model.get_submodule(name)
+            made = make(name, module)
+            if isinstance(made, nn.Module):
+                done.matrices += 1
+                done.bytes_before += weight_of(module).nbytes
+                done.bytes_after += weight_of(made).nbytes
+                made.training = module.training
+                set_module(model, name, made)
+            elif made is not None:
+                done.left.append((name, made))
+    finally:
+        if options is not None:
+            accelerate(model, **options)
+    return done
+
+
+def _options(model: OpenELM) -> dict:
+    """How an accelerated model was accelerated."""
+    plans = [m.plan for m in model.modules() if isinstance(m, Linear)]
+    plans += [m.products.plan for m in model.modules() if isinstance(m, TiedHead)]
+    return {"backend": model.norm.backend, "pack_weights": any(p.packs for p in plans)}
+
+
+def each_chunk(fn: Callable[[slice], T], rows: int, columns: int) -> list[T]:
+    """fn of successive slices of a matrix's rows, by as many threads as torch uses.
+
+    Each thread stays within its core's cache, and waits for no other as it would in every
+    operation that torch divides: on a busy machine that takes many times as long.
+    """
+    size = max(1, _CHUNK // max(1, columns))
+    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(fn, slices))
+
+
+def plain(module: Compressed, weight: Tensor, padding_index: int | None = None) -> nn.Module:
+    """nn.Linear or nn.Embedding that holds weight [n, k], in place of a compressed one."""
+    if isinstance(module, CompressedEmbedding):
+        return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=padding_index)
+    fresh = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
+    fresh.weight = nn.Parameter(weight)
+    return fresh

@@ -1,0 +1,221 @@
+"""Models for llama.cpp: one GGUF file of its `openelm` architecture.
+
+llama.cpp knows OpenELM with QK norm, a gated feed-forward and tied embeddings. proj_1 is stored as
+its two halves, ffn_gate and ffn_up; norms are always float32. The package `gguf` writes the file.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.linear import dense_rows, rows_of
+from .compressed import weight_of
+from .config import OpenELMConfig
+from .convert import each_chunk
+from .model import OpenELM
+from .progress import progress
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+_BLOCK = 32  # weights that share a scale in q8_0
+
+
+def export_gguf(
+    model: OpenELM,
+    path: str | Path,
+    type: str = "f16",
+    *,
+    tokenizer: str | Path | None = None,
+    name: str | None = None,
+) -> None:
+    """Write a model, plain or compressed, to a GGUF file, which is replaced in one step.
+
+    type: of the matrices, one of TYPES. tokenizer: a SentencePiece tokenizer.model to embed;
+    without one the file has no vocabulary, and takes and gives token ids only. name: the model's.
+    Raises ImportError where a package is missing, ValueError for what llama.cpp's OpenELM has not
+    and for weights that the type can't hold.
+    """
+    gguf = _package("gguf", "GGUF files", "elmkernels[gguf]")
+    if type not in TYPES:
+        raise ValueError(f"type must be one of {', '.join(TYPES)}, got {type!r}")
+    if not isinstance(model, OpenELM):
+        raise TypeError(f"model must be an elmkernels.OpenELM, got {model.__class__.__name__}")
+    _check(model.config, type)
+    vocabulary = None if tokenizer is None else _vocabulary(Path(tokenizer), model.config)
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path must be a file, {path} is a folder")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.elmkernels-tmp")
+    kind = gguf.GGMLQuantizationType[type.upper()]
+    writer = gguf.GGUFWriter(temporary, "openelm")
+    try:
+        _describe(gguf, writer, model.config, kind, name or model.config.model_name)
+        _write_vocabulary(gguf, writer, model.config, vocabulary)
+        tensors = list(_tensors(model))
+        for key, (rows, columns), _ in tensors:
+            matrix = kind if rows else gguf.GGMLQuantizationType.F32
+            shape = (rows, columns) if rows else (columns,)
+            size = gguf.quant_shape_to_byte_shape(shape, matrix)
+            data = np.dtype(np.uint8)
+            writer.add_tensor_info(key, size, data, int(np.prod(size)), raw_dtype=matrix)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        read = {key: (rows, take) for key, (rows, _), take in tensors}
+        for key in progress(read, f"writing {path.name}"):
+            rows, take = read[key]
+            writer.write_tensor_data(_bytes(gguf, key, take(), kind if rows else None))
+        for file in writer.fout or ():
+            file.flush()
+            os.fsync(file.fileno())
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        if writer.fout:
+            writer.close()
+        temporary.unlink(missing_ok=True)
+
+
+def _package(name: str, what: str, extra: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ImportError(f"{what} need {name}: pip install {name} (or {extra})") from error
+
+
+def _check(config: OpenELMConfig, type: str) -> None:
+    for field, needed in (
+        ("share_input_output_layers", True),
+        ("normalize_qk_projections", True),
+        ("ffn_with_glu", True),
+    ):
+        if getattr(config, field) is not needed:
+            raise ValueError(
+                f"llama.cpp's OpenELM has {field} {needed}, the model's configuration has "
+                f"{getattr(config, field)}"
+            )
+    for key, shape in config.parameter_shapes().items():
+        if type == "q8_0" and len(shape) == 2 and shape[1] % _BLOCK:
+            raise ValueError(
+                f"type q8_0 needs columns in multiples of {_BLOCK}, {key} has {shape[1]}"
+            )
+
+
+def _describe(gguf: Any, writer: Any, config: OpenELMConfig, kind: Any, name: str | None) -> None:
+    files = {"F32": "ALL_F32"}.get(kind.name, f"MOSTLY_{kind.name}")
+    writer.add_type("model")
+    writer.add_name(name or "OpenELM")
+    writer.add_file_type(gguf.LlamaFileType[files])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_transformer_layers)
+    writer.add_context_length(config.max_context_length)
+    writer.add_embedding_length(config.model_dim)
+    writer.add_feed_forward_length(list(config.ffn_dims))
+    writer.add_head_count(list(config.num_query_heads))
+    writer.add_head_count_kv(list(config.num_kv_heads))
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_freq_constant)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _vocabulary(path: Path, config: OpenELMConfig) -> Any:
+    """The SentencePiece processor of a file."""
+    package = _package("sentencepiece", "tokenizers", "elmkernels[gguf]")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    found = package.SentencePieceProcessor()
+    try:
+        found.LoadFromFile(str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
+    if found.vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"{path} has {found.vocab_size()} tokens, the model's vocab_size is {config.vocab_size}"
+        )
+    return found
+
+
+def _write_vocabulary(gguf: Any, writer: Any, config: OpenELMConfig, found: Any) -> None:
+    if found is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    kinds = gguf.TokenType
+    tests = (
+        (found.IsUnknown, kinds.UNKNOWN),
+        (found.IsControl, kinds.CONTROL),
+        (found.IsUnused, kinds.UNUSED),
+        (found.IsByte, kinds.BYTE),
+    )
+    count = found.vocab_size()
+    tokens = [found.IdToPiece(i).encode() for i in range(count)]
+    scores = [found.GetScore(i) for i in range(count)]
+    types = [next((k for is_, k in tests if is_(i)), kinds.NORMAL) for i in range(count)]
+    for i in range(count, config.vocab_size):  # rows of the embedding that no token has
+        tokens.append(f"[PAD{i}]".encode())
+        scores.append(-10000.0)
+        types.append(kinds.UNUSED)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    for add, token in (
+        (writer.add_bos_token_id, found.bos_id()),
+        (writer.add_eos_token_id, found.eos_id()),
+        (writer.add_unk_token_id, found.unk_id()),
+    ):
+        if token >= 0:
+            add(token)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+
+
+def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:
+    """Name in the file, (rows or 0, columns), and how to get the tensor."""
+
+    def matrix(key: str, module: Any, part: slice | None = None) -> tuple:
+        weight = weight_of(module)
+        if part is not None:
+            weight = rows_of(weight, part.start, part.stop)
+        n = weight.shape[0]
+        return f"{key}.weight", tuple(weight.shape), lambda: dense_rows(weight, weight.dtype, 0, n)
+
+    def vector(key: str, norm: Any) -> tuple:
+        return f"{key}.weight", (0, norm.weight.shape[0]), lambda: norm.weight
+
+    yield matrix("token_embd", model.token_embeddings)
+    for i, layer in enumerate(model.layers):
+        block, ffn = f"blk.{i}", weight_of(layer.ffn.proj_2).shape[1]
+        yield vector(f"{block}.attn_norm", layer.attn_norm)
+        yield matrix(f"{block}.attn_qkv", layer.attn.qkv_proj)
+        yield vector(f"{block}.attn_q_norm", layer.attn.q_norm)
+        yield vector(f"{block}.attn_k_norm", layer.attn.k_norm)
+        yield matrix(f"{block}.attn_output", layer.attn.out_proj)
+        yield vector(f"{block}.ffn_norm", layer.ffn_norm)
+        yield matrix(f"{block}.ffn_gate", layer.ffn.proj_1, slice(0, ffn))
+        yield matrix(f"{block}.ffn_up", layer.ffn.proj_1, slice(ffn, 2 * ffn))
+        yield matrix(f"{block}.ffn_down", layer.ffn.proj_2)
+    yield vector("output_norm", model.norm)
+
+
+def _bytes(gguf: Any, key: str, weight: Tensor, kind: Any) -> np.ndarray:
+    """A tensor in a type of GGML (None: float32), as bytes."""
+    w = weight.detach().to("cpu").contiguous()
+    if kind is not None and kind.name == "Q8_0":
+        chunks = each_chunk(
+            lambda rows: gguf.quants.quantize(w[rows].float().numpy(), kind), *w.shape
+        )
+        return np.concatenate(chunks)
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
+    cast = w.to(dtypes.get(kind.name, torch.float32) if kind is not None else torch.float32)
+    if cast.dtype == torch.float16 and not torch.equal(cast.isfinite(), w.isfinite()):
+        raise ValueError(f"type f16 can't hold the largest weights of {key}: use bf16 or f32")
+    return cast.view(torch.uint8).numpy()

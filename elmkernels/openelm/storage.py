@@ -1,0 +1,239 @@
+"""Files of checkpoints: safetensors and torch.save read, safetensors and JSON written, in one step.
+
+Tensors are mapped from their file, not copied, and the mapping is private: writing to them leaves
+the file alone. A file is never written over, but replaced by name, so tensors that are mapped from
+the old one keep it.
+
+`replace_files` writes every file under a temporary name first, then a journal of the renames, then
+renames. The journal's own rename is the moment the new files exist: before it the folder is the
+old one, after it `Folder` finds the new files under either name, so that killing the process at
+any point never mixes two checkpoints.
+"""
+
+import json
+import os
+import pickle
+import re
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .progress import progress
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+DTYPE_NAMES = {
+    dtype: name
+    for name, dtype in (
+        FLOATS | {"U32": torch.uint32, "I32": torch.int32, "U8": torch.uint8}
+    ).items()
+}
+_JOURNAL = ".elmkernels-save.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.elmkernels-tmp")
+
+
+class Stored(NamedTuple):
+    """One tensor of a file, not read yet."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+
+
+class Folder:
+    """A checkpoint folder as its last completed save left it, whatever its files are called."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        journal = _read_journal(path)
+        self._renames = {name: temporary for temporary, name in journal["rename"].items()}
+        self._removed = set(journal["remove"])
+
+    def find(self, name: str) -> Path | None:
+        renamed = self.path / self._renames.get(name, name)
+        for candidate in (renamed, self.path / name):
+            if candidate.is_file() and name not in self._removed:
+                return candidate
+        return None
+
+
+def folder_weights(folder: Folder) -> list[Stored]:
+    single = folder.find(WEIGHTS)
+    if single is not None:
+        return read_safetensors(single)
+    index = folder.find(INDEX)
+    if index is None:
+        raise FileNotFoundError(f"{folder.path} holds neither {WEIGHTS} nor {INDEX}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise ValueError(f"{index}: weight_map must map keys to file names of its folder")
+    files = {name: folder.find(name) for name in sorted(set(weight_map.values()))}
+    missing = [name for name, file in files.items() if file is None]
+    if missing:
+        raise FileNotFoundError(f"{index} names {', '.join(missing)}, not found beside it")
+    return [
+        stored
+        for name, file in files.items()
+        for stored in read_safetensors(file)
+        if weight_map.get(stored.key, name) == name
+    ]
+
+
+def read_safetensors(file: Path) -> list[Stored]:
+    try:
+        handle = safe_open(file, framework="pt")
+        slices = {key: handle.get_slice(key) for key in handle.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    return [
+        Stored(file, key, tuple(s.get_shape()), s.get_dtype(), partial(handle.get_tensor, key))
+        for key, s in slices.items()
+    ]
+
+
+def read_torch_file(file: Path) -> list[Stored]:
+    try:
+        # Only torch.save's zip format, the default since torch 1.6, can be mapped.
+        mapped = zipfile.is_zipfile(file)
+        values = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{file} is not a complete torch.save file: {error}") from error
+    if isinstance(values, Mapping) and isinstance(values.get("model_state_dict"), Mapping):
+        values = values["model_state_dict"]
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{file} must hold a state dict, got {type(values).__name__}")
+    stored = []
+    for key, value in values.items():
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        dtype = getattr(value, "dtype", type(value).__name__)
+        dtype = DTYPE_NAMES.get(dtype, str(dtype))
+        stored.append(Stored(file, str(key), shape, dtype, lambda value=value: value))
+    return stored
+
+
+def write_safetensors(file: Path, weights: Mapping[str, Tensor], what: str) -> None:
+    """One tensor at a time: the library's own writer holds a copy of all of them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # The format allows no gaps. In the order of the largest power of two that divides their sizes,
+    # tensors start at a multiple of it: all the large ones at one of ALIGNMENT.
+    order = sorted(weights, key=lambda key: -_alignment(weights[key].nbytes))
+    for key in order:
+        weight, start = weights[key], end
+        end += weight.nbytes
+        header[key] = {
+            "dtype": DTYPE_NAMES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for key in progress(order, what):
+            weight = weights[key].detach().to("cpu").contiguous()
+            out.write(weight.reshape(-1, 1).view(torch.uint8).numpy())
+        _sync_file(out)
+
+
+def _alignment(size: int) -> int:
+    return min(size & -size, ALIGNMENT) or ALIGNMENT
+
+
+def write_json(file: Path, values: Any) -> None:
+    with open(file, "w", encoding="utf-8") as out:
+        out.write(json.dumps(values, indent=2) + "\n")
+        _sync_file(out)
+
+
+def _sync_file(out: Any) -> None:
+    out.flush()
+    os.fsync(out.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder can't be opened, nor need its entries be synced
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Make the folder hold what the writers write, by name, in place of its checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _finish_renames(folder)
+    token = secrets.token_hex(4)
+    temporary = {name: f".{name}.{token}.elmkernels-tmp" for name in writers}
+    stale = [
+        entry.name
+        for entry in folder.iterdir()
+        if (entry.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(entry.name))
+        and entry.name not in writers
+    ]
+    try:
+        for name, write in writers.items():
+            write(folder / temporary[name])
+        _sync_folder(folder)
+        journal = folder / f".journal.{token}.elmkernels-tmp"
+        write_json(journal, {"rename": {t: name for name, t in temporary.items()}, "remove": stale})
+        os.replace(journal, folder / _JOURNAL)
+    except BaseException:
+        _remove_temporaries(folder, only=token)
+        raise
+    _sync_folder(folder)
+    _finish_renames(folder)
+    _remove_temporaries(folder)
+
+
+def _read_journal(folder: Path) -> dict[str, Any]:
+    file = folder / _JOURNAL
+    return read_json(file) if file.is_file() else {"rename": {}, "remove": []}
+
+
+def _finish_renames(folder: Path) -> None:
+    """Carry out what the journal says is left of a save; a second time does no harm."""
+    journal = _read_journal(folder)
+    for temporary, name in journal["rename"].items():
+        if (folder / temporary).is_file():
+            os.replace(folder / temporary, folder / name)
+    for name in journal["remove"]:
+        (folder / name).unlink(missing_ok=True)
+    _sync_folder(folder)
+    (folder / _JOURNAL).unlink(missing_ok=True)
+
+
+def _remove_temporaries(folder: Path, only: str = "") -> None:
+    for entry in folder.iterdir():
+        if _TEMPORARY.fullmatch(entry.name) and only in entry.name:
+            entry.unlink(missing_ok=True)
