@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..formats import Affine, Packed, Weight
-from ..ops.linear import BLOCK_ROWS, dense_rows, linear
+from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
 
 
@@ -49,11 +49,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.weight = weight
-        n = weight.shape[0]
-        y = x.new_empty(*x.shape[:-1], n)
-        for start in range(0, n, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, n)
-            y[..., start:stop] = F.linear(x, dense_rows(weight, x.dtype, start, stop))
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for begin, end in blocks(weight, x.dtype):
+            y[..., begin:end] = F.linear(x, dense_rows(weight, x.dtype, begin, end))
         return y
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 Few rows of x (up to MAX_ROWS) are bound by memory: a streaming kernel reads each byte of the weight
 once, as it is stored. More rows are bound by arithmetic: the product is torch's own, and of a
-compressed weight a block of BLOCK_ROWS dense rows exists at a time. A compressed weight takes no
+compressed weight a block of at most BLOCK_BYTES is dense at a time. A compressed weight takes no
 gradient; x does: dx = dy w.
 """
 
@@ -19,7 +19,9 @@ from ..checks import fail, floating, last_dim_packed, tensor
 from ..formats import BITS, GROUP_SIZES, SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed, Weight
 
 MAX_ROWS = 8
-BLOCK_ROWS = 1024
+# Below what the C library maps anew, zeroed, at every call: page faults there cost more
+# than a larger block gains.
+BLOCK_BYTES = 16 << 20
 PACKED_BITS = 12
 
 _PARTS = (
@@ -138,17 +140,24 @@ def rows_of(weight: Weight, begin: int, end: int) -> Weight:
     return weight[begin:end]
 
 
-def _blocks(n: int) -> list[tuple[int, int]]:
-    return list(pairwise([*range(0, n, BLOCK_ROWS), n]))
+def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """The rows of a weight in runs that take at most BLOCK_BYTES when they are dense."""
+    n, k = weight.shape
+    step = max(1, BLOCK_BYTES // max(1, k * dtype.itemsize))
+    return list(pairwise([*range(0, n, step), n]))
 
 
 def _product(x: Tensor, weight: Weight, backend: str) -> Tensor:
     """x w^T, the compressed weight being dense one block at a time."""
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    for begin, end in _blocks(weight.shape[0]):
+    found = blocks(weight, x.dtype)
+    if len(found) == 1:
+        return F.linear(x, dense_rows(weight, x.dtype, *found[0], backend=backend))
+    flat = x.reshape(-1, x.shape[-1])
+    y = x.new_empty((flat.shape[0], weight.shape[0]))
+    for begin, end in found:
         block = dense_rows(weight, x.dtype, begin, end, backend=backend)
-        y[..., begin:end] = F.linear(x, block)
-    return y
+        torch.mm(flat, block.t(), out=y[:, begin:end])
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -160,11 +169,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx = None
-        for begin, end in _blocks(ctx.weight.shape[0]):
+        dx = None  # added up in float32: the blocks must not cost a rounding each
+        for begin, end in blocks(ctx.weight, dy.dtype):
             block = dense_rows(ctx.weight, dy.dtype, begin, end, backend=ctx.backend)
-            part = dy[..., begin:end] @ block
+            part = (dy[..., begin:end] @ block).float()
             dx = part if dx is None else dx.add_(part)
+        dx = None if dx is None else dx.to(dy.dtype)
         return dx, None, None
 
 

@@ -14,7 +14,6 @@ from elmkernels.formats import Affine
 from elmkernels.openelm import greedy
 from elmkernels.openelm.compressed import product
 from elmkernels.openelm.quantize import QuantizedEmbedding, QuantizedLinear, quantize_weight
-from elmkernels.ops.linear import BLOCK_ROWS
 
 SCHEMES = [(bits, group_size) for bits in (8, 4) for group_size in (32, 64)]
 UNTIED = OpenELMConfig.from_hf_dict(
@@ -109,12 +108,13 @@ def test_a_quantised_model_is_the_model_of_its_dense_weights(config, embeddings)
     assert torch.equal(greedy(model, IDS, 5), greedy(twin, IDS, 5))
 
 
-def test_a_product_in_chunks_of_rows_and_its_gradient():
+def test_a_product_in_blocks_of_rows_and_its_gradient(monkeypatch):
+    monkeypatch.setattr("elmkernels.ops.linear.BLOCK_BYTES", 96 * 4 * 100)  # 100 rows
     generator = torch.Generator().manual_seed(5)
-    w = torch.randn(BLOCK_ROWS + 40, 96, generator=generator)
+    w = torch.randn(340, 96, generator=generator)
     affine = quantize_weight(w, 4, 32)
     x = torch.randn(3, 7, 96, generator=generator, requires_grad=True)
-    dy = torch.randn(3, 7, BLOCK_ROWS + 40, generator=generator)
+    dy = torch.randn(3, 7, 340, generator=generator)
     got = product(x, affine)
     expected = reference.linear(x, affine)
     torch.testing.assert_close(got, expected)
