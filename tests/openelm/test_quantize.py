@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -109,7 +110,8 @@ def test_a_quantised_model_is_the_model_of_its_dense_weights(config, embeddings)
 
 
 def test_a_product_in_blocks_of_rows_and_its_gradient(monkeypatch):
-    monkeypatch.setattr("elmkernels.ops.linear.BLOCK_BYTES", 96 * 4 * 100)  # 100 rows
+    module = sys.modules["elmkernels.ops.linear"]  # `ops.linear` itself is the function
+    monkeypatch.setattr(module, "BLOCK_BYTES", 96 * 4 * 100)  # 100 rows
     generator = torch.Generator().manual_seed(5)
     w = torch.randn(340, 96, generator=generator)
     affine = quantize_weight(w, 4, 32)
