@@ -9,6 +9,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -109,6 +112,32 @@ inline void parallel_rows(int64_t rows, int64_t elements_per_row, Body&& body) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_row));
   if (rows <= grain) return body(int64_t{0}, rows);
   torch::stable::parallel_for(0, rows, grain, body);
+}
+
+// body(next) on every thread: next() hands out the items in turn, then -1. For items of unlike
+// cost, the dearest first. Fewer than `worth` operations stay on this thread.
+template <class Body>
+inline void parallel_queue(int64_t items, int64_t operations, int64_t worth, Body&& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] {
+    const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+    return item < items ? item : -1;
+  };
+  const int64_t threads =
+      operations < worth ? 1 : std::min<int64_t>(items, torch::stable::get_num_threads());
+  if (threads <= 1) return body(next);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) body(next);
+  });
+}
+
+// Floats that nobody has written yet, from a cache line on.
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+inline std::unique_ptr<float[], Free> floats(int64_t count) {
+  const size_t bytes = static_cast<size_t>((count + 15) / 16 * 64);
+  return std::unique_ptr<float[], Free>(static_cast<float*>(std::aligned_alloc(64, bytes)));
 }
 
 // A sum over rows, in an order that depends on nothing but the shape: blocks of rows into float

@@ -109,6 +109,72 @@ inline Vec reciprocal(Vec a) {
 }
 inline Vec reciprocal_fast(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 
+// For matrix products. max gives b where either is a NaN.
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+constexpr float kPowerOfZero = -160.0f;  // times_power_of_two then gives 0
+constexpr int64_t kTileVectors = 4;      // 4 rows of them are 16 of 32 registers
+// Rows of 32-bit elements become columns: of pairs, of fours, then of 128-bit quarters.
+inline void transpose(Vec (&r)[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + 2 + j]);
+      r[i + 2 * j].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[i + 2 * j + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const __m512 a = r[8 * j + i].v, b = r[8 * j + 4 + i].v;
+      t[8 * j + i] = _mm512_shuffle_f32x4(a, b, 0x88);
+      t[8 * j + 4 + i] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    }
+  for (int i = 0; i < 8; ++i) {
+    r[i].v = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i].v = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+#if defined(__AVX512BF16__)
+// Two neighbours along the summed dimension, the earlier one low: multiplied and added at once.
+struct Pair {
+  uint32_t bits;
+};
+struct Pairs {
+  __m512i v;
+};
+inline Pairs load(const Pair* p, Full) { return {_mm512_loadu_si512(p)}; }
+inline Pairs splat(Pair a) { return {_mm512_set1_epi32(static_cast<int>(a.bits))}; }
+inline Vec dot(Pairs a, Pairs b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+inline Vec words(const bf16* p, Full) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
+inline Vec words(const bf16* p, Tail t) {
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << t.count) - 1);
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
+}
+inline Vec stacked(__m256i low, __m256i high) {
+  const __m512i a = _mm512_cvtepu16_epi32(low), b = _mm512_cvtepu16_epi32(high);
+  return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
+}
+inline __m256i bits_of(const bf16* p, Full) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline __m256i bits_of(const bf16* p, Tail t) {
+  return _mm256_maskz_loadu_epi16(mask_of(t), p);
+}
+template <class Part>
+inline Vec stacked(const bf16* low, const bf16* high, Part part) {
+  return stacked(bits_of(low, part), high ? bits_of(high, part) : _mm256_setzero_si256());
+}
+inline Vec stacked(Vec low, Vec high) {
+  return stacked(narrow(low, bf16{}), narrow(high, bf16{}));
+}
+#endif
+
 #elif defined(__AVX2__)
 
 struct Vec {
@@ -193,6 +259,32 @@ inline Vec reciprocal_fast(Vec a) {
   return fma(fnma(a, r, vec(1.0f)), r, r);
 }
 
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline float largest(Vec a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+constexpr float kPowerOfZero = -127.0f;
+constexpr int64_t kTileVectors = 2;  // 4 rows of them are 8 of 16 registers
+inline void transpose(Vec (&r)[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j].v = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
+      r[i + 2 * j + 1].v = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = r[i].v, b = r[4 + i].v;
+    r[i].v = _mm256_permute2f128_ps(a, b, 0x20);
+    r[4 + i].v = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+}
+
 #else
 #error "compile with the flags of one instruction set (see setup.py)"
 #endif
@@ -253,9 +345,7 @@ inline Vec sigmoid_from(Vec e, float) { return reciprocal(vec(1.0f) + e); }
 // For values that are rounded to 11 bits or fewer next: 2^n 2^f with |f| <= 1/2, 2^f by a minimax
 // polynomial (3e-6 relative), and a 14-bit reciprocal. A third fewer instructions, which shows as
 // long as the row is in a cache.
-template <class Half>
-inline Vec exp_of_minus(Vec a, Half) {
-  const Vec t = clamp(a * vec(-1.44269504f), -126.0f, 126.0f);
+inline Vec exp2_fast(Vec t) {
   const Vec n = nearest(t);
   const Vec f = t - n;
   Vec p = vec(9.57010221e-3f);
@@ -266,10 +356,58 @@ inline Vec exp_of_minus(Vec a, Half) {
   return times_power_of_two(p, n);
 }
 template <class Half>
+inline Vec exp_of_minus(Vec a, Half) {
+  return exp2_fast(clamp(a * vec(-1.44269504f), -126.0f, 126.0f));
+}
+template <class Half>
 inline Vec sigmoid_from(Vec e, Half) {
   return reciprocal_fast(vec(1.0f) + e);
 }
 template <class T>
 inline Vec sigmoid(Vec a, T type) {
   return sigmoid_from(exp_of_minus(a, type), type);
+}
+
+// An operand of a matrix product: a float, or a pair of bf16 where the processor multiplies pairs.
+template <class T>
+struct Operand {
+  using Word = float;
+  static constexpr int64_t per = 1;  // elements of T in a Word
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+  using Word = Pair;
+  static constexpr int64_t per = 2;
+};
+#endif
+inline Vec splat(float a) { return vec(a); }
+inline Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+// A vector of words, as its bits: from a row along the summed dimension, or from `per` rows across.
+template <class T, class Part>
+inline Vec words(const T* p, Part part) {
+  return load(p, part);
+}
+template <class T, class Part>
+inline Vec stacked(const T* low, const T*, Part part) {
+  return load(low, part);
+}
+
+// 2^a for a up to 127, exactly 0 for a <= -160: by the polynomials above, to 2e-9 for float.
+inline Vec exp2_of(Vec a, float) {
+  const Vec t = clamp(a, kPowerOfZero, 127.0f);
+  const Vec n = nearest(t);
+  const Vec f = t - n;
+  Vec p = vec(1.534580358e-4f);
+  p = fma(p, f, vec(1.339993115e-3f));
+  p = fma(p, f, vec(9.618488988e-3f));
+  p = fma(p, f, vec(5.550328777e-2f));
+  p = fma(p, f, vec(2.402264689e-1f));
+  p = fma(p, f, vec(6.931472057e-1f));
+  p = fma(p, f, vec(1.0f));
+  return times_power_of_two(p, n);
+}
+template <class Half>
+inline Vec exp2_of(Vec a, Half) {
+  return exp2_fast(clamp(a, kPowerOfZero, 127.0f));
 }

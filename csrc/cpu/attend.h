@@ -1,0 +1,132 @@
+// Attention of a tile of queries that share one key/value head: softmax(scale q k^T) v by blocks of
+// keys, with the softmax rescaled as its maximum grows, so that scores never leave the caches.
+//
+// 4 n d operations a row over n keys. Of bf16 at head_dim 64 that is 64 pair products for a vector
+// of 16 scores, beside some 20 instructions of softmax. Keys are transposed and values paired once
+// a block for all rows of the tile: 3% of the work for 128 rows, half of it for the 4 of one token.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "product.h"
+
+// A block's packed keys and values (8 KB each for bf16 at head_dim 64) lie in L1 together.
+constexpr int64_t kKeyBlock = 64;
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// The floats of scratch that attend_tile needs, whatever the number of keys. They need no
+// alignment, but are faster from a multiple of 64 bytes on.
+constexpr int64_t attend_scratch(int64_t rows, int64_t head_dim) {
+  const int64_t width = round_up(head_dim, Vec::size);
+  return rows * (2 * width + Vec::size) + round_up(rows, 16) + 2 * kKeyBlock * width +
+         2 * kTileRows * kKeyBlock;
+}
+
+// One row of scores, the first `seen` of them of keys it sees, to probabilities 2^(c s - top) in
+// p[0, count), zeros where it sees nothing. Scales `sum` and returns by how much older ones shrink.
+template <class T>
+inline float softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, float c, float& top,
+                           float* sum) {
+  std::fill(s + seen, s + count, kNothing);
+  Vec largest_of = vec(kNothing);
+  for (int64_t i = 0; i < count; i += Vec::size)
+    largest_of = max(load(s + i, Full{}) * vec(c), largest_of);
+  const float before = top;
+  top = std::max(before, largest(largest_of));
+  // A row that has seen nothing yet: any finite maximum does.
+  const Vec shift = vec(top == kNothing ? 0.0f : top);
+  Vec total = vec(0.0f);
+  for (int64_t i = 0; i < count; i += Vec::size) {
+    const Vec e = exp2_of(load(s + i, Full{}) * vec(c) - shift, T{});
+    total = total + e;
+    if constexpr (Operand<T>::per == 2) {
+      store(reinterpret_cast<T*>(p) + i, e, Full{});
+    } else {
+      store(p + i, e, Full{});
+    }
+  }
+  const float shrink = before == top ? 1.0f : std::exp2(before - top);
+  store(sum, fma(load(sum, Full{}), vec(shrink), total), Full{});
+  return shrink;
+}
+
+// q(r), k(j), v(j), out(r): pointers to head_dim packed elements. Row r sees the keys
+// [0, limit(r)), limit never falling. lse(r, value) is given log2 of the sum of 2^(scale log2(e) s),
+// -inf where no key is seen.
+template <class T, class Q, class K, class V, class Limit, class Out, class Lse>
+inline void attend_tile(Q&& q, int64_t rows, K&& k, V&& v, Limit&& limit, int64_t head_dim,
+                        float scale, Out&& out, Lse&& lse, float* scratch) {
+  const int64_t width = round_up(head_dim, Vec::size), depth = words_of<T>(head_dim);
+  const int64_t q_row = round_up(depth, Vec::size);
+  auto take = [&](int64_t floats) {
+    float* taken = scratch;
+    scratch += floats;
+    return taken;
+  };
+  auto* queries = reinterpret_cast<Word<T>*>(take(rows * width));
+  float* total = take(rows * width);
+  float* sums = take(rows * Vec::size);
+  float* tops = take(round_up(rows, 16));
+  auto* keys = reinterpret_cast<Word<T>*>(take(kKeyBlock * width));
+  auto* values = reinterpret_cast<Word<T>*>(take(kKeyBlock * width));
+  float* scores = take(kTileRows * kKeyBlock);
+  auto* weights = reinterpret_cast<Word<T>*>(take(kTileRows * kKeyBlock));
+  pack_rows<T>(q, rows, head_dim, queries, q_row);
+  std::fill(total, total + rows * width, 0.0f);
+  std::fill(sums, sums + rows * Vec::size, 0.0f);
+  std::fill(tops, tops + rows, kNothing);
+
+  const int64_t end = limit(rows - 1);
+  for (int64_t first = 0; first < end; first += kKeyBlock) {
+    const int64_t block = std::min(kKeyBlock, end - first);
+    pack_columns<T>([&](int64_t j) { return k(first + j); }, block, head_dim, keys, kKeyBlock);
+    pack_stacked<T>([&](int64_t j) { return v(first + j); }, block, head_dim, values, width);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t tile = std::min(kTileRows, rows - r);
+      const int64_t seen = std::min(block, limit(r + tile - 1) - first);
+      if (seen <= 0) continue;
+      const int64_t count = round_up(seen, Vec::size);
+      product(queries + r * q_row, q_row, keys, kKeyBlock, scores, kKeyBlock, tile, count, depth,
+              false);
+      for (int64_t i = 0; i < tile; ++i) {
+        const int64_t own = std::clamp<int64_t>(limit(r + i) - first, 0, seen);
+        const float shrink =
+            softmax_block<T>(scores + i * kKeyBlock, weights + i * kKeyBlock, own, count,
+                             scale * kLog2e, tops[r + i], sums + (r + i) * Vec::size);
+        if (shrink != 1.0f)
+          sweep(width, [&](int64_t d, auto part) {
+            float* at = total + (r + i) * width + d;
+            store(at, load(at, part) * vec(shrink), part);
+          });
+      }
+      product(weights, kKeyBlock, values, width, total + r * width, width, tile, width,
+              words_of<T>(seen), true);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float weight = sum(load(sums + r * Vec::size, Full{}));
+    const bool none = limit(r) <= 0;
+    const Vec share = vec(none ? 0.0f : 1.0f / weight);
+    T* to = out(r);
+    sweep(head_dim, [&](int64_t d, auto part) {
+      store(to + d, load(total + r * width + d, part) * share, part);
+    });
+    lse(r, none ? kNothing : tops[r] + std::log2(weight));
+  }
+}
+
+// One new token over a cache: `group` query heads over the first `keys` keys of the head they
+// share. Rows of head_dim are packed, the strides are between heads and between keys. Scratch:
+// attend_scratch(group, head_dim) floats.
+template <class T>
+inline void attend_token(const T* q, int64_t group, int64_t q_stride, const T* k, int64_t k_stride,
+                         const T* v, int64_t v_stride, int64_t keys, int64_t head_dim, float scale,
+                         T* out, int64_t out_stride, float* scratch) {
+  attend_tile<T>([&](int64_t r) { return q + r * q_stride; }, group,
+                 [&](int64_t j) { return k + j * k_stride; },
+                 [&](int64_t j) { return v + j * v_stride; }, [&](int64_t) { return keys; },
+                 head_dim, scale, [&](int64_t r) { return out + r * out_stride; },
+                 [](int64_t, float) {}, scratch);
+}
