@@ -251,7 +251,7 @@ def test_closed_stdout_is_no_traceback():
         (["--backend", "triton", "--device", "cpu"], "triton"),
         (["parity", "swiglu", "--backend", "triton", "--device", "cpu"], "triton"),
         (["parity", "swiglu", "--backend", "reference"], "reference"),
-        (["parity", "attention", "--backend", "avx2"], "attention"),
+        (["parity", "swiglu", "--backend", "sdpa"], "'sdpa' has no kernels for swiglu"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--checkpoint", str(TINY), "--model", "OpenELM-270M"], "--checkpoint"),
         (["--checkpoint", str(TINY / "model.safetensors")], "config"),

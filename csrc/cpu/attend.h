@@ -25,10 +25,11 @@ constexpr int64_t attend_scratch(int64_t rows, int64_t head_dim) {
 }
 
 // One row of scores, the first `seen` of them of keys it sees, to probabilities 2^(c s - top) in
-// p[0, count), zeros where it sees nothing. Scales `sum` and returns by how much older ones shrink.
+// p[0, count), zeros where it sees nothing. Adds them to `sum`; whether the maximum grew, and by
+// which factor everything summed before must shrink then.
 template <class T>
-inline float softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, float c, float& top,
-                           float* sum) {
+inline bool softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, float c, float& top,
+                          float* sum, Vec& shrink) {
   std::fill(s + seen, s + count, kNothing);
   Vec largest_of = vec(kNothing);
   for (int64_t i = 0; i < count; i += Vec::size)
@@ -47,14 +48,15 @@ inline float softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, fl
       store(p + i, e, Full{});
     }
   }
-  const float shrink = before == top ? 1.0f : std::exp2(before - top);
-  store(sum, fma(load(sum, Full{}), vec(shrink), total), Full{});
-  return shrink;
+  const bool grown = before != top;
+  if (grown) shrink = exp2_of(vec(before - top), float{});
+  store(sum, grown ? fma(load(sum, Full{}), shrink, total) : load(sum, Full{}) + total, Full{});
+  return grown;
 }
 
 // q(r), k(j), v(j), out(r): pointers to head_dim packed elements. Row r sees the keys
-// [0, limit(r)), limit never falling. lse(r, value) is given log2 of the sum of 2^(scale log2(e) s),
-// -inf where no key is seen.
+// [0, limit(r)), limit never falling. lse(r, value) is given log2 of the sum of 2^(scale log2(e)
+// s), -inf where no key is seen.
 template <class T, class Q, class K, class V, class Limit, class Out, class Lse>
 inline void attend_tile(Q&& q, int64_t rows, K&& k, V&& v, Limit&& limit, int64_t head_dim,
                         float scale, Out&& out, Lse&& lse, float* scratch) {
@@ -81,6 +83,12 @@ inline void attend_tile(Q&& q, int64_t rows, K&& k, V&& v, Limit&& limit, int64_
   const int64_t end = limit(rows - 1);
   for (int64_t first = 0; first < end; first += kKeyBlock) {
     const int64_t block = std::min(kKeyBlock, end - first);
+    // Rows of one head lie apart: without this the processor sees 16 streams, and prefetches none.
+    for (int64_t j = first + kKeyBlock; rows <= 16 && j < std::min(first + 2 * kKeyBlock, end);
+         ++j) {
+      prefetch(k(j), head_dim);
+      prefetch(v(j), head_dim);
+    }
     pack_columns<T>([&](int64_t j) { return k(first + j); }, block, head_dim, keys, kKeyBlock);
     pack_stacked<T>([&](int64_t j) { return v(first + j); }, block, head_dim, values, width);
     for (int64_t r = 0; r < rows; r += kTileRows) {
@@ -92,14 +100,12 @@ inline void attend_tile(Q&& q, int64_t rows, K&& k, V&& v, Limit&& limit, int64_
               false);
       for (int64_t i = 0; i < tile; ++i) {
         const int64_t own = std::clamp<int64_t>(limit(r + i) - first, 0, seen);
-        const float shrink =
-            softmax_block<T>(scores + i * kKeyBlock, weights + i * kKeyBlock, own, count,
-                             scale * kLog2e, tops[r + i], sums + (r + i) * Vec::size);
-        if (shrink != 1.0f)
-          sweep(width, [&](int64_t d, auto part) {
-            float* at = total + (r + i) * width + d;
-            store(at, load(at, part) * vec(shrink), part);
-          });
+        Vec shrink;
+        float* row = total + (r + i) * width;
+        if (softmax_block<T>(scores + i * kKeyBlock, weights + i * kKeyBlock, own, count,
+                             scale * kLog2e, tops[r + i], sums + (r + i) * Vec::size, shrink))
+          for (int64_t d = 0; d < width; d += Vec::size)
+            store(row + d, load(row + d, Full{}) * shrink, Full{});
       }
       product(weights, kKeyBlock, values, width, total + r * width, width, tile, width,
               words_of<T>(seen), true);

@@ -163,16 +163,12 @@ inline Vec stacked(__m256i low, __m256i high) {
 inline __m256i bits_of(const bf16* p, Full) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline __m256i bits_of(const bf16* p, Tail t) {
-  return _mm256_maskz_loadu_epi16(mask_of(t), p);
-}
+inline __m256i bits_of(const bf16* p, Tail t) { return _mm256_maskz_loadu_epi16(mask_of(t), p); }
 template <class Part>
 inline Vec stacked(const bf16* low, const bf16* high, Part part) {
   return stacked(bits_of(low, part), high ? bits_of(high, part) : _mm256_setzero_si256());
 }
-inline Vec stacked(Vec low, Vec high) {
-  return stacked(narrow(low, bf16{}), narrow(high, bf16{}));
-}
+inline Vec stacked(Vec low, Vec high) { return stacked(narrow(low, bf16{}), narrow(high, bf16{})); }
 #endif
 
 #elif defined(__AVX2__)
@@ -380,7 +376,14 @@ struct Operand<bf16> {
   using Word = Pair;
   static constexpr int64_t per = 2;
 };
+#else
+inline Vec stacked(Vec low, Vec) { return low; }
 #endif
+template <class T>
+inline void prefetch(const T* p, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) _mm_prefetch(p + i, _MM_HINT_T1);
+}
 inline Vec splat(float a) { return vec(a); }
 inline Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 // A vector of words, as its bits: from a row along the summed dimension, or from `per` rows across.

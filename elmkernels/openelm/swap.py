@@ -44,7 +44,7 @@ class Report:
         )
         lines = [
             f"swapped ({self.convention} model): {kinds}",
-            f"backends: {backends}, attention: torch's SDPA",
+            f"backends: {backends}",
             f"projections: {gemm}",
         ]
         if self.packed_bytes:
