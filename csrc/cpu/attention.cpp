@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
             [&](int64_t r) { return sight.limit(b, first + r / group); }, head_dim,
             static_cast<float>(scale), outs.rows(b, h * group, first, group),
             [&](int64_t r, float value) { statistic[r % group * lq + r / group] = value; },
-            scratch.get());
+            lq * group <= kTileRows, scratch.get());
       }
     });
   });

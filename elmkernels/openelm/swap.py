@@ -257,6 +257,7 @@ def accelerate(
     weight = body.token_embeddings.weight
     device = "cpu" if weight.device.type == "meta" else weight.device.type
     backends = {op: choose(op, device, backend) for op in OPS}
+    backends["attention"] = choose("attention", device, None)
     plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
     if convention.foreign:
