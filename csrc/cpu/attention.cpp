@@ -1,4 +1,4 @@
-// attention: softmax(scale q k^T) v, causal, grouped-query. A tile is up to 128 rows: some tokens
+// attention: softmax(scale q k^T) v, causal, grouped-query. A tile is up to 256 rows: some tokens
 // of all query heads that share a key/value head, so that packing its keys costs a few percent.
 #include "attend_bwd.h"
 #include "op.h"
@@ -7,7 +7,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kRows = 128;  // of a tile, where there is so much work
+constexpr int64_t kRows = 256;  // of a tile, where there is so much work
 constexpr int64_t kItems = 16;  // of the backward, if their chunks of keys stay this long:
 constexpr int64_t kLeastChunk = 256;
 constexpr int64_t kWorth = 1'000'000;  // operations: some 10 us, beside 3 to wake a thread

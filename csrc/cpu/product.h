@@ -52,8 +52,14 @@ inline void product(const Word* a, int64_t a_row, const Word* b, int64_t b_row, 
                     int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
   for (; columns >= kTileColumns; columns -= kTileColumns, b += kTileColumns, c += kTileColumns)
     product_panel<kTileVectors>(a, a_row, b, b_row, c, c_row, rows, depth, add);
-  for (; columns > 0; columns -= Vec::size, b += Vec::size, c += Vec::size)
-    product_panel<1>(a, a_row, b, b_row, c, c_row, rows, depth, add);
+  // Fewer vectors in panels of their own: one at a time would wait for the sum's latency.
+  if constexpr (kTileVectors > 2) {
+    if (columns == 3 * Vec::size)
+      return product_panel<3>(a, a_row, b, b_row, c, c_row, rows, depth, add);
+    if (columns == 2 * Vec::size)
+      return product_panel<2>(a, a_row, b, b_row, c, c_row, rows, depth, add);
+  }
+  if (columns > 0) product_panel<1>(a, a_row, b, b_row, c, c_row, rows, depth, add);
 }
 
 template <class T>
