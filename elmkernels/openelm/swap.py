@@ -33,6 +33,7 @@ class Report:
     left: list[tuple[str, str]]
     gemm: Plan
     packed_bytes: int = 0
+    attention: str = ""  # its backend, always the preferred one
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -44,7 +45,7 @@ class Report:
         )
         lines = [
             f"swapped ({self.convention} model): {kinds}",
-            f"backends: {backends}",
+            f"backends: {backends}, attention: {self.attention}",
             f"projections: {gemm}",
         ]
         if self.packed_bytes:
@@ -257,9 +258,9 @@ def accelerate(
     weight = body.token_embeddings.weight
     device = "cpu" if weight.device.type == "meta" else weight.device.type
     backends = {op: choose(op, device, backend) for op in OPS}
-    backends["attention"] = choose("attention", device, None)
     plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
+    report.attention = choose("attention", device, None)
     if convention.foreign:
         report.notes.append(
             "its cache holds rotated keys from now on: start generation with a new one"
