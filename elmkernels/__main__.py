@@ -153,8 +153,6 @@ def _ops(args: argparse.Namespace, device: torch.device) -> dict[str, list[str]]
 def _refuse(op: str, name: str, device: torch.device) -> NoReturn:
     if name == REFERENCE:
         raise WrongInput("backend 'reference' is what the others are compared with")
-    if op == "attention" or name == "sdpa":
-        raise WrongInput(f"backend {name!r} has no kernels for {op}")
     checked(choose, op, device.type, name)
     raise WrongInput(f"backend {name!r} can't run {op} on {device}")
 
@@ -219,8 +217,7 @@ def _info(args: argparse.Namespace) -> int:
             if b.name in names
         },
         "built": build_report(),
-        "ops": {op: {d: choose(op, d, None) for d in devices} for op in OPS}
-        | {"attention": {d: "sdpa" for d in devices}},
+        "ops": {op: {d: choose(op, d, None) for d in devices} for op in CASES},
     }
     if args.gemm:
         found["gemm"] = {

@@ -18,6 +18,7 @@ import torch
 
 PACKAGE = Path(__file__).parent
 REFERENCE = "reference"
+SDPA = "sdpa"  # attention by torch's own scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def _detect() -> dict[str, Backend]:
         Backend(
             "triton", ("cuda", "cpu") if interpreted else ("cuda",), _triton_lacks(interpreted)
         ),
+        Backend(SDPA, ("cpu", "cuda")),
         Backend(REFERENCE, ("cpu", "cuda")),
     )
     return {backend.name: backend for backend in found}
@@ -102,31 +104,34 @@ BACKENDS: dict[str, Backend] = _detect()
 # Backends in order of preference for each device. The CUDA C++ kernels and the Triton ones have
 # not been measured against each other on a GPU yet; Triton covers every op, so it goes first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cpu": tuple(_INSTRUCTION_SETS),
-    "cuda": ("triton", "cuda"),
+    "cpu": (*_INSTRUCTION_SETS, SDPA),
+    "cuda": ("triton", "cuda", SDPA),
 }
 
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _CHOICE: dict[tuple[str, str, str | None], str] = {}
 _OPS: dict[str, tuple[str, ...]] = {}
 
-# The ops that a backend has kernels for; the CPU's backends have all.
-IMPLEMENTED: dict[str, tuple[str, ...]] = {
+# The ops a backend has, where it doesn't have all of them.
+HAS_ONLY: dict[str, tuple[str, ...]] = {
     "cuda": ("rms_norm", "add_rms_norm"),
     "triton": ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"),
+    SDPA: ("attention",),
 }
+# Backends that are torch's own operations, not raw kernels.
+COMPOSED = (SDPA, REFERENCE)
 
 
 def implements(backend: str, op: str) -> bool:
-    """Whether a backend has kernels for an op at all, able to run here or not."""
-    return op in _OPS and op in IMPLEMENTED.get(backend, _OPS)
+    """Whether a backend, other than the reference, has an op at all, able to run here or not."""
+    return op in _OPS and op in HAS_ONLY.get(backend, _OPS)
 
 
 def define(op: str, **kernels: tuple[str, Callable]) -> None:
     """Declare an op's raw kernels, {suffix: (schema, fake)}, for every backend that has them."""
     _OPS[op] = tuple(kernels)
     for backend in BACKENDS.values():
-        if backend.name == REFERENCE or not implements(backend.name, op):
+        if backend.name in COMPOSED or not implements(backend.name, op):
             continue
         for suffix, (schema, fake) in kernels.items():
             name = f"{op}_{suffix}"

@@ -104,10 +104,10 @@ def add_shared(parser: argparse.ArgumentParser, default: Any = None) -> None:
     )
     add(
         "--backend",
-        type=one_of((*BACKENDS, "sdpa"), "backend"),
+        type=one_of(tuple(BACKENDS), "backend"),
         action="extend",
         metavar="NAME[,...]",
-        help=f"{', '.join(BACKENDS)}; sdpa for attention (default: all, or the preferred)",
+        help=f"{', '.join(BACKENDS)} (default: all, or the preferred)",
         **missing,
     )
 

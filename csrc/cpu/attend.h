@@ -3,7 +3,7 @@
 //
 // 4 n d operations a row over n keys. Of bf16 at head_dim 64 that is 64 pair products for a vector
 // of 16 scores, beside some 20 instructions of softmax. Keys are transposed and values paired once
-// a block for all rows of the tile: 3% of the work for 128 rows, half of it for the 4 of one token.
+// a block for all rows of the tile: 2% of the work for 256 rows, half of it for the 4 of one token.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,9 @@
 
 #include "product.h"
 
-// A block's packed keys and values (8 KB each for bf16 at head_dim 64) lie in L1 together.
-constexpr int64_t kKeyBlock = 64;
+// A block's packed keys and values are 16 KB each for bf16 at head_dim 64. Half as many keys a
+// block were 6% slower at 512 tokens: each block ends with a maximum and a sum across its lanes.
+constexpr int64_t kKeyBlock = 128;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896340736f;
 
@@ -25,10 +26,11 @@ constexpr int64_t attend_scratch(int64_t rows, int64_t head_dim) {
 }
 
 // One row of scores, the first `seen` of them of keys it sees, to probabilities 2^(c s - top) in
-// p[0, count), zeros where it sees nothing. Scales `sum` and returns by how much older ones shrink.
+// p[0, count), zeros where it sees nothing. Adds them to `sum`; whether the maximum grew, and by
+// which factor everything summed before must shrink then.
 template <class T>
-inline float softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, float c, float& top,
-                           float* sum) {
+inline bool softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, float c, float& top,
+                          float* sum, Vec& shrink) {
   std::fill(s + seen, s + count, kNothing);
   Vec largest_of = vec(kNothing);
   for (int64_t i = 0; i < count; i += Vec::size)
@@ -47,17 +49,73 @@ inline float softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, fl
       store(p + i, e, Full{});
     }
   }
-  const float shrink = before == top ? 1.0f : std::exp2(before - top);
-  store(sum, fma(load(sum, Full{}), vec(shrink), total), Full{});
-  return shrink;
+  const bool grown = before != top;
+  if (grown) shrink = exp2_of(vec(before - top), float{});
+  store(sum, grown ? fma(load(sum, Full{}), shrink, total) : load(sum, Full{}) + total, Full{});
+  return grown;
+}
+
+// A few rows' products with keys and values as they lie in memory, where packing them would cost as
+// much as the products: rows of float words, head_dim in whole panels. A tree adds up 4 rows by
+// some keys at once.
+template <class T, class K>
+inline void few_scores(const float* q, int64_t q_row, K&& k, float* scores, int64_t rows,
+                       int64_t keys, int64_t head_dim) {
+  constexpr int64_t kKeys = Vec::size / kTileRows;
+  const float* query[kTileRows];
+  for (int64_t i = 0; i < kTileRows; ++i) query[i] = q + std::min(i, rows - 1) * q_row;
+  for (int64_t j = 0; j < keys; j += kKeys) {
+    const T* key[kKeys];
+    for (int64_t n = 0; n < kKeys; ++n) key[n] = k(std::min(j + n, keys - 1));
+    Vec acc[Vec::size];
+    for (auto& a : acc) a = vec(0.0f);
+    for (int64_t d = 0; d < head_dim; d += Vec::size) {
+      Vec column[kKeys];
+      for (int64_t n = 0; n < kKeys; ++n) column[n] = load(key[n] + d, Full{});
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const Vec row = load(query[i] + d, Full{});
+        for (int64_t n = 0; n < kKeys; ++n)
+          acc[i * kKeys + n] = fma(row, column[n], acc[i * kKeys + n]);
+      }
+    }
+    float sums[Vec::size];
+    store(sums, lane_sums(acc), Full{});
+    for (int64_t i = 0; i < rows; ++i)
+      std::copy_n(sums + i * kKeys, kKeys, scores + i * kKeyBlock + j);
+  }
+}
+
+template <class T, class V>
+inline void few_totals(const float* weights, V&& v, float* total, int64_t width, int64_t rows,
+                       int64_t keys) {
+  const float* weight[kTileRows];
+  for (int64_t i = 0; i < kTileRows; ++i) weight[i] = weights + std::min(i, rows - 1) * kKeyBlock;
+  for (int64_t d = 0; d < width; d += kTileColumns) {
+    Vec acc[kTileRows][kTileVectors];
+    for (auto& row : acc)
+      for (auto& a : row) a = vec(0.0f);
+    for (int64_t j = 0; j < keys; ++j) {
+      const T* value = v(j) + d;
+      for (int64_t n = 0; n < kTileVectors; ++n) {
+        const Vec column = load(value + n * Vec::size, Full{});
+        for (int64_t i = 0; i < kTileRows; ++i)
+          acc[i][n] = fma(vec(weight[i][j]), column, acc[i][n]);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t n = 0; n < kTileVectors; ++n) {
+        float* at = total + i * width + d + n * Vec::size;
+        store(at, load(at, Full{}) + acc[i][n], Full{});
+      }
+  }
 }
 
 // q(r), k(j), v(j), out(r): pointers to head_dim packed elements. Row r sees the keys
-// [0, limit(r)), limit never falling. lse(r, value) is given log2 of the sum of 2^(scale log2(e) s),
-// -inf where no key is seen.
+// [0, limit(r)), limit never falling. lse(r, value) is given log2 of the sum of 2^(scale log2(e)
+// s), -inf where no key is seen.
 template <class T, class Q, class K, class V, class Limit, class Out, class Lse>
 inline void attend_tile(Q&& q, int64_t rows, K&& k, V&& v, Limit&& limit, int64_t head_dim,
-                        float scale, Out&& out, Lse&& lse, float* scratch) {
+                        float scale, Out&& out, Lse&& lse, bool one_tile, float* scratch) {
   const int64_t width = round_up(head_dim, Vec::size), depth = words_of<T>(head_dim);
   const int64_t q_row = round_up(depth, Vec::size);
   auto take = [&](int64_t floats) {
@@ -78,31 +136,47 @@ inline void attend_tile(Q&& q, int64_t rows, K&& k, V&& v, Limit&& limit, int64_
   std::fill(sums, sums + rows * Vec::size, 0.0f);
   std::fill(tops, tops + rows, kNothing);
 
+  const bool few =
+      one_tile && Operand<T>::per == 1 && rows <= kTileRows && head_dim % kTileColumns == 0;
   const int64_t end = limit(rows - 1);
   for (int64_t first = 0; first < end; first += kKeyBlock) {
     const int64_t block = std::min(kKeyBlock, end - first);
-    pack_columns<T>([&](int64_t j) { return k(first + j); }, block, head_dim, keys, kKeyBlock);
-    pack_stacked<T>([&](int64_t j) { return v(first + j); }, block, head_dim, values, width);
+    // Rows of one head lie apart: without this the processor sees 16 streams, and prefetches none.
+    for (int64_t j = first + kKeyBlock; rows <= 16 && j < std::min(first + 2 * kKeyBlock, end);
+         ++j) {
+      prefetch(k(j), head_dim);
+      prefetch(v(j), head_dim);
+    }
+    const auto key = [&](int64_t j) { return k(first + j); };
+    const auto value = [&](int64_t j) { return v(first + j); };
+    if (!few) {
+      pack_columns<T>(key, block, head_dim, keys, kKeyBlock);
+      pack_stacked<T>(value, block, head_dim, values, width);
+    }
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t tile = std::min(kTileRows, rows - r);
       const int64_t seen = std::min(block, limit(r + tile - 1) - first);
       if (seen <= 0) continue;
       const int64_t count = round_up(seen, Vec::size);
-      product(queries + r * q_row, q_row, keys, kKeyBlock, scores, kKeyBlock, tile, count, depth,
-              false);
+      if constexpr (Operand<T>::per == 1)
+        if (few) few_scores<T>(queries, q_row, key, scores, tile, seen, head_dim);
+      if (!few)
+        product(queries + r * q_row, q_row, keys, kKeyBlock, scores, kKeyBlock, tile, count, depth,
+                false);
       for (int64_t i = 0; i < tile; ++i) {
         const int64_t own = std::clamp<int64_t>(limit(r + i) - first, 0, seen);
-        const float shrink =
-            softmax_block<T>(scores + i * kKeyBlock, weights + i * kKeyBlock, own, count,
-                             scale * kLog2e, tops[r + i], sums + (r + i) * Vec::size);
-        if (shrink != 1.0f)
-          sweep(width, [&](int64_t d, auto part) {
-            float* at = total + (r + i) * width + d;
-            store(at, load(at, part) * vec(shrink), part);
-          });
+        Vec shrink;
+        float* row = total + (r + i) * width;
+        if (softmax_block<T>(scores + i * kKeyBlock, weights + i * kKeyBlock, own, count,
+                             scale * kLog2e, tops[r + i], sums + (r + i) * Vec::size, shrink))
+          for (int64_t d = 0; d < width; d += Vec::size)
+            store(row + d, load(row + d, Full{}) * shrink, Full{});
       }
-      product(weights, kKeyBlock, values, width, total + r * width, width, tile, width,
-              words_of<T>(seen), true);
+      if constexpr (Operand<T>::per == 1)
+        if (few) few_totals<T>(weights, value, total, width, tile, seen);
+      if (!few)
+        product(weights, kKeyBlock, values, width, total + r * width, width, tile, width,
+                words_of<T>(seen), true);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -128,5 +202,5 @@ inline void attend_token(const T* q, int64_t group, int64_t q_stride, const T* k
                  [&](int64_t j) { return k + j * k_stride; },
                  [&](int64_t j) { return v + j * v_stride; }, [&](int64_t) { return keys; },
                  head_dim, scale, [&](int64_t r) { return out + r * out_stride; },
-                 [](int64_t, float) {}, scratch);
+                 [](int64_t, float) {}, true, scratch);
 }

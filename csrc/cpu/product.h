@@ -17,8 +17,7 @@ inline void product_tile(const Word* a, int64_t a_row, const Word* b, int64_t b_
                          int64_t c_row, int64_t depth, bool add) {
   Vec acc[M][N];
   for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j)
-      acc[i][j] = add ? load(c + i * c_row + j * Vec::size, Full{}) : vec(0.0f);
+    for (int j = 0; j < N; ++j) acc[i][j] = vec(0.0f);
   for (int64_t k = 0; k < depth; ++k, b += b_row) {
     decltype(load(b, Full{})) column[N];
     for (int j = 0; j < N; ++j) column[j] = load(b + j * Vec::size, Full{});
@@ -28,7 +27,11 @@ inline void product_tile(const Word* a, int64_t a_row, const Word* b, int64_t b_
     }
   }
   for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) store(c + i * c_row + j * Vec::size, acc[i][j], Full{});
+    for (int j = 0; j < N; ++j) {
+      // Added at the end: sums of sums lose less than one long sum.
+      float* at = c + i * c_row + j * Vec::size;
+      store(at, add ? load(at, Full{}) + acc[i][j] : acc[i][j], Full{});
+    }
 }
 
 template <int N, class Word>
@@ -49,8 +52,14 @@ inline void product(const Word* a, int64_t a_row, const Word* b, int64_t b_row, 
                     int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
   for (; columns >= kTileColumns; columns -= kTileColumns, b += kTileColumns, c += kTileColumns)
     product_panel<kTileVectors>(a, a_row, b, b_row, c, c_row, rows, depth, add);
-  for (; columns > 0; columns -= Vec::size, b += Vec::size, c += Vec::size)
-    product_panel<1>(a, a_row, b, b_row, c, c_row, rows, depth, add);
+  // Fewer vectors in panels of their own: one at a time would wait for the sum's latency.
+  if constexpr (kTileVectors > 2) {
+    if (columns == 3 * Vec::size)
+      return product_panel<3>(a, a_row, b, b_row, c, c_row, rows, depth, add);
+    if (columns == 2 * Vec::size)
+      return product_panel<2>(a, a_row, b, b_row, c, c_row, rows, depth, add);
+  }
+  if (columns > 0) product_panel<1>(a, a_row, b, b_row, c, c_row, rows, depth, add);
 }
 
 template <class T>

@@ -138,6 +138,23 @@ inline void transpose(Vec (&r)[16]) {
     r[8 + i].v = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
   }
 }
+// Lane i is the sum of r[i]: 30 shuffles, where a transpose has 64.
+inline Vec lane_sums(Vec (&r)[16]) {
+  __m512 t[8];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = r[2 * i].v, b = r[2 * i + 1].v;
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto quarters = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return {quarters(quarters(t[0], t[1]), quarters(t[2], t[3]))};
+}
 #if defined(__AVX512BF16__)
 // Two neighbours along the summed dimension, the earlier one low: multiplied and added at once.
 struct Pair {
@@ -163,16 +180,12 @@ inline Vec stacked(__m256i low, __m256i high) {
 inline __m256i bits_of(const bf16* p, Full) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline __m256i bits_of(const bf16* p, Tail t) {
-  return _mm256_maskz_loadu_epi16(mask_of(t), p);
-}
+inline __m256i bits_of(const bf16* p, Tail t) { return _mm256_maskz_loadu_epi16(mask_of(t), p); }
 template <class Part>
 inline Vec stacked(const bf16* low, const bf16* high, Part part) {
   return stacked(bits_of(low, part), high ? bits_of(high, part) : _mm256_setzero_si256());
 }
-inline Vec stacked(Vec low, Vec high) {
-  return stacked(narrow(low, bf16{}), narrow(high, bf16{}));
-}
+inline Vec stacked(Vec low, Vec high) { return stacked(narrow(low, bf16{}), narrow(high, bf16{})); }
 #endif
 
 #elif defined(__AVX2__)
@@ -284,6 +297,18 @@ inline void transpose(Vec (&r)[8]) {
     r[4 + i].v = _mm256_permute2f128_ps(a, b, 0x31);
   }
 }
+inline Vec lane_sums(Vec (&r)[8]) {
+  __m256 t[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = r[2 * i].v, b = r[2 * i + 1].v;
+    t[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 2; ++i)
+    t[i] = _mm256_add_ps(_mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44),
+                         _mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(t[0], t[1], 0x20),
+                        _mm256_permute2f128_ps(t[0], t[1], 0x31))};
+}
 
 #else
 #error "compile with the flags of one instruction set (see setup.py)"
@@ -380,7 +405,14 @@ struct Operand<bf16> {
   using Word = Pair;
   static constexpr int64_t per = 2;
 };
+#else
+inline Vec stacked(Vec low, Vec) { return low; }
 #endif
+template <class T>
+inline void prefetch(const T* p, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) _mm_prefetch(p + i, _MM_HINT_T1);
+}
 inline Vec splat(float a) { return vec(a); }
 inline Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 // A vector of words, as its bits: from a row along the summed dimension, or from `per` rows across.

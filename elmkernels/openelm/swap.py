@@ -34,6 +34,7 @@ class Report:
     left: list[tuple[str, str]]
     gemm: Plan
     packed_bytes: int = 0
+    attention: str = ""  # its backend, always the preferred one
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -45,7 +46,7 @@ class Report:
         )
         lines = [
             f"swapped ({self.convention} model): {kinds}",
-            f"backends: {backends}, attention: torch's SDPA",
+            f"backends: {backends}, attention: {self.attention}",
             f"projections: {gemm}",
         ]
         if self.packed_bytes:
@@ -261,6 +262,7 @@ def accelerate(
     backends = {op: choose(op, device, backend) for op in OPS}
     plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
+    report.attention = choose("attention", device, None)
     if convention.foreign:
         report.notes.append(
             "its cache holds rotated keys from now on: start generation with a new one"

@@ -1,18 +1,58 @@
 """attention: softmax(scale q k^T) v, causal, grouped-query, over a cache of any length.
 
-It is torch's own scaled_dot_product_attention, called so that no key or value is ever repeated in
-memory and that the mask is implicit wherever it can be. Gradients are torch's.
+Scores, the softmax and every sum are float32; in bfloat16, where the processor multiplies pairs of
+it, the weights are rounded before they meet v, as flash attention does. No mask is ever built, and
+padding and what lies beyond a row's end are never read. Backward, from the saved lse,
+    p = exp(scale q k^T - lse), dv = p^T dout, ds = p (dout v^T - rowsum(dout out)),
+    dq = scale ds k, dk = scale ds^T q.
+"sdpa" is torch's own, called so that no key or value is repeated in memory and that the mask is
+implicit wherever it can be. Gradients are torch's then.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import reference
-from ..checks import DTYPES, fail, floating, like
-from ..reference.attention import visible_keys
+from ..backends import REFERENCE, SDPA, choose, define, kernel
+from ..checks import DTYPES, fail, floating, integers, last_dim_packed, like, within
+from ..reference.attention import visible_keys, without_unseen
 
-BACKENDS = ("sdpa", "reference")
+_INPUTS = "Tensor q, Tensor k, Tensor v"
+_SIGHT = "Tensor? key_mask, Tensor? offsets, float scale"
+
+define(
+    "attention",
+    fwd=(
+        f"({_INPUTS}, {_SIGHT}) -> (Tensor, Tensor)",
+        lambda q, k, v, key_mask, offsets, scale: (
+            q.new_empty(q.shape),
+            q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
+        ),
+    ),
+    bwd=(
+        f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_SIGHT}) -> (Tensor, Tensor, Tensor)",
+        lambda dout, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
+    ),
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, key_mask, offsets, scale, backend):
+        out, lse = kernel("attention_fwd", backend)(q, k, v, key_mask, offsets, scale)
+        ctx.save_for_backward(q, k, v, out, lse, key_mask, offsets)
+        ctx.scale, ctx.backend = scale, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        grads = kernel("attention_bwd", ctx.backend)(
+            last_dim_packed(dout), *ctx.saved_tensors, ctx.scale
+        )
+        return *grads, None, None, None, None
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -51,6 +91,22 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
     fail("q", f"of a multiple of {k.shape[2]} heads (those of k)", q_heads)
 
 
+def _check_sight(q: Tensor, k: Tensor, key_mask, offsets, scale, backend: str) -> None:
+    """key_mask, offsets and scale; where offsets point, unless the kernel itself will look."""
+    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype.is_floating_point):
+        fail("key_mask", f"bool {list(k.shape[:2])}", f"{key_mask.dtype} {list(key_mask.shape)}")
+    if scale is not None and not scale > 0:
+        fail("scale", "above 0", scale)
+    if offsets is None:
+        return
+    integers("offsets", offsets, q.device)
+    if offsets.shape != q.shape[:1]:
+        fail("offsets", list(q.shape[:1]), list(offsets.shape))
+    composed = backend in (SDPA, REFERENCE) or q.numel() == 0
+    if composed and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        within("offsets", offsets, k.shape[1] - q.shape[1] + 1, "k's length less q's")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -61,46 +117,49 @@ def attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention; query i of lq sits at key index i + lk - lq.
+    """Causal grouped-query attention; query i of row b sees the keys 0..offsets[b] + i.
 
     q: [batch, lq, q_heads, head_dim]; k, v: [batch, lk, kv_heads, head_dim], lk >= lq, any strides
-    with a packed head_dim; key_mask: bool [batch, lk], False for padding; scale: head_dim^-0.5.
-    offsets: int64 [batch], the key index of each row's first query instead of lk - lq.
+    with a packed head_dim; key_mask: bool [batch, lk], False for padding; offsets: int64 [batch],
+    each in [0, lk - lq], the place among the keys of a row's first query (None: lk - lq), beyond
+    whose last query keys may be anything; scale: above 0, head_dim^-0.5 by default.
     Returns [batch, lq, q_heads, head_dim]; a query that sees no key gives zeros.
-    Raises TypeError or ValueError for a wrong argument. backend: "sdpa" or "reference".
+    Raises TypeError or ValueError for a wrong argument.
     """
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)
-    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype.is_floating_point):
-        fail("key_mask", f"bool {list(k.shape[:2])}", f"{key_mask.dtype} {list(key_mask.shape)}")
-    if offsets is not None and (offsets.shape != q.shape[:1] or offsets.dtype != torch.int64):
-        fail("offsets", f"int64 [{q.shape[0]}]", f"{offsets.dtype} {list(offsets.shape)}")
-    if backend is not None and backend not in BACKENDS:
-        fail("backend", " or ".join(BACKENDS) + " for attention", repr(backend))
-    key_mask = None if key_mask is None else key_mask.bool()
-    if backend == "reference" or q.numel() == 0:
+    backend = choose("attention", q.device.type, backend)
+    if key_mask is not None or offsets is not None or scale is not None:
+        _check_sight(q, k, key_mask, offsets, scale, backend)
+        key_mask = None if key_mask is None else key_mask.bool()
+    if backend == REFERENCE or q.numel() == 0:
         return reference.attention(q, k, v, key_mask, scale, offsets)
+    if backend == SDPA:
+        return _by_sdpa(q, k, v, key_mask, offsets, scale)
+    q, k, v = last_dim_packed(q), last_dim_packed(k), last_dim_packed(v)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, key_mask, offsets, scale, backend)
+    return kernel("attention_fwd", backend)(q, k, v, key_mask, offsets, scale)[0]
+
+
+def _by_sdpa(q, k, v, key_mask, offsets, scale) -> Tensor:
     batch, lq, q_heads, head_dim = q.shape
     lk, kv_heads = k.shape[1:3]
+    if offsets is not None:
+        k, v = without_unseen(k, v, lq, offsets)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    visible = None
+    if key_mask is not None or offsets is not None or lq not in (1, lk):
+        visible = visible_keys(lq, lk, key_mask, offsets, q.device)
     if lq == 1:
         # The query heads of a group become the rows of one small matrix: each key is read once.
-        grouped = q.view(batch, kv_heads, q_heads // kv_heads, head_dim)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        if offsets is not None:
-            mask = visible_keys(1, lk, key_mask, q.device, offsets)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        return out.reshape(batch, 1, q_heads, head_dim)
-    queries = q.transpose(1, 2)
-    if key_mask is None and offsets is None and lq == lk:
-        out = scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
-        )
+        queries = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
+        how = {"attn_mask": visible}
     else:
-        visible = visible_keys(lq, lk, key_mask, q.device, offsets)
-        out = scaled_dot_product_attention(
-            queries, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
-        )
-        if key_mask is not None:
-            out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    return out.transpose(1, 2)
+        queries = q.transpose(1, 2)
+        how = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": True}
+    out = scaled_dot_product_attention(queries, keys, values, scale=scale, **how)
+    if key_mask is not None:
+        out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return out.reshape(q.shape) if lq == 1 else out.transpose(1, 2)

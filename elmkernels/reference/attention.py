@@ -1,8 +1,7 @@
 """softmax(scale q k^T) v with a causal mask, each key/value head shared by a group of query heads.
 
-Query i of lq sits at key index i + lk - lq: the last query sees every key. With offsets it sits at
-offsets[b] + i in row b, for rows of different lengths. A query that sees no key (padding) gives
-zeros.
+Query i of row b sees the keys 0..offsets[b] + i; without offsets the last query sees every key. A
+query that sees no key (padding) gives zeros.
 """
 
 import torch
@@ -11,19 +10,22 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def visible_keys(
-    lq: int,
-    lk: int,
-    key_mask: Tensor | None,
-    device: torch.device,
-    offsets: Tensor | None = None,
+    lq: int, lk: int, key_mask: Tensor | None, offsets: Tensor | None, device: torch.device
 ) -> Tensor:
     """bool [1 or batch, 1, lq, lk]: which key each query may attend to."""
     if offsets is None:
         visible = torch.ones(lq, lk, dtype=torch.bool, device=device).tril(lk - lq)[None, None]
     else:
-        at = offsets[:, None] + torch.arange(lq, device=device)
-        visible = (torch.arange(lk, device=device) <= at[..., None])[:, None]
+        last = offsets[:, None] + torch.arange(lq, device=device)
+        visible = (torch.arange(lk, device=device) <= last[..., None])[:, None]
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
+
+
+def without_unseen(k: Tensor, v: Tensor, lq: int, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with zeros beyond the end of each row: what lies there may be NaN, which a weight of
+    0 would keep."""
+    beyond = torch.arange(k.shape[1], device=k.device) >= offsets[:, None] + lq
+    return tuple(t.masked_fill(beyond[..., None, None], 0.0) for t in (k, v))
 
 
 def attention(
@@ -36,16 +38,17 @@ def attention(
 ) -> Tensor:
     """q [batch, lq, q_heads, head_dim], k, v [batch, lk, kv_heads, head_dim] with lk >= lq,
     key_mask bool [batch, lk] (False = padding), scale default head_dim^-0.5, offsets int64 [batch]
-    -> the shape of q.
+    in [0, lk - lq], default lk - lq -> the shape of q.
     """
-    group = q.shape[2] // k.shape[2]
+    group, lq, lk = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    if offsets is not None:
+        k, v = without_unseen(k, v, lq, offsets)
     k, v = (t.repeat_interleave(group, dim=2).transpose(1, 2) for t in (k, v))
-    lq, lk = q.shape[1], k.shape[2]
     if key_mask is None and offsets is None and lq in (1, lk):
         causal = True if lq > 1 else False  # a branch, so that a symbolic length gives a bool
         out = scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=causal, scale=scale)
     else:
-        visible = visible_keys(lq, lk, key_mask, q.device, offsets)
+        visible = visible_keys(lq, lk, key_mask, offsets, q.device)
         out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=visible, scale=scale)
         if key_mask is not None:
             out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
-from ..ops.attention import BACKENDS as ATTENTION_BACKENDS
 from .cases import CASES, Case, make
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -276,8 +275,6 @@ def _needs_grad(x: Any) -> bool:
 
 def runnable(op: str, device: torch.device | str = "cpu") -> list[str]:
     """The backends, besides the reference, that can run an op on a device here."""
-    if op == "attention":
-        return [name for name in ATTENTION_BACKENDS if name != REFERENCE]
     kind = torch.device(device).type
     return [
         b.name

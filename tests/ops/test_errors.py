@@ -162,9 +162,21 @@ WRONG = {
     "the mask has another length": (
         lambda: attention(Q, K, K, key_mask=torch.ones(2, 5, dtype=torch.bool)),
         ValueError, "key_mask must be bool [2, 7], got torch.bool [2, 5]"),
-    "attention by a kernel backend": (
-        lambda: attention(Q, K, K, backend="avx2"),
-        ValueError, "backend must be sdpa or reference for attention, got 'avx2'"),
+    "offsets are int32": (
+        lambda: attention(Q, K, K, offsets=torch.zeros(2, dtype=torch.int32)),
+        TypeError, "offsets must be torch.int64, got torch.int32"),
+    "offsets have another length": (
+        lambda: attention(Q, K, K, offsets=torch.zeros(3, dtype=torch.int64)),
+        ValueError, "offsets must be [2], got [3]"),
+    "offsets are on meta": (
+        lambda: attention(Q, K, K, offsets=torch.zeros(2, dtype=torch.int64, device="meta")),
+        ValueError, "offsets must be on cpu, got meta"),
+    "the scale is negative": (
+        lambda: attention(Q, K, K, scale=-0.1),
+        ValueError, "scale must be above 0, got -0.1"),
+    "sdpa for a norm": (
+        lambda: rms_norm(X, W, backend="sdpa"),
+        RuntimeError, "backend 'sdpa' has no kernels for rms_norm"),
     "an unknown backend": (
         lambda: rms_norm(X, W, backend="mps"),
         ValueError, f"backend must be one of {', '.join(BACKENDS)}, got 'mps'"),
@@ -218,3 +230,10 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written(backend,
         cached(k_cache, v_cache, slots, backend=backend)
     assert torch.equal(k_cache, CACHE)
     assert torch.equal(v_cache, CACHE)
+
+
+@pytest.mark.parametrize("backend", [*runnable("attention"), "reference"])
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+def test_an_offset_outside_the_cache_is_refused(backend, bad):
+    with pytest.raises((ValueError, RuntimeError), match=rf"offsets must be in \[0, 3\).*{bad}"):
+        attention(Q, K, K, offsets=torch.tensor([0, bad]), backend=backend)

@@ -39,6 +39,10 @@ CALLS = {
         reference.attention,
         lambda: (leaf(2, 4, 4, 6), leaf(2, 4, 2, 6, seed=1), leaf(2, 4, 2, 6, seed=2)),
     ),
+    "attention ragged": (
+        lambda q, k, v: reference.attention(q, k, v, offsets=torch.tensor([2, 0])),
+        lambda: (leaf(2, 2, 4, 6), leaf(2, 5, 2, 6, seed=1), leaf(2, 5, 2, 6, seed=2)),
+    ),
     "attention chunk": (
         reference.attention,
         lambda: (leaf(1, 2, 4, 6), leaf(1, 5, 2, 6, seed=1), leaf(1, 5, 2, 6, seed=2)),
@@ -128,14 +132,15 @@ def test_qk_norm_rope_splits_by_heads_and_leaves_the_values():
         assert torch.equal(got, torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1))
 
 
-def by_loops(q, k, v, key_mask=None, scale=None):
+def by_loops(q, k, v, key_mask=None, scale=None, offsets=None):
     """Attention, one query of one head at a time."""
     out = torch.zeros_like(q)
     batch, lq, q_heads, head_dim = q.shape
     lk, group = k.shape[1], q_heads // k.shape[2]
     for b in range(batch):
         for i in range(lq):
-            seen = [j for j in range(i + lk - lq + 1) if key_mask is None or key_mask[b, j]]
+            first = lk - lq if offsets is None else int(offsets[b])
+            seen = [j for j in range(first + i + 1) if key_mask is None or key_mask[b, j]]
             for h in range(q_heads if seen else 0):
                 keys, values = k[b, seen, h // group], v[b, seen, h // group]
                 scores = keys @ q[b, i, h] * (scale or head_dim**-0.5)
@@ -151,3 +156,15 @@ def test_attention_is_its_loops(lq, lk, masked, scale):
     key_mask = torch.arange(lk) >= torch.tensor([[0], [3]]) if masked else None
     got = reference.attention(q, k, v, key_mask, scale)
     torch.testing.assert_close(got, by_loops(q, k, v, key_mask, scale))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_rows_that_end_at_places_of_their_own(masked):
+    q, k, v = normal(3, 2, 4, 6), normal(3, 9, 2, 6, seed=1), normal(3, 9, 2, 6, seed=2)
+    offsets = torch.tensor([0, 7, 3])
+    key_mask = torch.arange(9) >= torch.tensor([[0], [3], [4]]) if masked else None
+    expected = by_loops(q, k, v, key_mask, offsets=offsets)
+    for row, end in enumerate(offsets + 2):
+        k[row, end:] = v[row, end:] = math.nan
+    got = reference.attention(q, k, v, key_mask, offsets=offsets)
+    torch.testing.assert_close(got, expected)
