@@ -182,6 +182,13 @@ def choose(op: str, device: str, backend: str | None) -> str:
     return chosen
 
 
+def where_it_has(op: str, backend: str | None) -> str | None:
+    """The named backend if it has the op, else None: for models, which take several ops and whose
+    backend need not have all of them.
+    """
+    return backend if backend == REFERENCE or implements(backend or "", op) else None
+
+
 def _refuse(op: str, device: str, name: str | None) -> None:
     if name is None:
         raise RuntimeError(f"{op} runs on {' or '.join(PREFERENCE)}, got a tensor on {device}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..backends import where_it_has
 from ..reference import rope_table
 from .model import Context
 
@@ -63,6 +64,7 @@ class FusedAttention(nn.Module):
         self.head_dim = original.head_dim
         self.eps = 1e-6 if self.q_norm is None else self.q_norm.eps
         self.backend = backend
+        self.attention_backend = where_it_has("attention", backend)
 
     def extra_repr(self) -> str:
         return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, backend={self.backend}"
@@ -91,7 +93,14 @@ class FusedAttention(nn.Module):
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
             q, _, _ = self.project(x, context.positions, context.rope_table, **buffers)
             k, v = cache.filled(i, x.shape[1])
-        out = ops.attention(q, k, v, key_mask=context.key_mask, offsets=context.offsets)
+        out = ops.attention(
+            q,
+            k,
+            v,
+            key_mask=context.key_mask,
+            offsets=context.offsets,
+            backend=self.attention_backend,
+        )
         return self.out_proj(out.flatten(-2))
 
 
@@ -136,7 +145,8 @@ class _ForeignAttention(FusedAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """q [batch, lq, q_heads, head_dim], k and v [batch, kv_heads, lk, head_dim]."""
         if mask is None and (causal or q.shape[1] == 1):
-            out = ops.attention(q, k.transpose(1, 2), v.transpose(1, 2))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            out = ops.attention(q, k, v, backend=self.attention_backend)
         else:
             # The owner's own mask, added or boolean, is kept as it is.
             out = F.scaled_dot_product_attention(

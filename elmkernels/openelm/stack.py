@@ -1,8 +1,8 @@
 """A model as data for the op that runs all layers in one call, and the step of decoding.
 
-`next_logits` is the one way a token is decoded here: by `ops.decode_step` where that op exists, the
-model is accelerated (or holds compressed weights) and nothing hangs on its modules that the op
-would skip; by the model itself everywhere else.
+`next_logits` is the one way a token is decoded here: by `ops.decode_step` where the model is
+accelerated (or holds compressed weights) and nothing hangs on its modules that the op would skip;
+by the model itself everywhere else.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends import where_it_has
 from ..formats import Affine, Layer, Packed, Stack, Weight
+from ..ops.decode_step import MAX_BATCH
 from . import fused, linear
 from . import model as reference
 from .cache import KVCache
 from .model import OpenELM
 from .swap import is_accelerated
 
-MOST_ROWS = 8  # what decode_step takes; with more, products are bound by arithmetic
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -43,21 +44,21 @@ def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
     if known is None:
         return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
     cache.check_room(1)
-    backend = getattr(model.layers[0], "backend", None)  # what accelerate was asked for
+    # What accelerate was asked for, where it can be had.
+    backend = where_it_has("decode_step", getattr(model.layers[0], "backend", None))
     logits = ops.decode_step(known.stack, tokens, cache.lengths, cache.arena, backend=backend)
     cache.advance(1)
     return logits
 
 
 def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> "_Described | None":
-    """The model as data, where `ops.decode_step` is there and computes what the model would."""
+    """The model as data, where `ops.decode_step` computes what the model would."""
     if (
-        not hasattr(ops, "decode_step")
-        or not isinstance(model, OpenELM)  # torch.compile's wrapper
+        not isinstance(model, OpenELM)  # torch.compile's wrapper
         or tokens.device.type != "cpu"
         or cache.device.type != "cpu"
         or tokens.shape != (cache.batch,)
-        or cache.batch > MOST_ROWS
+        or cache.batch > MAX_BATCH
         or cache.dtype != model.activation_dtype
         or (cache.kv_heads, cache.head_dim) != (model.config.num_kv_heads, model.config.head_dim)
         or torch.is_autocast_enabled("cpu")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..backends import choose
+from ..backends import choose, where_it_has
 from . import fused, linear
 from .compressed import Compressed, weight_of
 from .linear import Plan, measure_plan
@@ -34,7 +34,7 @@ class Report:
     left: list[tuple[str, str]]
     gemm: Plan
     packed_bytes: int = 0
-    attention: str = ""  # its backend, always the preferred one
+    attention: str = ""  # its backend: the preferred one where the named one has it not
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -262,7 +262,7 @@ def accelerate(
     backends = {op: choose(op, device, backend) for op in OPS}
     plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
-    report.attention = choose("attention", device, None)
+    report.attention = choose("attention", device, where_it_has("attention", backend))
     if convention.foreign:
         report.notes.append(
             "its cache holds rotated keys from now on: start generation with a new one"

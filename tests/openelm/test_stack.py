@@ -63,11 +63,6 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return calls
 
 
-@pytest.fixture
-def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(ops, "decode_step", raising=False)
-
-
 def model_of(name: str) -> OpenELM:
     models = {
         "tied, normalised": lambda: OpenELM(CONFIG, seed=1),
@@ -325,11 +320,15 @@ def test_where_the_model_decodes_itself(step):
     assert len(step) == 2
 
 
-def test_without_the_op_the_model_decodes_itself(no_step):
+def test_more_rows_than_the_op_takes_go_through_the_model(step):
     model = model_of("hf_tiny")
-    expected = generate(model, [[1, 2]], 5)
+    prompts = [[1, 2 + b] for b in range(9)]
+    expected = generate(model, prompts, 3)
     accelerate(model)
-    assert generate(model, [[1, 2]], 5) == expected
+    assert generate(model, prompts, 3) == expected
+    assert not step
+    assert generate(model, prompts[:8], 3) == expected[:8]
+    assert step
 
 
 def test_a_step_that_does_not_fit_loses_nothing(step):

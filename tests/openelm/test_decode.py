@@ -1,0 +1,73 @@
+"""Whole models decoding through `ops.decode_step`, in every form of their weights."""
+
+import copy
+
+import pytest
+import torch
+from checkpoints import CONFIG as SMALL
+from golden import load_hf_tiny
+
+from elmkernels import OpenELM, accelerate, generate, pack, quantize
+from elmkernels.openelm import KVCache, OpenELMConfig, greedy, next_logits
+from elmkernels.testing.parity import compare, runnable
+
+# Layer-wise shares in widths that groups of 64 divide.
+CONFIG = OpenELMConfig.from_hf_dict(
+    SMALL.to_hf_dict() | {"model_dim": 128, "head_dim": 32, "ffn_dim_divisor": 64}
+    | {"num_query_heads": [2, 2, 4], "num_kv_heads": [1, 1, 2]}
+)  # fmt: skip
+BACKENDS = runnable("decode_step")
+FORMS = {
+    "float32": (torch.float32, lambda model: None),
+    "bfloat16": (torch.bfloat16, lambda model: None),
+    "packed": (torch.bfloat16, lambda model: pack(model, progress=False)),
+    "8 bits": (torch.bfloat16, lambda model: quantize(model, 8, 32, progress=False)),
+    "4 bits": (torch.float32, lambda model: quantize(model, 4, 64, progress=False)),
+}
+
+
+def model_in(form: str) -> OpenELM:
+    dtype, convert = FORMS[form]
+    model = OpenELM(CONFIG, seed=2, dtype=dtype)
+    convert(model)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_tokens(backend):
+    golden = load_hf_tiny()
+    model = golden.model()
+    accelerate(model, backend=backend)
+    expected = golden.tensors["greedy_9_plus_24"]
+    assert torch.equal(greedy(model, expected[:, :9], 24), expected[:, 9:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_every_step(backend, form):
+    """Ragged rows, each step's logits by the project's rule: truth is the plain model in a wider
+    dtype with the very same weights."""
+    model = model_in(form)
+    plain, wide = copy.deepcopy(model), copy.deepcopy(model).to(torch.float64)
+    accelerate(model, backend=backend)
+    ids = torch.randint(CONFIG.vocab_size, (3, 20), generator=torch.Generator().manual_seed(3))
+    caches = [KVCache(m.config, 3, 32, dtype=m.activation_dtype) for m in (wide, plain, model)]
+    collected: list[list[torch.Tensor]] = [[], [], []]
+    with torch.inference_mode():
+        for m, cache, logits in zip((wide, plain, model), caches, collected, strict=True):
+            m(ids[:, :6], cache=cache, counts=[6, 2, 4])
+            for i in range(6, 20):
+                step = ids[:, i]
+                if m is model:
+                    logits.append(next_logits(m, step, cache))
+                else:
+                    logits.append(m(step[:, None], cache=cache)[:, -1])
+    found = compare(*(torch.stack(logits) for logits in collected), what=f"logits, {form}")
+    assert found.ok, found.reason
+
+
+def test_a_quantised_model_generates_alike_swapped_or_not():
+    model = model_in("4 bits")
+    expected = generate(model, [[1, 2, 3], [4]], 12)
+    accelerate(model)
+    assert generate(model, [[1, 2, 3], [4]], 12) == expected
