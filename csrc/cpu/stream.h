@@ -152,53 +152,64 @@ void stream_bytes(const Weight& w, const Activation* x, int64_t begin, int64_t e
   }
 }
 
-// Nibbles against pairs: the four of each 16-bit lane, which are four columns of 4 bits, or low and
-// high halves of two columns of 8 bits. Even ones add up in dots[0], odd ones in dots[1].
+// One load of nibbles against pairs: the four of each 16-bit lane, which are four columns of 4
+// bits, or low and high halves of two columns of 8 bits. `scale` is that of each 32-bit lane's
+// columns.
+template <int Bits, int Batch, class P>
+inline void add_nibbles(Words raw, Vec scale, const P* const (&values)[Batch], int64_t c,
+                        Vec (&sums)[Batch]) {
+  const Words q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw), nibble_plus_128<2>(raw),
+                      nibble_plus_128<3>(raw)};
+  UNROLL for (int b = 0; b < Batch; ++b) {
+    Vec low = vec(0.0f), high = vec(0.0f);  // of 8 bits; of 4, two sums that don't wait
+    const P* at = values[b] + c;
+    constexpr int64_t second = Words::size, third = Bits == 8 ? second : 2 * second;
+    if constexpr (std::is_same_v<P, float>) {
+      low = dot_less_136(q[0], at, low);
+      high = dot_less_136(q[1], at + second, high);
+      low = dot_less_136(q[2], at + third, low);
+      high = dot_less_136(q[3], at + third + second, high);
+    } else {
+      low = dot(q[0], at, low);
+      high = dot(q[1], at + (Bits == 8 ? 0 : second), high);
+      low = dot(q[2], at + third, low);
+      high = dot(q[3], at + (Bits == 8 ? second : third + second), high);
+    }
+    const Vec dots = Bits == 8 ? fma(high, vec(16.0f), low) : low + high;
+    sums[b] = fma(scale, dots, sums[b]);
+  }
+}
+
 template <int Bits, int Batch, class P, class S>
 void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                     int64_t stride) {
   constexpr int64_t block = 32 / Bits * Words::size / 2;  // columns of one load
   constexpr bool centred = std::is_same_v<P, float>;
-  constexpr float high = Bits == 8 ? 16.0f : 1.0f;
   constexpr float zero = centred ? 8.0f : Bits == 8 ? -128.0f * 17.0f : -128.0f;
   static_assert(Bits == 4 || !centred);
   const int64_t groups = w.groups(), a_block = std::max<int64_t>(1, block / w.group);
   const Spread spread(w.group * Bits / 32);  // a 32-bit lane meets 32 / Bits columns
   const P* values[Batch];
-  UNROLL for (int b = 0; b < Batch; ++b) values[b] = reinterpret_cast<const P*>(x[b].values);
+  for (int b = 0; b < Batch; ++b) values[b] = reinterpret_cast<const P*>(x[b].values);
   for (int64_t r = begin; r < end; ++r) {
+    const uint8_t* row = w.row(r);
     const S* scales = reinterpret_cast<const S*>(w.scales) + r * groups;
     const S* biases = reinterpret_cast<const S*>(w.biases) + r * groups;
     Vec sums[Batch];
     UNROLL for (int b = 0; b < Batch; ++b) sums[b] = vec(0.0f);
-    Vec scale;
-    const auto add = [&](Words raw, const int32_t* lanes, int64_t c) {
-      const Words q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw), nibble_plus_128<2>(raw),
-                          nibble_plus_128<3>(raw)};
-      const Vec s = permuted(scale, lanes);
-      UNROLL for (int b = 0; b < Batch; ++b) {
-        const P* at = values[b] + c;
-        Vec dots[2] = {vec(0.0f), vec(0.0f)};
-        UNROLL for (int i = 0; i < 4; ++i) {
-          const P* phase = at + (Bits == 8 ? i / 2 : i) * Words::size;
-          if constexpr (centred)
-            dots[i % 2] = dot_less_136(q[i], phase, dots[i % 2]);
-          else
-            dots[i % 2] = dot(q[i], phase, dots[i % 2]);
-        }
-        sums[b] = fma(s, Bits == 8 ? fma(dots[1], vec(high), dots[0]) : dots[0] + dots[1], sums[b]);
-      }
-    };
-    const uint8_t* codes = w.row(r);
     int64_t c = 0;
     for (int64_t first = 0; first < groups; first += Vec::size) {
       const int64_t count = std::min<int64_t>(Vec::size, groups - first);
-      scale = count == Vec::size ? load(scales + first, Full{}) : load(scales + first, Tail{count});
+      const Vec scale =
+          count == Vec::size ? load(scales + first, Full{}) : load(scales + first, Tail{count});
       const int32_t* lanes = spread.lanes[0];
       const int32_t* last = lanes + (count - a_block) * Vec::size;
-      for (; lanes <= last; lanes += a_block * Vec::size, codes += Vec::size * 4, c += block)
-        add(load_words(codes, Full{}), lanes, c);
-      if (count % a_block) add(load_words(codes, Tail{(w.k - c) * Bits / 16}), lanes, c);
+      for (; lanes <= last; lanes += a_block * Vec::size, c += block)
+        add_nibbles<Bits, Batch>(load_words(row + c * Bits / 8, Full{}), permuted(scale, lanes),
+                                 values, c, sums);
+      if (count % a_block)
+        add_nibbles<Bits, Batch>(load_words(row + c * Bits / 8, Tail{(w.k - c) * Bits / 16}),
+                                 permuted(scale, lanes), values, c, sums);
     }
     add_biases<Batch>(scales, biases, groups, zero, x, sums);
     for (int b = 0; b < Batch; ++b) out[b * stride + r - begin] = sum(sums[b]);

@@ -30,6 +30,7 @@ inline Vec odd_lanes(Words w) {
 template <int Phase>
 inline Words nibble_plus_128(Words w) {
   const __m512i q = Phase == 0 ? w.v : _mm512_srli_epi16(w.v, 4 * Phase);
+  if constexpr (Phase == 3) return {_mm512_or_si512(q, _mm512_set1_epi16(0x4300))};
   // (q & 15) | 0x4300
   return {_mm512_ternarylogic_epi32(q, _mm512_set1_epi16(15), _mm512_set1_epi16(0x4300), 0xea)};
 }
