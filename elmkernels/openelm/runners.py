@@ -98,7 +98,9 @@ class TorchRunner(Runner):
     def run(self, task: Task) -> Run:
         prompts, steps, model = task.prompts, task.steps, self.model
         batch, length = prompts.shape
-        cache = KVCache(model.config, batch, task.length, dtype=model.activation_dtype)
+        # One slot to spare: a full cache is contiguous, for which torch.compile compiles again.
+        room = min(task.length + 1, model.config.rope_max_length)
+        cache = KVCache(model.config, batch, room, dtype=model.activation_dtype)
         call = self._compiled(steps) if self.kind == COMPILED else model
 
         @torch.inference_mode()
