@@ -18,7 +18,7 @@ import torch
 
 from . import __version__
 from .backends import BACKENDS, REFERENCE, build_report, choose
-from .commands import convert, generate
+from .commands import bench_generate, convert, generate
 from .commands.model import chosen_model
 from .console import (
     FAILED,
@@ -75,7 +75,9 @@ def _build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what can run here, and why the rest can't")
     info.add_argument("--gemm", action="store_true", help="measure the projections' routines")
     parity = commands.add_parser("parity", help="ops against their reference, case by case")
-    bench = commands.add_parser("bench", help="ops beside their rivals")
+    bench = commands.add_parser(
+        "bench", help="ops beside their rivals; `bench generate`: a whole model beside its own"
+    )
     for command in (info, parity, bench):
         command.allow_abbrev = False
         add_shared(command, absent)
@@ -83,6 +85,7 @@ def _build_parser() -> argparse.ArgumentParser:
     for command in (parity, bench):
         command.add_argument("ops", nargs="*", metavar="op", help=", ".join(CASES))
         add_files(command, absent, quick=command is bench)
+    bench_generate.add_options(bench)
     return parser
 
 
@@ -265,6 +268,15 @@ def _run(argv: list[str] | None) -> int:
         return _main_job(args)
     if args.command == "generate":
         return generate.run(args)
+    if args.command == "bench":
+        if args.ops == [bench_generate.NAME]:
+            if args.pack_weights:
+                raise WrongInput("--pack-weights belongs to the main job: name --formats packed")
+            return bench_generate.run(args)
+        for name in bench_generate.OPTIONS:
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise WrongInput(f"{option} belongs to bench generate, not to bench of ops")
     own = {"convert": ("checkpoint", "config")}.get(args.command, ())
     for name in MAIN_ONLY:
         if name not in own and getattr(args, name) is not None:

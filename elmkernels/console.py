@@ -171,7 +171,7 @@ def dump(results: dict[str, Any]) -> str:
     return json.dumps(plain(results), indent=1, allow_nan=False)
 
 
-def _save(folder: Path | None, results: dict[str, Any]) -> None:
+def save(folder: Path | None, results: dict[str, Any]) -> None:
     """results.json, under another name until it is whole."""
     if folder is None:
         return
@@ -201,7 +201,7 @@ def measure(
         code = INTERRUPTED
     finally:
         stages.close()
-        _save(folder, results)
+        save(folder, results)
     if args.json:
         print(dump(results))
     if code == INTERRUPTED:

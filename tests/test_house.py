@@ -30,7 +30,13 @@ MAY_IMPORT = {
     "commands": {"commands", "console", "openelm", "formats"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
-        ("openelm.proof", "openelm.speed", "openelm.job"),
+        (
+            "openelm.proof",
+            "openelm.speed",
+            "openelm.job",
+            "openelm.race",
+            "openelm.race_figures",
+        ),  # fmt: skip
         {"openelm", "ops", "reference", "checks", "backends", "testing", "formats"},
     ),
 }

@@ -11,7 +11,7 @@ from ..formats import BITS, GROUP_SIZES
 from ..openelm import OpenELM, pack, quantize
 
 # Spelled out: loading them needs no package, which other commands must not ask for.
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _TOKENIZER = "tokenizer.model"
 # What stands beside the weights of a folder and stays true of them.
 _BESIDE = (

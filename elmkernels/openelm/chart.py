@@ -1,11 +1,20 @@
-"""The main job's figures as one picture: tokens a second of each model, beside the ceiling."""
+"""Figures as one picture: tokens a second of each model or runner, of the main job beside the
+ceiling, and of the race.
+"""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLORS = {"eager": "#9aa5b1", "eager, every logit": "#d3d9e0", "swapped": "#1f77b4"}
+COLORS = {
+    "eager": "#9aa5b1",
+    "eager, every logit": "#d3d9e0",
+    "swapped": "#1f77b4",
+    "compiled": "#c9a227",
+    "ours": "#1f77b4",
+    "llama.cpp": "#8c564b",
+}
 
 
 def available() -> str | None:
@@ -33,6 +42,51 @@ def draw(title: str, results: dict[str, Sequence[dict[str, Any]]], path: Path) -
     for line, dtype in enumerate(filled):
         for column, task in enumerate(results[dtype]):
             _panel(axes[line][column], dtype, task)
+    _write(figure, title, path)
+
+
+def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
+    """groups: those of the results of `race.run`; writes a PNG in one step, if there is a task."""
+    from matplotlib.figure import Figure
+
+    filled = {name: group["tasks"] for name, group in groups.items() if group["tasks"]}
+    if not filled:
+        return
+    columns = max(map(len, filled.values()))
+    figure = Figure(figsize=(4.6 * columns, 2.4 * len(filled) + 0.4), layout="constrained")
+    axes = figure.subplots(len(filled), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for line, (name, tasks) in zip(axes, filled.items(), strict=True):
+        for axis, task in zip(line, tasks, strict=False):
+            _race_panel(axis, name, task)
+    _write(figure, title, path)
+
+
+def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
+    """Bars of tokens a second with whiskers from p20 to p80, and the share of reading memory."""
+    axis.set_visible(True)
+    names, found = list(task["runners"]), list(task["runners"].values())
+    rates = [f["tokens_per_second"] for f in found]
+    speeds = [rate["median"] for rate in rates]
+    low = [rate["median"] - rate["p20"] for rate in rates]
+    high = [rate["p80"] - rate["median"] for rate in rates]
+    colors = [COLORS.get(f["kind"], "#888888") for f in found]
+    bars = axis.barh(range(len(names)), speeds, xerr=[low, high], color=colors, capsize=2)
+    labels = [
+        f"{rate['median']:,.4g}"
+        + (f", {f['of_read_bandwidth']:.0%} of reading" if "of_read_bandwidth" in f else "")
+        for rate, f in zip(rates, found, strict=True)
+    ]
+    axis.bar_label(bars, labels, padding=4, fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.6 * max(speeds))
+    axis.set_title(f"{group}: {task['task']}", fontsize=9)
+    axis.set_xlabel("tokens/s", fontsize=8)
+
+
+def _write(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

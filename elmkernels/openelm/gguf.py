@@ -1,7 +1,8 @@
 """Models for llama.cpp: one GGUF file of its `openelm` architecture.
 
 llama.cpp knows OpenELM with QK norm, a gated feed-forward and tied embeddings. proj_1 is stored as
-its two halves, ffn_gate and ffn_up; norms are always float32. The package `gguf` writes the file.
+its two halves, ffn_gate and ffn_up; norms are always float32. In q4_0 every matrix is q4_0, where
+llama.cpp's own tool would keep the tied output in q6_K. The package `gguf` writes the file.
 """
 
 import os
@@ -21,8 +22,9 @@ from .convert import each_chunk
 from .model import OpenELM
 from .progress import progress
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
-_BLOCK = 32  # weights that share a scale in q8_0
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+_QUANTISED = ("q8_0", "q4_0")
+_BLOCK = 32  # weights that share a scale in q8_0 and q4_0
 
 
 def export_gguf(
@@ -100,9 +102,9 @@ def _check(config: OpenELMConfig, type: str) -> None:
                 f"{getattr(config, field)}"
             )
     for key, shape in config.parameter_shapes().items():
-        if type == "q8_0" and len(shape) == 2 and shape[1] % _BLOCK:
+        if type in _QUANTISED and len(shape) == 2 and shape[1] % _BLOCK:
             raise ValueError(
-                f"type q8_0 needs columns in multiples of {_BLOCK}, {key} has {shape[1]}"
+                f"type {type} needs columns in multiples of {_BLOCK}, {key} has {shape[1]}"
             )
 
 
@@ -209,7 +211,7 @@ def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:
 def _bytes(gguf: Any, key: str, weight: Tensor, kind: Any) -> np.ndarray:
     """A tensor in a type of GGML (None: float32), as bytes."""
     w = weight.detach().to("cpu").contiguous()
-    if kind is not None and kind.name == "Q8_0":
+    if kind is not None and kind.name.lower() in _QUANTISED:
         chunks = each_chunk(
             lambda rows: gguf.quants.quantize(w[rows].float().numpy(), kind), *w.shape
         )
@@ -219,3 +221,18 @@ def _bytes(gguf: Any, key: str, weight: Tensor, kind: Any) -> np.ndarray:
     if cast.dtype == torch.float16 and not torch.equal(cast.isfinite(), w.isfinite()):
         raise ValueError(f"type f16 can't hold the largest weights of {key}: use bf16 or f32")
     return cast.view(torch.uint8).numpy()
+
+
+def rounded(weight: Tensor, type: str) -> Tensor:
+    """A matrix as a file of that type holds it, in float32: what llama.cpp computes with.
+
+    Raises ImportError where the package `gguf` is missing.
+    """
+    gguf = _package("gguf", "GGUF files", "elmkernels[gguf]")
+    if type not in _QUANTISED:
+        dtypes = {"f16": torch.float16, "bf16": torch.bfloat16}
+        return weight.detach().to(dtypes.get(type, torch.float32)).float()
+    kind = gguf.GGMLQuantizationType[type.upper()]
+    data = _bytes(gguf, "", weight, kind)
+    chunks = each_chunk(lambda rows: gguf.quants.dequantize(data[rows], kind), *weight.shape)
+    return torch.from_numpy(np.concatenate(chunks))

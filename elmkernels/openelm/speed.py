@@ -236,7 +236,7 @@ def _measure(
         run()
         synchronize(device)
         seconds += time.perf_counter() - start
-    peaks = {model: _peak(run, device) for model, run in tasks.items()}
+    peaks = {model: peak(run, device) for model, run in tasks.items()}
     affordable = int(STAGE_SECONDS / seconds) - 3
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
     probes = PROBES[bound](dtype, device, quick)
@@ -258,7 +258,8 @@ def _repeated(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def _peak(run: Callable[[], object], device: torch.device) -> int | None:
+def peak(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a call needs at its highest; None where that can't be watched."""
     if device.type == "cpu" and sys.platform == "linux":
         # What the C library kept of the model measured before would count for nothing.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

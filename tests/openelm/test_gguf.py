@@ -12,7 +12,7 @@ from golden import FOLDER
 
 from elmkernels import OpenELM, OpenELMConfig, pack, quantize, reference
 from elmkernels.openelm import greedy
-from elmkernels.openelm.gguf import TYPES, export_gguf
+from elmkernels.openelm.gguf import TYPES, export_gguf, rounded
 
 TINY = FOLDER / "hf_tiny"
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "layers have their own widths"] * 9
@@ -72,8 +72,26 @@ def test_the_tensors_of_a_file(tmp_path, model, type):
             error = (got[name] - w).unflatten(1, (-1, 32)).abs()
             assert (error <= step * (0.5 + 127 * 2**-11)).all(), name  # the scale is a half
             assert error.amax() > 0
+        elif type == "q4_0":
+            # The weight of largest magnitude is -8 steps; one of the other sign may be cut at 7.
+            step = w.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True) / 8
+            error = (got[name] - w).unflatten(1, (-1, 32)).abs()
+            assert (error <= step * (1 + 8 * 2**-11)).all(), name
+            assert error.amax() > 0
         else:
             assert torch.equal(got[name], w.to(dtype).float()), name
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_what_a_file_holds_is_known_without_it(tmp_path, model, type):
+    pytest.importorskip("gguf")
+    export_gguf(model, tmp_path / "m.gguf", type)
+    got = tensors(tmp_path / "m.gguf")
+    for name, module in (
+        ("token_embd", model.token_embeddings),
+        ("blk.1.attn_qkv", model.layers[1].attn.qkv_proj),
+    ):
+        assert torch.equal(rounded(module.weight, type), got[f"{name}.weight"]), name
 
 
 def test_the_words_of_a_file(tmp_path, model):
@@ -122,8 +140,9 @@ def without(**values) -> OpenELMConfig:
 @pytest.mark.parametrize(
     ("config", "type", "message"),
     [
-        (CONFIG, "q4_k", "type must be one of f32, f16, bf16, q8_0, got 'q4_k'"),
+        (CONFIG, "q4_k", "type must be one of f32, f16, bf16, q8_0, q4_0, got 'q4_k'"),
         (CONFIG, "q8_0", r"multiples of 32, layers.1.ffn.proj_2.weight has 80"),
+        (CONFIG, "q4_0", r"type q4_0 .* multiples of 32, layers.1.ffn.proj_2.weight has 80"),
         (without(share_input_output_layers=False), "f32", "share_input_output_layers True"),
         (without(normalize_qk_projections=False), "f32", "normalize_qk_projections True"),
         (without(ffn_with_glu=False), "f32", "ffn_with_glu True"),

@@ -1,0 +1,354 @@
+"""Whole models side by side: eager, torch.compile, ours in every format, and llama.cpp.
+
+Three tasks: the pass over a prompt for its last logits, tokens decoded one by one, and the same for
+a batch. The runners of a group share one model's weights and take turns, round by round, in a
+rotated order, and a probe takes its turn with them: how fast this machine reads memory just then,
+by the fastest of several ways. The warm-up's tokens are compared with those of the eager model in
+the same weights, so that correctness stands beside speed. What can't run is named with the reason.
+"""
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..testing.timing import fingerprint
+from . import llama
+from .config import OpenELMConfig
+from .model import OpenELM
+from .race_figures import figures, text
+from .runners import (
+    COMPILED,
+    EAGER,
+    LLAMA,
+    LlamaRunner,
+    Run,
+    Runner,
+    Task,
+    TorchRunner,
+    our_runner,
+)
+from .speed import peak
+from .swap import OPS
+
+FORMATS = ("fp32", "bf16", "packed", "int8", "int4")
+PROBE_CALLS = 3
+# What building a runner raises where it can't be had.
+REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runners that are fair to each other: our formats, whether compiled, llama.cpp's types."""
+
+    name: str
+    dtype: torch.dtype
+    formats: tuple[str, ...]
+    compiled: bool
+    types: tuple[str, ...]
+
+
+GROUPS = (
+    Group("fp32", torch.float32, ("fp32",), True, ("f32",)),
+    Group("16-bit", torch.bfloat16, ("bf16", "packed"), True, ("f16", "bf16")),
+    Group("int8", torch.bfloat16, ("int8",), False, ("q8_0",)),
+    Group("int4", torch.bfloat16, ("int4",), False, ("q4_0",)),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of each task, rounds, tokens that are compared, bytes that a probe reads."""
+
+    prefill: int = 512
+    prompt: int = 128
+    steps: int = 128
+    batch: int = 4
+    rounds: int = 5
+    agree: int = 32
+    probe: int = 1 << 29
+
+    def within(self, config: OpenELMConfig) -> "Sizes":
+        """The same, shortened to the positions that a model has."""
+        room = config.rope_max_length
+        prompt = min(self.prompt, max(1, room // 2))
+        steps = min(self.steps, room - prompt)
+        prefill, agree = min(self.prefill, room), min(self.agree, steps + 1)
+        return replace(self, prefill=prefill, prompt=prompt, steps=steps, agree=agree)
+
+
+QUICK = Sizes(prefill=64, prompt=16, steps=8, rounds=2, agree=8, probe=1 << 26)
+
+
+@dataclass(frozen=True)
+class Race:
+    """What to run. load: the model in a dtype; weights: where they come from, in words."""
+
+    load: Callable[[torch.dtype], OpenELM]
+    name: str
+    weights: str
+    formats: tuple[str, ...] = FORMATS
+    sizes: Sizes = Sizes()
+    compiled: bool = True
+    backend: str | None = None
+    seed: int = 0
+
+    @property
+    def groups(self) -> list[Group]:
+        """Those with a format that was asked for, and of their formats only these."""
+        wanted = [
+            replace(group, formats=tuple(f for f in group.formats if f in self.formats))
+            for group in GROUPS
+        ]
+        return [group for group in wanted if group.formats]
+
+    @property
+    def stages(self) -> int:
+        """How often `run` says what comes next."""
+        tasks = 2 + (self.sizes.batch > 1)
+        return len(self.groups) * (1 + tasks * (1 + self.sizes.rounds))
+
+
+def check_backend(name: str | None) -> None:
+    """Raise what `backends.choose` raises for a backend that can't run here."""
+    for op in OPS:
+        choose(op, "cpu", name)
+
+
+def start(race: Race) -> dict[str, Any]:
+    """The results before anything is measured."""
+    return {
+        "complete": False,
+        "command": "bench generate",
+        "model": race.name,
+        "weights": race.weights,
+        "machine": fingerprint("cpu"),
+        "backend": race.backend,
+        "seed": race.seed,
+        "groups": {},
+    }
+
+
+def run(
+    race: Race,
+    results: dict[str, Any],
+    stage: Callable[[str], None],
+    emit: Callable[[str], None],
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill `results`. stage is told what comes next, emit gets each group as text, and save is
+    called whenever a group is done.
+    """
+    for group in race.groups:
+        _run_group(race, group, results, stage, emit)
+        gc.collect()
+        save()
+    results["complete"] = True
+
+
+def _run_group(
+    race: Race, group: Group, results: dict[str, Any], stage: Callable, emit: Callable
+) -> None:
+    found: dict[str, Any] = {"runners": {}, "missing": {}, "tasks": []}
+    stage(f"{group.name}: model")
+    model = race.load(group.dtype).eval()
+    sizes = race.sizes.within(model.config)
+    if "config" not in results:
+        results["config"] = model.config.to_hf_dict()
+        results["parameters"] = model.config.num_parameters
+        results["sizes"] = asdict(sizes)
+        emit(_headline(race, results))
+    results["groups"][group.name] = found
+    tasks = list(_tasks(race, sizes, model.config))
+    runners: list[Runner] = []
+    with tempfile.TemporaryDirectory(prefix="elmkernels-") as folder:
+        try:
+            for name, make in _makers(race, group, model, Path(folder), tasks[-1].prompts[:1]):
+                try:
+                    runners.append(make())
+                except REFUSALS as error:
+                    found["missing"][name] = _short(error)
+            found["runners"] |= {r.name: _about(r) for r in runners}
+            del model
+            for task in tasks:
+                _run_task(group, task, runners, sizes, found, stage)
+        finally:
+            for runner in runners:
+                runner.close()
+            emit(text(group.name, found))
+
+
+def _tasks(race: Race, sizes: Sizes, config: OpenELMConfig) -> Iterator[Task]:
+    generator = torch.Generator().manual_seed(race.seed + 1)
+
+    def ids(batch: int, length: int) -> Tensor:
+        return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+    yield Task(f"prefill {sizes.prefill}", ids(1, sizes.prefill), 0)
+    prompts = ids(sizes.batch, sizes.prompt)
+    name = f"decode {sizes.steps} after {sizes.prompt}"
+    yield Task(name, prompts[:1], sizes.steps)
+    if sizes.batch > 1:
+        yield Task(f"{name}, batch {sizes.batch}", prompts, sizes.steps)
+
+
+def _makers(
+    race: Race, group: Group, model: OpenELM, folder: Path, prompt: Tensor
+) -> Iterator[tuple[str, Callable[[], Runner]]]:
+    """Every runner of a group by name, and how to build it."""
+    dtype = "fp32" if group.dtype == torch.float32 else "bf16"
+    yield f"eager {dtype}", lambda: TorchRunner(f"eager {dtype}", EAGER, model)
+    if group.compiled:
+        name = f"compiled {dtype}"
+
+        def make_compiled() -> Runner:
+            if not race.compiled:
+                raise ValueError("left out as asked for")
+            return TorchRunner(name, COMPILED, model)
+
+        yield name, make_compiled
+    for format in group.formats:
+        yield (
+            f"ours {format}",
+            lambda format=format: our_runner(format, model, folder, prompt, race.backend),
+        )
+    for type in group.types:
+
+        def make_llama(type: str = type) -> Runner:
+            if why := llama.missing():
+                raise ImportError(why)
+            return LlamaRunner(model, type, folder)
+
+        yield f"llama.cpp {type.upper()}", make_llama
+
+
+def _run_task(
+    group: Group,
+    task: Task,
+    runners: Sequence[Runner],
+    sizes: Sizes,
+    found: dict[str, Any],
+    stage: Callable[[str], None],
+) -> None:
+    stage(f"{group.name}: {task.name}, warming up")
+    peaks: dict[str, int | None] = {}
+    runs: dict[str, Run] = {}
+    chosen: dict[str, list[int]] = {}
+    seconds: dict[str, list[float]] = {}
+    probes: list[dict[str, float]] = []
+    try:
+        for runner in runners:
+            try:
+                runs[runner.name] = run = runner.run(task)
+                chosen[runner.name] = run()[0]
+            except Exception as error:  # compilers and other people's libraries raise anything
+                if runner.kind not in (COMPILED, LLAMA):
+                    raise
+                runs.pop(runner.name, None)
+                found["missing"][f"{runner.name}, {task.name}"] = _short(error)
+                continue
+            if not task.steps:
+                peaks[runner.name] = peak(run, torch.device("cpu"))
+        if task.steps and task.prompts.shape[0] == 1:
+            _agree(task, runners, chosen, sizes.agree, found)
+        seconds |= {name: [] for name in runs}
+        say = lambda n: stage(f"{group.name}: {task.name}, round {n}/{sizes.rounds}")  # noqa: E731
+        _rounds(runs, _probes(sizes.probe), sizes, seconds, probes, say)
+    finally:
+        for runner in runners:
+            runner.end()
+        if probes:
+            found["tasks"].append(figures(task, runners, seconds, probes, sizes.rounds, peaks))
+
+
+def _rounds(
+    runs: dict[str, Run],
+    probes: dict[str, Callable[[], object]],
+    sizes: Sizes,
+    seconds: dict[str, list[float]],
+    read: list[dict[str, float]],
+    say: Callable[[int], None],
+) -> None:
+    """Append to `seconds` and `read` (bytes a second of each probe) once all had their turn."""
+    turns: dict[str, Callable[[], object]] = {**runs, **probes}
+    names = list(turns)
+    for n in range(sizes.rounds):
+        say(n + 1)
+        first = n % len(names)
+        taken = {}
+        gc.collect()
+        gc.disable()
+        try:
+            for name in (*names[first:], *names[:first]):
+                start = time.perf_counter()
+                turns[name]()
+                taken[name] = time.perf_counter() - start
+        finally:
+            gc.enable()
+        read.append({name: PROBE_CALLS * sizes.probe / taken[name] for name in probes})
+        for name in runs:
+            seconds[name].append(taken[name])
+
+
+def _probes(nbytes: int) -> dict[str, Callable[[], object]]:
+    x = torch.randn(nbytes // 4)
+    matrix, vector = x.view(-1, 4096), torch.randn(4096)
+
+    def repeated(call: Callable[[], object]) -> Callable[[], None]:
+        def probe() -> None:
+            for _ in range(PROBE_CALLS):
+                call()
+
+        return probe
+
+    return {"sum": repeated(x.sum), "mv": repeated(lambda: torch.mv(matrix, vector))}
+
+
+def _agree(
+    task: Task,
+    runners: Sequence[Runner],
+    chosen: dict[str, list[int]],
+    count: int,
+    found: dict[str, Any],
+) -> None:
+    """How many of the first tokens equal those of the eager model in the same weights."""
+    eager = next(chosen[r.name] for r in runners if r.kind == EAGER)
+    for runner in runners:
+        if runner.name not in chosen or runner.kind == EAGER:
+            continue
+        truth = runner.truth(task.prompts, count)
+        truth = eager[:count] if truth is None else truth
+        pairs = zip(truth, chosen[runner.name], strict=False)
+        equal = next((i for i, (a, b) in enumerate(pairs) if a != b), count)
+        found["runners"][runner.name]["agree"] = {"equal": equal, "of": count}
+
+
+def _about(runner: Runner) -> dict[str, Any]:
+    return {
+        "kind": runner.kind,
+        "weight_bytes": runner.weight_bytes,
+        "cache_token_bytes": runner.cache_token_bytes,
+        "agree": None,
+        "facts": runner.facts,
+    }
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _headline(race: Race, results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return (
+        f"{race.name}, {results['parameters'] / 1e6:.1f}M parameters, {race.weights}\n"
+        f"on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    )

@@ -1,0 +1,289 @@
+"""Models side by side: the same tokens of every runner, what the results hold, how they end."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from elmkernels import OpenELM, OpenELMConfig
+from elmkernels.__main__ import main
+from elmkernels.openelm import chart, llama, race
+from elmkernels.openelm.race_figures import BEST
+from elmkernels.openelm.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
+
+# Heads and groups that llama.cpp and every format take.
+CONFIG = OpenELMConfig(
+    num_transformer_layers=2,
+    model_dim=128,
+    head_dim=64,
+    num_gqa_groups=2,
+    vocab_size=256,
+    ffn_dim_divisor=64,
+    qkv_multipliers=(0.5, 1.0),
+    ffn_multipliers=(0.5, 2.0),
+    normalize_qk_projections=True,
+    ffn_with_glu=True,
+    share_input_output_layers=True,
+    rope_max_length=64,
+)
+SIZES = race.Sizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
+RIVALS = {
+    "fp32": {"eager fp32", "ours fp32"},
+    "16-bit": {"eager bf16", "ours bf16", "ours packed"},
+    "int8": {"eager bf16", "ours int8"},
+    "int4": {"eager bf16", "ours int4"},
+}
+LLAMA = {"fp32": ["F32"], "16-bit": ["F16", "BF16"], "int8": ["Q8_0"], "int4": ["Q4_0"]}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_llama(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+
+
+def load(dtype: torch.dtype) -> OpenELM:
+    return OpenELM.from_config(CONFIG, seed=3, dtype=dtype)
+
+
+def raced(**options) -> tuple[dict, list[str], list[str]]:
+    """The results, the stages and the texts of a race."""
+    options = {"sizes": SIZES, "compiled": False} | options
+    todo = race.Race(load, "tiny", "random weights", **options)
+    results, stages, texts = race.start(todo), [], []
+    race.run(todo, results, stages.append, texts.append)
+    assert len(stages) == todo.stages
+    return results, stages, texts
+
+
+def test_every_group_has_every_figure(without_llama):
+    results, _, texts = raced()
+    assert results["complete"] is True
+    assert set(results["groups"]) == set(RIVALS)
+    assert results["sizes"]["steps"] == 4 and results["parameters"] == CONFIG.num_parameters
+    for name, group in results["groups"].items():
+        assert set(group["runners"]) == RIVALS[name]
+        ours = {n for n in RIVALS[name] if n.startswith("ours")}
+        for runner, about in group["runners"].items():
+            assert about["weight_bytes"] > 0 and about["cache_token_bytes"] > 0
+            if runner in ours:
+                assert about["agree"]["of"] == 4
+                assert about["facts"]["first_token_seconds"] > 0
+        for type in LLAMA[name]:
+            assert "pip install llama-cpp-python" in group["missing"][f"llama.cpp {type}"]
+        tasks = {task["task"]: task for task in group["tasks"]}
+        assert list(tasks) == ["prefill 12", "decode 4 after 6", "decode 4 after 6, batch 2"]
+        assert [task["tokens"] for task in tasks.values()] == [12, 4, 8]
+        for task in tasks.values():
+            assert task["rounds"] == 2 and task["read_bandwidth"]["median"] > 0
+            assert set(task["runners"]) == RIVALS[name]
+            assert set(task["ratios"]) == ours
+            for figures in task["runners"].values():
+                rate = figures["tokens_per_second"]
+                assert 0 < rate["p20"] <= rate["median"] <= rate["p80"]
+                assert len(figures["samples"]) == figures["seconds"]["n"] == 2
+                assert figures["ms_per_token"] == pytest.approx(1e3 / rate["median"])
+                assert ("of_read_bandwidth" in figures) == bool(task["steps"])
+            for mine in ours:
+                eager = next(n for n in RIVALS[name] if n.startswith("eager"))
+                expected = (
+                    task["runners"][mine]["tokens_per_second"]["median"]
+                    / task["runners"][eager]["tokens_per_second"]["median"]
+                )
+                assert task["ratios"][mine] == pytest.approx({eager: expected})
+    assert results["groups"]["fp32"]["missing"]["compiled fp32"] == "left out as asked for"
+    assert results["groups"]["fp32"]["runners"]["ours fp32"]["agree"]["equal"] == 4
+    assert len(texts) == 5 and "missing llama.cpp Q4_0: llama_cpp can't be imported" in texts[-1]
+    json.dumps(results, default=str)
+
+
+def test_formats_choose_the_groups(without_llama):
+    results, _, _ = raced(formats=("packed", "int4"), sizes=race.replace(SIZES, batch=1))
+    assert list(results["groups"]) == ["16-bit", "int4"]
+    assert set(results["groups"]["16-bit"]["runners"]) == {"eager bf16", "ours packed"}
+    assert len(results["groups"]["int4"]["tasks"]) == 2
+
+
+def test_the_bytes_of_a_step():
+    model = load(torch.bfloat16)
+    plain = TorchRunner("eager", EAGER, model).weight_bytes
+    assert plain == sum(p.nbytes for p in model.parameters())
+    sizes = [TorchRunner(f, OURS, compress(f, model)).weight_bytes for f in race.FORMATS[1:]]
+    assert sizes[0] == plain and 0.7 < sizes[1] / plain < 0.9
+    assert 0.5 < sizes[2] / plain < 0.6 and 0.25 < sizes[3] / plain < 0.33
+
+
+def test_losses_are_printed(without_llama, monkeypatch):
+    # Ours takes twice as long where what it does is done twice.
+    original = TorchRunner.run
+
+    def slow(self, task):
+        run = original(self, task)
+        return (lambda: [run() for _ in range(40)][0]) if self.kind == OURS else run
+
+    monkeypatch.setattr(TorchRunner, "run", slow)
+    _, _, texts = raced(formats=("fp32",))
+    assert "ours fp32 is slower than eager fp32 (0." in texts[-1]
+
+
+def test_compiled_chooses_the_same_tokens():
+    model = load(torch.float32).eval()
+    prompts = torch.randint(256, (1, 6), generator=torch.Generator().manual_seed(0))
+    for steps in (0, 6):
+        task = Task("any", prompts, steps)
+        runners = [TorchRunner("r", kind, model) for kind in (EAGER, COMPILED)]
+        expected, got = (runner.run(task)() for runner in runners)
+        assert got == expected
+        runners[1].end()
+
+
+def test_what_fails_is_named(without_llama, monkeypatch):
+    def broken(self, steps):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(TorchRunner, "_compiled", broken)
+    results, _, _ = raced(formats=("fp32",), compiled=True)
+    group = results["groups"]["fp32"]
+    assert group["missing"]["compiled fp32, prefill 12"] == "no compiler"
+    assert all(set(task["runners"]) == RIVALS["fp32"] for task in group["tasks"])
+
+
+def test_a_format_that_does_not_fit_is_named(without_llama):
+    narrow = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"ffn_dim_divisor": 32})
+    todo = race.Race(
+        lambda dtype: OpenELM.from_config(narrow, seed=3, dtype=dtype), "tiny", "any",
+        ("int4",), SIZES,
+    )  # fmt: skip
+    results = race.start(todo)
+    race.run(todo, results, lambda text: None, lambda text: None)
+    group = results["groups"]["int4"]
+    if any(width % 64 for width in narrow.ffn_dims):
+        assert "no multiple of group_size 64" in group["missing"]["ours int4"]
+    assert "eager bf16" in group["runners"]
+
+
+def test_an_interruption_keeps_what_was_measured(without_llama):
+    todo = race.Race(load, "tiny", "random weights", sizes=SIZES, compiled=False)
+    results, saved = race.start(todo), []
+
+    def stage(text: str) -> None:
+        if text == "16-bit: decode 4 after 6, round 2/2":
+            raise KeyboardInterrupt
+
+    texts: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        race.run(todo, results, stage, texts.append, lambda: saved.append(list(results["groups"])))
+    assert saved == [["fp32"]] and results["complete"] is False
+    tasks = results["groups"]["16-bit"]["tasks"]
+    assert [task["rounds"] for task in tasks] == [2, 1]
+    assert tasks[1]["wanted_rounds"] == 2 and "decode 4 after 6" in texts[-1]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    load(torch.float32).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def arguments(checkpoint: str) -> list[str]:
+    sizes = ["--prefill", "12", "--prompt", "6", "--steps", "4", "--batch", "2", "--rounds", "2"]
+    return ["bench", "generate", "--checkpoint", checkpoint, "--quick", "--no-compile", *sizes]
+
+
+def test_the_command(capsys, tmp_path, checkpoint, without_llama):
+    argv = [*arguments(checkpoint), "--formats", "fp32,int8", "--out", str(tmp_path / "out")]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["complete"] is True and list(found["groups"]) == ["fp32", "int8"]
+    if chart.available() is None:
+        assert (tmp_path / "out" / "chart.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert "ours int8 is" in captured.out and "[1/20] fp32: model" in captured.err
+
+
+def test_an_interrupted_command(capsys, tmp_path, checkpoint, without_llama, monkeypatch):
+    original = race._run_group
+
+    def stop(todo, group, *rest):
+        if group.name == "int8":
+            raise KeyboardInterrupt
+        original(todo, group, *rest)
+
+    monkeypatch.setattr(race, "_run_group", stop)
+    argv = [*arguments(checkpoint), "--formats", "fp32,int8", "--out", str(tmp_path / "out")]
+    assert main(argv) == 130
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["complete"] is False and list(found["groups"]) == ["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "--formats", "int3"], "formats must be one of fp32, bf16, packed"),
+        (["generate", "--dtype", "bf16"], "bench generate takes --formats"),
+        (["generate", "--rounds", "0"], "must be a positive integer"),
+        (["generate", "--backend", "avx2,avx512"], "--backend takes one name here"),
+        (["generate", "--model", "2B"], "--model must be one of"),
+        (["generate", "--pack-weights"], "unrecognized arguments"),
+        (["swiglu", "--steps", "4"], "--steps belongs to bench generate"),
+        (["swiglu", "--rounds", "4"], "--rounds belongs to the main job, not to bench"),
+        (["swiglu", "generate"], "op must be one of"),
+    ],
+)
+def test_wrong_input(capsys, argv, message):
+    assert main(["bench", *argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
+
+
+def test_llama_cpp_runs_beside():
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    results, _, _ = raced()
+    for name, group in results["groups"].items():
+        assert not [who for who in group["missing"] if who.startswith("llama.cpp")]
+        for type in LLAMA[name]:
+            about = group["runners"][f"llama.cpp {type}"]
+            assert set(about["facts"]["attention"].values()) <= set(llama.FLASH)
+            assert len(about["facts"]["attention"]) == 3
+            assert about["agree"]["of"] == 4
+        for task in group["tasks"]:
+            assert all(BEST in ratios for ratios in task["ratios"].values())
+    assert results["groups"]["fp32"]["runners"]["llama.cpp F32"]["agree"]["equal"] == 4
+
+
+def test_llama_cpp_decodes_a_batch_as_it_decodes_each_row(tmp_path):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    from elmkernels.openelm.gguf import export_gguf
+
+    export_gguf(load(torch.float32), tmp_path / "m.gguf", "f32")
+    model = llama.Model(tmp_path / "m.gguf", CONFIG)
+    rows = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def decoded(prompts: list[list[int]], flash: str) -> list[tuple[int, ...]]:
+        context = llama.Context(model, 16, len(prompts), flash)
+        for _ in range(2):  # again after going back
+            context.truncate(0)
+            chosen = [context.prompt(prompts)]
+            for _ in range(5):
+                chosen.append(context.step(chosen[-1]))
+        context.close()
+        return list(zip(*chosen, strict=True))
+
+    for flash in llama.FLASH:
+        assert decoded(rows, flash) == [decoded([row], flash)[0] for row in rows]
+    model.close()
+    with pytest.raises(RuntimeError, match="can't load nothing.gguf"):
+        (tmp_path / "nothing.gguf").write_bytes(b"nothing")
+        llama.Model(tmp_path / "nothing.gguf", CONFIG)
