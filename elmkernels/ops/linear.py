@@ -15,28 +15,17 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backends import REFERENCE, choose, define, kernel
-from ..checks import fail, floating, last_dim_packed, tensor
-from ..formats import BITS, GROUP_SIZES, SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed, Weight
+from ..checks import fail, floating, last_dim_packed
+from ..formats import Affine, Packed, Weight
+from ..weights import check_weight, parts, rows_of
 
 MAX_ROWS = 8
 BLOCK_ROWS = 1024
-PACKED_BITS = 12
 
 _PARTS = (
     "Tensor data, Tensor? scales, Tensor? biases, Tensor? exponents, Tensor? escape_starts, "
     "Tensor? escape_columns, Tensor? escape_values"
 )
-
-
-def parts(weight: Weight) -> tuple:
-    """A weight as the raw kernels take it: its tensors, and how many bits it has (0: plain)."""
-    if isinstance(weight, Affine):
-        return (weight.q, weight.scales, weight.biases, None, None, None, None, weight.bits)
-    if isinstance(weight, Packed):
-        escapes = (weight.escape_starts, weight.escape_columns, weight.escape_values)
-        return (weight.data, None, None, weight.exponents, *escapes, PACKED_BITS)
-    return (weight, None, None, None, None, None, None, 0)
-
 
 define(
     "linear",
@@ -49,59 +38,6 @@ define(
         lambda like, *rest: like.new_empty((rest[-1] - rest[-2], rest[-3])),
     ),
 )
-
-
-def check_weight(name: str, weight: Weight) -> None:
-    """The tensors of a weight fit each other."""
-    if isinstance(weight, Affine):
-        _check_affine(name, weight)
-    elif isinstance(weight, Packed):
-        _check_packed(name, weight)
-    else:
-        floating(name, weight)
-        if weight.dim() != 2:
-            fail(name, "[n, k]", list(weight.shape))
-
-
-def _check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple, device: torch.device) -> None:
-    tensor(name, x)
-    if x.dtype != dtype:
-        fail(name, dtype, x.dtype, TypeError)
-    if tuple(x.shape) != tuple(shape):
-        fail(name, list(shape), list(x.shape))
-    if x.device != device:
-        fail(name, f"on {device}", x.device)
-    if not x.is_contiguous():
-        fail(name, "contiguous", f"strides {x.stride()}")
-
-
-def _check_affine(name: str, w: Affine) -> None:
-    if w.bits not in BITS:
-        fail(f"{name}.bits", " or ".join(map(str, BITS)), w.bits)
-    if w.group_size not in GROUP_SIZES:
-        fail(f"{name}.group_size", " or ".join(map(str, GROUP_SIZES)), w.group_size)
-    tensor(f"{name}.q", w.q)
-    if w.q.dim() != 2:
-        fail(f"{name}.q", "[n, k bits / 32]", list(w.q.shape))
-    n, k = w.shape
-    if k % w.group_size:
-        fail(f"{name}.q", f"of a multiple of {w.group_size} columns (group_size)", k)
-    floating(f"{name}.scales", w.scales)
-    _check(f"{name}.q", w.q, torch.uint32, w.q.shape, w.q.device)
-    for part, x in (("scales", w.scales), ("biases", w.biases)):
-        _check(f"{name}.{part}", x, w.scales.dtype, (n, k // w.group_size), w.q.device)
-
-
-def _check_packed(name: str, w: Packed) -> None:
-    tensor(f"{name}.data", w.data)
-    n, segments = w.data.shape[0], -(-w.columns // SEGMENT_COLUMNS)
-    device = w.data.device
-    _check(f"{name}.data", w.data, torch.uint8, (n, segments, SEGMENT_BYTES), device)
-    _check(f"{name}.exponents", w.exponents, torch.uint8, (16,), device)
-    _check(f"{name}.escape_starts", w.escape_starts, torch.int32, (n + 1,), device)
-    count = w.escape_columns.shape
-    _check(f"{name}.escape_columns", w.escape_columns, torch.int32, count, device)
-    _check(f"{name}.escape_values", w.escape_values, torch.bfloat16, count, device)
 
 
 def _block(weight: Weight, like: Tensor, begin: int, end: int, backend: str) -> Tensor:
@@ -122,20 +58,6 @@ def dense_rows(
         return reference.dense(rows_of(weight, begin, end), dtype)
     like = torch.empty(0, dtype=kernel_dtype, device=weight.device)
     return _block(weight, like, begin, end, backend).to(dtype)
-
-
-def rows_of(weight: Weight, begin: int, end: int) -> Weight:
-    """Rows [begin, end) in the weight's own form."""
-    if isinstance(weight, Affine):
-        q, scales, biases = (t[begin:end] for t in (weight.q, weight.scales, weight.biases))
-        return Affine(q, scales, biases, weight.bits, weight.group_size)
-    if isinstance(weight, Packed):
-        starts = weight.escape_starts[begin : end + 1]
-        first, last = int(starts[0]), int(starts[-1])
-        escapes = weight.escape_columns[first:last], weight.escape_values[first:last]
-        data = weight.data[begin:end]
-        return Packed(data, weight.exponents, starts - first, *escapes, weight.columns)
-    return weight[begin:end]
 
 
 def _blocks(n: int) -> list[tuple[int, int]]:
