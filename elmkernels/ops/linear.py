@@ -85,9 +85,9 @@ class _FrozenLinear(torch.autograd.Function):
         dx = None
         for begin, end in _blocks(ctx.weight.shape[0]):
             block = dense_rows(ctx.weight, dy.dtype, begin, end, backend=ctx.backend)
-            part = dy[..., begin:end] @ block
+            part = (dy[..., begin:end] @ block).float()
             dx = part if dx is None else dx.add_(part)
-        return dx, None, None
+        return dx.to(dy.dtype), None, None
 
 
 def linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:

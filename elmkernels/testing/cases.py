@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import rope_table
-from . import decoder_cases
+from .decoder_cases import BENCH, decode_step_cases, linear_cases
 from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, make, models
 
 _NORM_SHAPES = {
@@ -271,8 +271,8 @@ CASES: dict[str, list[Case]] = {
     "qk_norm_rope": _qk_norm_rope_cases(),
     "swiglu": _swiglu_cases(),
     "attention": _attention_cases(),
-    "linear": decoder_cases.linear_cases(),
-    "decode_step": decoder_cases.decode_step_cases(),
+    "linear": linear_cases(),
+    "decode_step": decode_step_cases(),
 }
 
 BENCH_ROWS = (1, 8, 64, 512, 4096)
@@ -285,8 +285,8 @@ def bench_cases(
     single row is one new token after 512 others; more rows are a prompt of that length.
     """
     config = models()[model]
-    if op in decoder_cases.BENCH:
-        return decoder_cases.BENCH[op](model, config, rows)
+    if op in BENCH:
+        return BENCH[op](model, config, rows)
     q, kv = config.num_query_heads[layer], config.num_kv_heads[layer]
     d, n, ffn = config.head_dim, config.model_dim, config.ffn_dims[layer]
 
