@@ -9,29 +9,45 @@ from pathlib import Path
 
 import pytest
 
+from elmkernels.backends import IMPLEMENTED, defined
 from elmkernels.testing import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "elmkernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-KERNEL_OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
+OPS = {
+    "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear", "decode_step",
+}  # fmt: skip
 
+MODEL = {
+    "openelm", "ops", "reference", "checks", "weights", "compress", "backends", "formats",
+}  # fmt: skip
 # Which of our rooms a room may import; the longest prefix of a module's name decides.
 MAY_IMPORT = {
     "formats": set(),
     "reference": {"reference", "formats"},
     "triton": {"triton"},
     "checks": set(),
+    "weights": {"checks", "formats"},
+    "compress": {"compress", "formats"},
     "backends": set(),
-    "ops": {"ops", "backends", "checks", "reference", "formats"},
+    "ops": {"ops", "backends", "checks", "weights", "reference", "formats"},
     "openelm.config": set(),
-    "openelm": {"openelm", "ops", "reference", "checks", "backends", "formats"},
-    "testing": {"testing", "ops", "reference", "backends", "openelm.config", "formats"},
+    "openelm": MODEL,
+    "testing": {
+        "testing",
+        "ops",
+        "reference",
+        "backends",
+        "openelm.config",
+        "formats",
+        "compress",
+    },
     "commands": {"commands", "console", "openelm", "formats"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
         ("openelm.proof", "openelm.speed", "openelm.job"),
-        {"openelm", "ops", "reference", "checks", "backends", "testing", "formats"},
+        MODEL | {"testing"},
     ),
 }
 ANYTHING = {"__init__", "__main__", "console"}
@@ -115,21 +131,26 @@ def test_extras_are_imported_late(path):
     assert top <= allowed, f"imported by loading the module: {sorted(top - allowed)}"
 
 
-def test_one_op_has_the_same_name_in_every_room():
-    rooms = {
-        "reference": PACKAGE.glob("reference/*.py"),
-        "ops": PACKAGE.glob("ops/*.py"),
-        "cases": [Path(name) for name in CASES],
-        "benchmarks": [
-            Path(p.stem.removeprefix("bench_")) for p in ROOT.glob("benchmarks/ops/bench_*.py")
-        ],
-    }
-    for room, paths in rooms.items():
-        names = {path.stem for path in paths} - {"__init__"}
-        assert names == {*KERNEL_OPS, "attention"}, room
-    for room, pattern in (("triton", "elmkernels/triton/*.py"), ("cpu", "csrc/cpu/*.cpp")):
-        names = {path.stem for path in ROOT.glob(pattern)} - {"__init__", "common"}
-        assert names == set(KERNEL_OPS), room
+# Where each op lives: the specification everywhere, kernels where the dispatch expects them.
+ROOMS = {
+    "elmkernels/reference/*.py": OPS,
+    "elmkernels/ops/*.py": OPS,
+    "benchmarks/ops/bench_*.py": OPS,
+    "csrc/cpu/*.cpp": set(defined()),
+    "csrc/cuda/*.cu": set(IMPLEMENTED["cuda"]),
+    "elmkernels/triton/*.py": set(IMPLEMENTED["triton"]),
+}
+
+
+@pytest.mark.parametrize("pattern", ROOMS)
+def test_one_op_has_the_same_name_in_every_room(pattern):
+    names = {path.stem.removeprefix("bench_") for path in ROOT.glob(pattern)}
+    assert names - {"__init__", "common"} == ROOMS[pattern]
+
+
+def test_every_op_has_cases_and_the_dispatch_knows_no_other():
+    assert set(CASES) == OPS
+    assert set(defined()) <= OPS
 
 
 def limit(path: Path) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import rope_table
 from .decoder_cases import BENCH, decode_step_cases, linear_cases
-from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, make, models
+from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
 
 _NORM_SHAPES = {
     "one_row": (1, 1280),

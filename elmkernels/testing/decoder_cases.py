@@ -242,7 +242,7 @@ def _decode_case(
     name: str, form: str = "plain", positions: tuple[int, ...] = (9,), max_length: int = 0,
     dtypes: tuple[torch.dtype, ...] | None = None, **sizes,
 ) -> Case:  # fmt: skip
-    """positions: of each sequence's new token. max_length: of the cache, as short as can be if 0."""
+    """positions: of each sequence's new token. max_length: of the cache, 0: as short as can be."""
 
     def build(d: Draw) -> Inputs:
         stack = decoder(d, form, **sizes)

@@ -27,7 +27,8 @@ from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
 from ..formats import Arena, Stack
 from ..ops.attention import BACKENDS as ATTENTION_BACKENDS
-from .cases import CASES, Case, make
+from .cases import CASES
+from .draw import Case, make
 
 EPS32 = torch.finfo(torch.float32).eps
 SLACK = 4.0
