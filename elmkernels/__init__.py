@@ -11,7 +11,15 @@ from .openelm import (
     restore,
     unpack,
 )
-from .ops import add_rms_norm, attention, qk_norm_rope, rms_norm, swiglu
+from .ops import (
+    add_rms_norm,
+    attention,
+    decode_step,
+    linear,
+    qk_norm_rope,
+    rms_norm,
+    swiglu,
+)
 from .reference import rope_table
 
 __version__ = "0.1.0"
@@ -22,7 +30,9 @@ __all__ = [
     "accelerate",
     "add_rms_norm",
     "attention",
+    "decode_step",
     "generate",
+    "linear",
     "pack",
     "qk_norm_rope",
     "quantize",

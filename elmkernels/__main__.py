@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from . import __version__
-from .backends import BACKENDS, REFERENCE, build_report, choose
+from .backends import BACKENDS, REFERENCE, build_report, choose, defined
 from .commands import bench_generate, convert, generate
 from .commands.model import chosen_model
 from .console import (
@@ -220,7 +220,7 @@ def _info(args: argparse.Namespace) -> int:
             if b.name in names
         },
         "built": build_report(),
-        "ops": {op: {d: choose(op, d, None) for d in devices} for op in CASES},
+        "ops": {op: {d: choose(op, d, None) for d in devices} for op in defined()},
     }
     if args.gemm:
         found["gemm"] = {

@@ -127,6 +127,11 @@ def implements(backend: str, op: str) -> bool:
     return op in _OPS and op in HAS_ONLY.get(backend, _OPS)
 
 
+def defined() -> tuple[str, ...]:
+    """The ops that have kernels, of whichever backend."""
+    return tuple(_OPS)
+
+
 def define(op: str, **kernels: tuple[str, Callable]) -> None:
     """Declare an op's raw kernels, {suffix: (schema, fake)}, for every backend that has them."""
     _OPS[op] = tuple(kernels)

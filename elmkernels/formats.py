@@ -109,8 +109,12 @@ class Layer(NamedTuple):
     kv_heads: int
 
 
-class Stack(NamedTuple):
-    """A whole decoder as data: layer-wise scaling is in the rows of `layers`, not in code."""
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A whole decoder as data: layer-wise scaling is in the rows of `layers`, not in code.
+
+    Its identity is what kernels remember it by: another stack is another object.
+    """
 
     embedding: Weight  # [vocab_size, model_dim]
     layers: tuple[Layer, ...]

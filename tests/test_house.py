@@ -9,24 +9,40 @@ from pathlib import Path
 
 import pytest
 
-from elmkernels.backends import HAS_ONLY
+from elmkernels.backends import HAS_ONLY, defined
 from elmkernels.testing import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "elmkernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+OPS = {
+    "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear", "decode_step",
+}  # fmt: skip
 
+MODEL = {
+    "openelm", "ops", "reference", "checks", "weights", "compress", "backends", "formats",
+}  # fmt: skip
 # Which of our rooms a room may import; the longest prefix of a module's name decides.
 MAY_IMPORT = {
     "formats": set(),
     "reference": {"reference", "formats"},
     "triton": {"triton"},
     "checks": set(),
+    "weights": {"checks", "formats"},
+    "compress": {"compress", "formats"},
     "backends": set(),
-    "ops": {"ops", "backends", "checks", "reference", "formats"},
+    "ops": {"ops", "backends", "checks", "weights", "reference", "formats"},
     "openelm.config": set(),
-    "openelm": {"openelm", "ops", "reference", "checks", "backends", "formats"},
-    "testing": {"testing", "ops", "reference", "backends", "openelm.config", "formats"},
+    "openelm": MODEL,
+    "testing": {
+        "testing",
+        "ops",
+        "reference",
+        "backends",
+        "openelm.config",
+        "formats",
+        "compress",
+    },
     "commands": {"commands", "console", "openelm", "formats"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
@@ -36,8 +52,8 @@ MAY_IMPORT = {
             "openelm.job",
             "openelm.race",
             "openelm.race_figures",
-        ),  # fmt: skip
-        {"openelm", "ops", "reference", "checks", "backends", "testing", "formats"},
+        ),
+        MODEL | {"testing"},
     ),
 }
 ANYTHING = {"__init__", "__main__", "console"}
@@ -121,21 +137,26 @@ def test_extras_are_imported_late(path):
     assert top <= allowed, f"imported by loading the module: {sorted(top - allowed)}"
 
 
-def test_one_op_has_the_same_name_in_every_room():
-    rooms = {
-        "reference": PACKAGE.glob("reference/*.py"),
-        "ops": PACKAGE.glob("ops/*.py"),
-        "cases": [Path(name) for name in CASES],
-        "benchmarks": [
-            Path(p.stem.removeprefix("bench_")) for p in ROOT.glob("benchmarks/ops/bench_*.py")
-        ],
-    }
-    for room, paths in rooms.items():
-        names = {path.stem for path in paths} - {"__init__"}
-        assert names == set(CASES), room
-    for room, pattern in (("triton", "elmkernels/triton/*.py"), ("cpu", "csrc/cpu/*.cpp")):
-        names = {path.stem for path in ROOT.glob(pattern)} - {"__init__", "common"}
-        assert names == set(HAS_ONLY.get(room, CASES)), room
+# Where each op lives: the specification everywhere, kernels where the dispatch expects them.
+ROOMS = {
+    "elmkernels/reference/*.py": OPS,
+    "elmkernels/ops/*.py": OPS,
+    "benchmarks/ops/bench_*.py": OPS,
+    "csrc/cpu/*.cpp": set(defined()),
+    "csrc/cuda/*.cu": set(HAS_ONLY["cuda"]),
+    "elmkernels/triton/*.py": set(HAS_ONLY["triton"]),
+}
+
+
+@pytest.mark.parametrize("pattern", ROOMS)
+def test_one_op_has_the_same_name_in_every_room(pattern):
+    names = {path.stem.removeprefix("bench_") for path in ROOT.glob(pattern)}
+    assert names - {"__init__", "common"} == ROOMS[pattern]
+
+
+def test_every_op_has_cases_and_the_dispatch_knows_no_other():
+    assert set(CASES) == OPS
+    assert set(defined()) <= OPS
 
 
 LIMITS = {"ops/qk_norm_rope.py": 220, "ops/attention.py": 180}

@@ -7,7 +7,7 @@ import torch
 
 from elmkernels import ops
 from elmkernels.testing import bench_cases, bench_op, format_table, make, runnable
-from elmkernels.testing.bench import closure
+from elmkernels.testing.bench import closure, passes
 from elmkernels.testing.cases import BENCH_ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,10 +19,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     full = metafunc.config.getoption("--size") == "full"
     cases = bench_cases(metafunc.module.OP, BENCH_ROWS if full else (8,))
-    metafunc.parametrize("case", cases, ids=str)
-    metafunc.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    dtypes = (torch.float32, torch.bfloat16)
+    pairs = [(case, dtype) for case in cases for dtype in dtypes if dtype in case.dtypes]
+    metafunc.parametrize(("case", "dtype"), pairs, ids=str)
     metafunc.parametrize("backend", runnable(metafunc.module.OP, DEVICE) or ["reference"])
-    metafunc.parametrize("backward", [False, True], ids=["forward", "step"])
+    backward = passes(metafunc.module.OP)
+    metafunc.parametrize("backward", backward, ids=["forward", "step"][: len(backward)])
 
 
 @pytest.fixture

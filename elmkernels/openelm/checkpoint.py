@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compress import check_packed, check_scheme
 from ..formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
 from . import storage
 from .compressed import Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
 from .model import OpenELM
-from .pack import check_packed, packed_module
+from .pack import packed_module
 from .progress import progress
-from .quantize import check_scheme, quantized_module
+from .quantize import quantized_module
 from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 from .swap import set_module
 

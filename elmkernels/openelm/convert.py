@@ -1,11 +1,8 @@
 """Changing the form of a model's weights in place: what quantize, pack and unpack share."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.linear import dense_rows
@@ -14,9 +11,6 @@ from .linear import Linear, TiedHead
 from .model import OpenELM
 from .progress import progress
 from .swap import PROJECTIONS, accelerate, is_accelerated, restore, set_module
-
-T = TypeVar("T")
-_CHUNK = 1 << 18  # weights at a time
 
 
 @dataclass
@@ -111,18 +105,6 @@ def _options(model: OpenELM) -> dict:
     plans = [m.plan for m in model.modules() if isinstance(m, Linear)]
     plans += [m.products.plan for m in model.modules() if isinstance(m, TiedHead)]
     return {"backend": model.norm.backend, "pack_weights": any(p.packs for p in plans)}
-
-
-def each_chunk(fn: Callable[[slice], T], rows: int, columns: int) -> list[T]:
-    """fn of successive slices of a matrix's rows, by as many threads as torch uses.
-
-    Each thread stays within its core's cache, and waits for no other as it would in every
-    operation that torch divides: on a busy machine that takes many times as long.
-    """
-    size = max(1, _CHUNK // max(1, columns))
-    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(fn, slices))
 
 
 def plain(module: Compressed, weight: Tensor, padding_index: int | None = None) -> nn.Module:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.linear import dense_rows, rows_of
+from ..compress import each_chunk
+from ..ops.linear import dense_rows
+from ..weights import rows_of
 from .compressed import weight_of
 from .config import OpenELMConfig
-from .convert import each_chunk
 from .model import OpenELM
 from .progress import progress
 

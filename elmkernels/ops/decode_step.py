@@ -5,21 +5,22 @@ kernel runs all of them in one parallel region and reads every weight once for t
 rounds where the reference does: at the output of every norm, projection, rotation and addition.
 """
 
-import weakref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import REFERENCE, choose, define, kernel
-from ..checks import fail, floating, integers, within
-from ..checks import weight as check_norm
-from ..formats import Affine, Arena, Layer, Packed, Stack, Weight
-from .linear import MAX_ROWS, check_weight, parts
+from ..checks import fail, integers, tensor, within
+from ..formats import Affine, Arena, Stack, Weight
+from ..weights import check_stack, parts
+from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _AFFINE_FORMS, _PACKED_FORM = {8: 3, 4: 4}, 5
+_CPU = torch.device("cpu")
 
 define(
     "decode_step",
@@ -69,76 +70,35 @@ def _table(stack: Stack) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-# Tables of stacks that were checked, by identity: a Stack is immutable, and lives while it is used.
-_TABLES: dict[int, tuple[Tensor, Tensor]] = {}
-
-
-def _projection(name: str, weight: Weight, n: int, k: int, dtype: torch.dtype) -> None:
-    check_weight(name, weight)
-    if tuple(weight.shape) != (n, k):
-        fail(name, [n, k], list(weight.shape))
-    if not isinstance(weight, Affine) and weight.dtype != dtype:
-        fail(name, f"{dtype} like norm", weight.dtype, TypeError)
-    if not isinstance(weight, (Affine, Packed)) and weight.stride(-1) != 1:
-        fail(name, "of packed rows", f"strides {weight.stride()}")
-
-
-def _check_layer(name: str, layer: Layer, stack: Stack) -> None:
-    d, dim, dtype = stack.head_dim, stack.model_dim, stack.norm.dtype
-    q_heads, kv_heads = layer.q_heads, layer.kv_heads
-    if kv_heads < 1 or q_heads % kv_heads:
-        fail(f"{name}.q_heads", f"a multiple of kv_heads {kv_heads}", q_heads)
-    for norm, x, n in (
-        ("attn_norm", layer.attn_norm, dim),
-        ("ffn_norm", layer.ffn_norm, dim),
-        ("q_norm", layer.q_norm, d),
-        ("k_norm", layer.k_norm, d),
-    ):
-        if x is None and norm in ("q_norm", "k_norm"):
-            continue
-        check_norm(f"{name}.{norm}", x, n, "norm", stack.norm)
-        if x.dtype != dtype or not x.is_contiguous():
-            fail(f"{name}.{norm}", f"contiguous {dtype} like norm", x.dtype, TypeError)
-    ffn = layer.proj_2.shape[1]
-    _projection(f"{name}.qkv_proj", layer.qkv_proj, (q_heads + 2 * kv_heads) * d, dim, dtype)
-    _projection(f"{name}.out_proj", layer.out_proj, dim, q_heads * d, dtype)
-    _projection(f"{name}.proj_1", layer.proj_1, (2 if stack.gated else 1) * ffn, dim, dtype)
-    _projection(f"{name}.proj_2", layer.proj_2, dim, ffn, dtype)
-
-
-def _check_stack(stack: Stack) -> None:
-    floating("stack.norm", stack.norm)
-    dim, dtype = stack.model_dim, stack.norm.dtype
-    if stack.head_dim % 2 or stack.rope_table.shape[1:] != (stack.head_dim,):
-        fail("stack.rope_table", f"[length, {stack.head_dim}]", list(stack.rope_table.shape))
-    if stack.rope_table.dtype != torch.float32 or not stack.rope_table.is_contiguous():
-        fail("stack.rope_table", "contiguous float32", stack.rope_table.dtype, TypeError)
-    for name, weight in (("embedding", stack.embedding), ("head", stack.head)):
-        _projection(f"stack.{name}", weight, weight.shape[0], dim, dtype)
-    for i, layer in enumerate(stack.layers):
-        _check_layer(f"stack.layers[{i}]", layer, stack)
+# Tables of stacks that were checked, by identity: a Stack is immutable. Weak, since a table keeps
+# addresses: it must go with the weights that they are of.
+_TABLES: WeakKeyDictionary[Stack, Tensor] = WeakKeyDictionary()
 
 
 def table_of(stack: Stack) -> Tensor:
     """The checked table of a stack, made once for each."""
-    found = _TABLES.get(id(stack.layers))
-    if found is not None and found[0]() is stack.norm:
-        return found[1]
-    _check_stack(stack)
-    table, key = _table(stack), id(stack.layers)
-    owner = weakref.ref(stack.norm, lambda _: _TABLES.pop(key, None))
-    _TABLES[key] = (owner, table)
+    table = _TABLES.get(stack)
+    if table is None:
+        check_stack(stack)
+        table = _TABLES[stack] = _table(stack)
     return table
 
 
 def _check_arena(arena: Arena, stack: Stack, batch: int) -> None:
     if arena.data.dtype != stack.norm.dtype:
         fail("arena", f"{stack.norm.dtype} like the norms", arena.data.dtype, TypeError)
+    if arena.data.device != stack.norm.device:
+        fail("arena", f"on {stack.norm.device} like the norms", arena.data.device)
+    if arena.data.dim() != 1 or not arena.data.is_contiguous():
+        fail("arena.data", "[elements], contiguous", list(arena.data.shape))
     if arena.batch != batch:
         fail("arena", f"of {batch} sequences like tokens", arena.batch)
     layers = len(stack.layers)
     if arena.offsets.shape != (layers, 2):
         fail("arena.offsets", [layers, 2], list(arena.offsets.shape))
+    integers("arena.offsets", arena.offsets, _CPU)
+    if not arena.offsets.is_contiguous():
+        fail("arena.offsets", "contiguous", f"strides {arena.offsets.stride()}")
     if arena.head_dim != stack.head_dim:
         fail("arena.head_dim", stack.head_dim, arena.head_dim)
 
@@ -159,6 +119,7 @@ def decode_step(
     Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
     No gradients: call it with weights that need none, or under torch.no_grad().
     """
+    tensor("arena.data", arena.data)
     integers("tokens", tokens, arena.data.device)
     integers("positions", positions, arena.data.device)
     if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:
@@ -168,7 +129,7 @@ def decode_step(
     _check_arena(arena, stack, tokens.shape[0])
     backend = choose("decode_step", arena.data.device.type, backend)
     if backend == REFERENCE or tokens.shape[0] == 0:
-        _check_stack(stack)
+        check_stack(stack)
         within("tokens", tokens, stack.embedding.shape[0], "the vocabulary")
         within("positions", positions, stack.rope_table.shape[0], "rope_table's length")
         within("positions", positions, arena.max_length, "the cache's max_length")

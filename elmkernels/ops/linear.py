@@ -7,6 +7,7 @@ gradient; x does: dx = dy w.
 """
 
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,30 +16,19 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backends import REFERENCE, choose, define, kernel
-from ..checks import fail, floating, last_dim_packed, tensor
-from ..formats import BITS, GROUP_SIZES, SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed, Weight
+from ..checks import fail, floating, last_dim_packed
+from ..formats import Affine, Packed, Weight
+from ..weights import check_weight, parts, rows_of
 
 MAX_ROWS = 8
 # Below what the C library maps anew, zeroed, at every call: page faults there cost more
 # than a larger block gains.
 BLOCK_BYTES = 16 << 20
-PACKED_BITS = 12
 
 _PARTS = (
     "Tensor data, Tensor? scales, Tensor? biases, Tensor? exponents, Tensor? escape_starts, "
     "Tensor? escape_columns, Tensor? escape_values"
 )
-
-
-def parts(weight: Weight) -> tuple:
-    """A weight as the raw kernels take it: its tensors, and how many bits it has (0: plain)."""
-    if isinstance(weight, Affine):
-        return (weight.q, weight.scales, weight.biases, None, None, None, None, weight.bits)
-    if isinstance(weight, Packed):
-        escapes = (weight.escape_starts, weight.escape_columns, weight.escape_values)
-        return (weight.data, None, None, weight.exponents, *escapes, PACKED_BITS)
-    return (weight, None, None, None, None, None, None, 0)
-
 
 define(
     "linear",
@@ -51,59 +41,6 @@ define(
         lambda like, *rest: like.new_empty((rest[-1] - rest[-2], rest[-3])),
     ),
 )
-
-
-def check_weight(name: str, weight: Weight) -> None:
-    """The tensors of a weight fit each other."""
-    if isinstance(weight, Affine):
-        _check_affine(name, weight)
-    elif isinstance(weight, Packed):
-        _check_packed(name, weight)
-    else:
-        floating(name, weight)
-        if weight.dim() != 2:
-            fail(name, "[n, k]", list(weight.shape))
-
-
-def _check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple, device: torch.device) -> None:
-    tensor(name, x)
-    if x.dtype != dtype:
-        fail(name, dtype, x.dtype, TypeError)
-    if tuple(x.shape) != tuple(shape):
-        fail(name, list(shape), list(x.shape))
-    if x.device != device:
-        fail(name, f"on {device}", x.device)
-    if not x.is_contiguous():
-        fail(name, "contiguous", f"strides {x.stride()}")
-
-
-def _check_affine(name: str, w: Affine) -> None:
-    if w.bits not in BITS:
-        fail(f"{name}.bits", " or ".join(map(str, BITS)), w.bits)
-    if w.group_size not in GROUP_SIZES:
-        fail(f"{name}.group_size", " or ".join(map(str, GROUP_SIZES)), w.group_size)
-    tensor(f"{name}.q", w.q)
-    if w.q.dim() != 2:
-        fail(f"{name}.q", "[n, k bits / 32]", list(w.q.shape))
-    n, k = w.shape
-    if k % w.group_size:
-        fail(f"{name}.q", f"of a multiple of {w.group_size} columns (group_size)", k)
-    floating(f"{name}.scales", w.scales)
-    _check(f"{name}.q", w.q, torch.uint32, w.q.shape, w.q.device)
-    for part, x in (("scales", w.scales), ("biases", w.biases)):
-        _check(f"{name}.{part}", x, w.scales.dtype, (n, k // w.group_size), w.q.device)
-
-
-def _check_packed(name: str, w: Packed) -> None:
-    tensor(f"{name}.data", w.data)
-    n, segments = w.data.shape[0], -(-w.columns // SEGMENT_COLUMNS)
-    device = w.data.device
-    _check(f"{name}.data", w.data, torch.uint8, (n, segments, SEGMENT_BYTES), device)
-    _check(f"{name}.exponents", w.exponents, torch.uint8, (16,), device)
-    _check(f"{name}.escape_starts", w.escape_starts, torch.int32, (n + 1,), device)
-    count = w.escape_columns.shape
-    _check(f"{name}.escape_columns", w.escape_columns, torch.int32, count, device)
-    _check(f"{name}.escape_values", w.escape_values, torch.bfloat16, count, device)
 
 
 def _block(weight: Weight, like: Tensor, begin: int, end: int, backend: str) -> Tensor:
@@ -126,20 +63,6 @@ def dense_rows(
     return _block(weight, like, begin, end, backend).to(dtype)
 
 
-def rows_of(weight: Weight, begin: int, end: int) -> Weight:
-    """Rows [begin, end) in the weight's own form."""
-    if isinstance(weight, Affine):
-        q, scales, biases = (t[begin:end] for t in (weight.q, weight.scales, weight.biases))
-        return Affine(q, scales, biases, weight.bits, weight.group_size)
-    if isinstance(weight, Packed):
-        starts = weight.escape_starts[begin : end + 1]
-        first, last = int(starts[0]), int(starts[-1])
-        escapes = weight.escape_columns[first:last], weight.escape_values[first:last]
-        data = weight.data[begin:end]
-        return Packed(data, weight.exponents, starts - first, *escapes, weight.columns)
-    return weight[begin:end]
-
-
 def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
     """The rows of a weight in runs that take at most BLOCK_BYTES when they are dense."""
     n, k = weight.shape
@@ -152,7 +75,7 @@ def _product(x: Tensor, weight: Weight, backend: str) -> Tensor:
     found = blocks(weight, x.dtype)
     if len(found) == 1:
         return F.linear(x, dense_rows(weight, x.dtype, *found[0], backend=backend))
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])
     y = x.new_empty((flat.shape[0], weight.shape[0]))
     for begin, end in found:
         block = dense_rows(weight, x.dtype, begin, end, backend=backend)
@@ -169,13 +92,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx = None  # added up in float32: the blocks must not cost a rounding each
+        # Added up in float32: the blocks must not cost a rounding each.
+        dx = dy.new_zeros((*dy.shape[:-1], ctx.weight.shape[1]), dtype=torch.float32)
         for begin, end in blocks(ctx.weight, dy.dtype):
             block = dense_rows(ctx.weight, dy.dtype, begin, end, backend=ctx.backend)
-            part = (dy[..., begin:end] @ block).float()
-            dx = part if dx is None else dx.add_(part)
-        dx = None if dx is None else dx.to(dy.dtype)
-        return dx, None, None
+            dx += dy[..., begin:end] @ block
+        return dx.to(dy.dtype), None, None
 
 
 def linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .cases import BENCH_ROWS, Case, bench_cases, make
+from .cases import BENCH_ROWS, bench_cases
+from .draw import Case, make
 from .parity import DTYPES, check_parity, plan
-from .rivals import least_bytes, operations, rivals
+from .rivals import NO_BACKWARD, least_bytes, operations, rivals
 from .timing import Timing, copies_beyond_cache, copies_of, interleave, keep_pages
 
 QUICK_ROWS = (1, 512)
@@ -81,6 +82,11 @@ class BenchRecord:
     def json(self) -> dict[str, Any]:
         """Everything measured, for a file."""
         return asdict(self)
+
+
+def passes(op: str) -> tuple[bool, ...]:
+    """Forward, and forward + backward where the op has kernels for it."""
+    return (False,) if op in NO_BACKWARD else (False, True)
 
 
 def closure(fn: Callable, args: tuple, kwargs: dict, backward: bool) -> Callable[[], object]:
@@ -199,7 +205,8 @@ def run_bench(
     options = {"min_time": 0.05, "rounds": 5, "compiled": False} if quick else {}
     for op, backend in plan(op_names, backends, device):
         for case in bench_cases(op, tuple(rows), model):
-            for dtype, backward in itertools.product(dtypes, (False, True)):
+            taken = [d for d in dtypes if d in case.dtypes]
+            for dtype, backward in itertools.product(taken, passes(op)):
                 record = bench_op(op, case, dtype, backend, backward, device, **options)
                 records.append(record)
                 if progress is not None:

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
-from .cases import CASES, Case, make
+from ..formats import Arena, Stack
+from .cases import CASES
+from .draw import Case, make
 
 EPS32 = torch.finfo(torch.float32).eps
 SLACK = 4.0
@@ -38,6 +40,8 @@ OUTPUTS = {
     "qk_norm_rope": ("q", "k", "v"),
     "swiglu": ("y",),
     "attention": ("out",),
+    "linear": ("y",),
+    "decode_step": ("logits", "keys and values"),
 }
 DTYPES = {
     "float32": torch.float32,
@@ -193,8 +197,23 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def with_written(decode_step: Callable) -> Callable:
+    """decode_step that also returns what it wrote: keys and values, layer after layer."""
+
+    def run(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
+        logits = decode_step(stack, tokens, positions, arena, **kwargs)
+        rows = torch.arange(arena.batch, device=positions.device)
+        views = [v for i, layer in enumerate(stack.layers) for v in arena.views(i, layer.kv_heads)]
+        written = [v[rows, positions].flatten() for v in views]
+        return logits, torch.cat(written) if written else logits.new_empty(0)
+
+    return run
+
+
 def specification(op: str) -> Callable:
     """The reference of an op under the op's public signature, caches included."""
+    if op == "decode_step":
+        return with_written(reference.decode_step)
     if op != "qk_norm_rope":
         return getattr(reference, op)
 
@@ -210,7 +229,11 @@ def specification(op: str) -> Callable:
 
 
 def _widen(x: Any, dtype: torch.dtype | None) -> Any:
-    """A fresh leaf with x's data, layout and need of a gradient; floats in `dtype` if given."""
+    """A fresh leaf with x's data, layout and need of a gradient; floats in `dtype` if given.
+    Weights in forms of their own and stacks of them are read only, in the dtype that they have.
+    """
+    if isinstance(x, Arena):
+        return x._replace(data=_widen(x.data, dtype))
     if not isinstance(x, Tensor):
         return x
     copy = x.detach()
@@ -321,8 +344,10 @@ def check_parity(
     truth = _run(spec, case, inputs, torch.float64, seed, like=outputs)
     yardstick = _run(spec, case, inputs, None, seed, like=outputs)
 
+    fn = with_written(ops.decode_step) if op == "decode_step" else getattr(ops, op)
+
     def candidate(*args, **kwargs):
-        return getattr(ops, op)(*args, backend=backend, **kwargs)
+        return fn(*args, backend=backend, **kwargs)
 
     with poisoned():
         got = _run(candidate, case, inputs, None, seed, like=outputs)
@@ -334,6 +359,8 @@ def check_parity(
 
 def _detached(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
     def strip(x: Any) -> Any:
+        if isinstance(x, Arena):
+            return x._replace(data=x.data.clone())
         return x.detach().clone() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     return tuple(strip(a) for a in inputs[0]), {k: strip(v) for k, v in inputs[1].items()}

@@ -1,8 +1,8 @@
 """What every op is measured against, and the least work that it can be done with.
 
 - "reference": the specification, naive eager torch.
-- "eager": torch's own fused operations, called as well as one can. SwiGLU has none but its
-  reference: torch has no fused gate.
+- "eager": torch's own fused operations, called as well as one can: for a compressed weight the
+  product with the dense one, kept. SwiGLU and a whole decoder have none but their reference.
 - "compiled": `torch.compile` of the reference.
 - "liger": Liger-Kernel, on a GPU, where it is installed and has the op.
 """
@@ -15,8 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
+from ..formats import Arena, Layer, Stack, Weight
 from .parity import specification
 from .timing import total_bytes
+
+# decode_step has no backward; that of linear is torch's own products.
+NO_BACKWARD = ("linear", "decode_step")
 
 
 def _eager_rms_norm(args: tuple, kwargs: dict) -> Callable:
@@ -76,11 +81,20 @@ def _eager_attention(args: tuple, kwargs: dict) -> Callable:
     return attention
 
 
+def _eager_linear(args: tuple, kwargs: dict) -> Callable:
+    x, weight = args
+    if isinstance(weight, Tensor):
+        return F.linear
+    dense = reference.dense(weight, x.dtype)
+    return lambda x, weight: F.linear(x, dense)
+
+
 EAGER: dict[str, Callable[[tuple, dict], Callable]] = {
     "rms_norm": _eager_rms_norm,
     "add_rms_norm": _eager_add_rms_norm,
     "qk_norm_rope": _eager_qk_norm_rope,
     "attention": _eager_attention,
+    "linear": _eager_linear,
 }
 
 
@@ -103,11 +117,15 @@ def rivals(
     op: str, args: tuple, kwargs: dict, device: torch.device, compiled: bool
 ) -> dict[str, Callable]:
     """{name: function under the op's signature} to measure it against on these inputs."""
-    found = {"reference": specification(op)}
+    # What a step of decoding wrote is gathered for parity's sake only.
+    spec = reference.decode_step if op == "decode_step" else specification(op)
+    found = {"reference": spec}
     if op in EAGER:
         found["eager"] = EAGER[op](args, kwargs)
     if compiled:
-        found["compiled"] = torch.compile(specification(op), fullgraph=True, dynamic=False)
+        # How many keys a step of decoding sees is data, which breaks its graph in two.
+        whole = op != "decode_step"
+        found["compiled"] = torch.compile(spec, fullgraph=whole, dynamic=False)
     if device.type == "cuda" and (fused := _liger(op)) is not None:
         found["liger"] = fused
     return found
@@ -117,6 +135,10 @@ def least_bytes(op: str, args: tuple, outputs: tuple[Tensor, ...], backward: boo
     """The bytes that an op must move: every input that it needs read once, every output written
     once; with the backward, also the cotangents and inputs read and the gradients written.
     """
+    if op == "linear":
+        return sum(t.nbytes for t in (*args, *outputs))
+    if op == "decode_step":
+        return _decode_step_bytes(*args, *outputs)
     floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
     if op != "qk_norm_rope":
         forward = total_bytes(*floats, *outputs)
@@ -132,8 +154,31 @@ def least_bytes(op: str, args: tuple, outputs: tuple[Tensor, ...], backward: boo
     return forward + read + total_bytes(q, k, v) + total_bytes(qkv, q_weight, k_weight)
 
 
+def _decode_step_bytes(
+    stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, logits: Tensor
+) -> int:
+    """Every weight but the embedding's other rows, and the keys and values that are seen."""
+    weights = [w for layer in stack.layers for w in _matrices(layer)] + [stack.head]
+    norms = [x for layer in stack.layers for x in layer if isinstance(x, Tensor) and x.dim() == 1]
+    embedded = stack.embedding.nbytes // stack.embedding.shape[0] * tokens.numel()
+    token = 2 * sum(layer.kv_heads for layer in stack.layers) * stack.head_dim
+    cached = token * arena.data.element_size() * int((positions + 1).sum())
+    return sum(w.nbytes for w in weights) + total_bytes(*norms, logits) + embedded + cached
+
+
+def _matrices(layer: Layer) -> tuple[Weight, ...]:
+    return layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2
+
+
 def operations(op: str, args: tuple, backward: bool) -> int | None:
     """Floating-point operations of the matrix products in an op; None if it has none."""
+    if op == "linear":
+        x, weight = args
+        return 2 * x.numel() * weight.shape[0]
+    if op == "decode_step":
+        stack, tokens = args[:2]
+        weights = [w for layer in stack.layers for w in _matrices(layer)] + [stack.head]
+        return 2 * tokens.numel() * sum(w.shape[0] * w.shape[1] for w in weights)
     if op != "attention":
         return None
     q, k = args[:2]
