@@ -76,7 +76,7 @@ def _build_parser() -> argparse.ArgumentParser:
     info.add_argument("--gemm", action="store_true", help="measure the projections' routines")
     parity = commands.add_parser("parity", help="ops against their reference, case by case")
     bench = commands.add_parser(
-        "bench", help="ops beside their rivals; `bench generate`: a whole model beside its own"
+        "bench", help="ops beside their rivals; `bench generate`: whole models beside theirs"
     )
     for command in (info, parity, bench):
         command.allow_abbrev = False
@@ -272,7 +272,7 @@ def _run(argv: list[str] | None) -> int:
         if args.ops == [bench_generate.NAME]:
             if args.pack_weights:
                 raise WrongInput("--pack-weights belongs to the main job: name --formats packed")
-            return bench_generate.run(args)
+            return bench_generate.run(args, __version__)
         for name in bench_generate.OPTIONS:
             if getattr(args, name) is not None:
                 option = f"--{name.replace('_', '-')}"

@@ -1,6 +1,6 @@
 """`elmkernels bench generate`: whole models side by side, ours and their rivals.
 
-Without results a rival can't be compared: what is missing is named, with what to install.
+A rival that isn't installed is named as missing, with what to install.
 """
 
 import argparse
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..console import (
     INTERRUPTED,
     Stages,
@@ -58,8 +57,8 @@ def add_options(parser: Any) -> None:
     add("--no-compile", action="store_true", default=None, help="leave torch.compile out")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out the command; returns its exit code."""
+def run(args: argparse.Namespace, version: str) -> int:
+    """Carry out the command; returns its exit code. version: of elmkernels, for the results."""
     if args.dtype:
         raise WrongInput("--dtype belongs to bench of ops; bench generate takes --formats")
     if args.device is not None and find_device(args.device).type != "cpu":
@@ -88,10 +87,13 @@ def run(args: argparse.Namespace) -> int:
     folder = out_folder(args)
     if folder is not None and (why := chart.available()):
         note(why)
-    results = {"elmkernels": __version__, **race.start(todo)}
+    results = {"elmkernels": version, **race.start(todo)}
     stages = Stages(todo.stages)
     emit = (lambda text: None) if args.json else stages.print
-    work = lambda: race.run(todo, results, stages, emit, lambda: save(folder, results))  # noqa: E731
+
+    def work() -> None:
+        race.run(todo, results, stages, emit, lambda: save(folder, results))
+
     code = measure(args, stages, results, work)
     if folder is not None and chart.available() is None:
         title = f"{name} ({weights})"

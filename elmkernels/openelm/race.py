@@ -111,9 +111,10 @@ class Race:
 
     @property
     def stages(self) -> int:
-        """How often `run` says what comes next."""
+        """How often `run` says what comes next, where nothing is missing."""
         tasks = 2 + (self.sizes.batch > 1)
-        return len(self.groups) * (1 + tasks * (1 + self.sizes.rounds))
+        runners = [1 + g.compiled + len(g.formats) + len(g.types) for g in self.groups]
+        return sum(1 + n + tasks * (n + self.sizes.rounds) for n in runners)
 
 
 def check_backend(name: str | None) -> None:
@@ -171,6 +172,7 @@ def _run_group(
     with tempfile.TemporaryDirectory(prefix="elmkernels-") as folder:
         try:
             for name, make in _makers(race, group, model, Path(folder), tasks[-1].prompts[:1]):
+                stage(f"{group.name}: preparing {name}")
                 try:
                     runners.append(make())
                 except REFUSALS as error:
@@ -237,7 +239,6 @@ def _run_task(
     found: dict[str, Any],
     stage: Callable[[str], None],
 ) -> None:
-    stage(f"{group.name}: {task.name}, warming up")
     peaks: dict[str, int | None] = {}
     runs: dict[str, Run] = {}
     chosen: dict[str, list[int]] = {}
@@ -245,6 +246,7 @@ def _run_task(
     probes: list[dict[str, float]] = []
     try:
         for runner in runners:
+            stage(f"{group.name}: {task.name}, warming up {runner.name}")
             try:
                 runs[runner.name] = run = runner.run(task)
                 chosen[runner.name] = run()[0]

@@ -8,7 +8,7 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig
 from elmkernels.__main__ import main
-from elmkernels.openelm import chart, llama, race
+from elmkernels.openelm import chart, linear, llama, race, swap
 from elmkernels.openelm.race_figures import BEST
 from elmkernels.openelm.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
 
@@ -38,7 +38,9 @@ LLAMA = {"fp32": ["F32"], "16-bit": ["F16", "BF16"], "int8": ["Q8_0"], "int4": [
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def brief(monkeypatch):
+    """One thread, and no timing of routines: on models as small as these both only cost time."""
+    monkeypatch.setattr(swap, "measure_plan", lambda dtype, packing=False: linear.Plan())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,7 +62,8 @@ def raced(**options) -> tuple[dict, list[str], list[str]]:
     todo = race.Race(load, "tiny", "random weights", **options)
     results, stages, texts = race.start(todo), [], []
     race.run(todo, results, stages.append, texts.append)
-    assert len(stages) == todo.stages
+    absent = any(group["missing"] for group in results["groups"].values())
+    assert len(stages) < todo.stages if absent else len(stages) == todo.stages
     return results, stages, texts
 
 
@@ -122,7 +125,6 @@ def test_the_bytes_of_a_step():
 
 
 def test_losses_are_printed(without_llama, monkeypatch):
-    # Ours takes twice as long where what it does is done twice.
     original = TorchRunner.run
 
     def slow(self, task):
@@ -208,7 +210,7 @@ def test_the_command(capsys, tmp_path, checkpoint, without_llama):
         assert (tmp_path / "out" / "chart.png").read_bytes()[:4] == b"\x89PNG"
     assert main(argv) == 0
     captured = capsys.readouterr()
-    assert "ours int8 is" in captured.out and "[1/20] fp32: model" in captured.err
+    assert "ours int8 is" in captured.out and "] fp32: preparing ours fp32" in captured.err
 
 
 def test_an_interrupted_command(capsys, tmp_path, checkpoint, without_llama, monkeypatch):
