@@ -74,14 +74,14 @@ def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
     colors = [COLORS.get(f["kind"], "#888888") for f in found]
     bars = axis.barh(range(len(names)), speeds, xerr=[low, high], color=colors, capsize=2)
     labels = [
-        f"{rate['median']:,.4g}"
+        (f"{rate['median']:,.0f}" if rate["median"] >= 100 else f"{rate['median']:.3g}")
         + (f", {f['of_read_bandwidth']:.0%} of reading" if "of_read_bandwidth" in f else "")
         for rate, f in zip(rates, found, strict=True)
     ]
     axis.bar_label(bars, labels, padding=4, fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.6 * max(speeds))
+    axis.set_xlim(0, 1.6 * max(rate["p80"] for rate in rates))
     axis.set_title(f"{group}: {task['task']}", fontsize=9)
     axis.set_xlabel("tokens/s", fontsize=8)
 

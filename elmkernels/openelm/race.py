@@ -8,6 +8,7 @@ the same weights, so that correctness stands beside speed. What can't run is nam
 """
 
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ from .swap import OPS
 
 FORMATS = ("fp32", "bf16", "packed", "int8", "int4")
 PROBE_CALLS = 3
+BUSY = 0.5  # load a core from which the figures come with a warning
 # What building a runner raises where it can't be had.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
 
@@ -131,6 +133,9 @@ def start(race: Race) -> dict[str, Any]:
         "model": race.name,
         "weights": race.weights,
         "machine": fingerprint("cpu"),
+        # Of the last minute, before anything is run here: threads that wait for each other lose
+        # far more than their share where others run too, and each runner loses another part.
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "backend": race.backend,
         "seed": race.seed,
         "groups": {},
@@ -349,8 +354,11 @@ def _short(error: BaseException) -> str:
 
 
 def _headline(race: Race, results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    return (
-        f"{race.name}, {results['parameters'] / 1e6:.1f}M parameters, {race.weights}\n"
-        f"on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-    )
+    machine, load = results["machine"], results["load_before"]
+    lines = [
+        f"{race.name}, {results['parameters'] / 1e6:.1f}M parameters, {race.weights}",
+        f"on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}",
+    ]
+    if load is not None and load > BUSY * max(1, machine["cores"]):
+        lines.append(f"busy: a load of {load:.1f} on {machine['cores']} cores distorts all figures")
+    return "\n".join(lines)

@@ -124,6 +124,14 @@ def test_the_bytes_of_a_step():
     assert 0.5 < sizes[2] / plain < 0.6 and 0.25 < sizes[3] / plain < 0.33
 
 
+@pytest.mark.parametrize("load", [0.0, 1e3])
+def test_a_busy_machine_is_named(without_llama, monkeypatch, load):
+    monkeypatch.setattr(race.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    results, _, texts = raced(formats=("fp32",))
+    assert results["load_before"] == load
+    assert ("busy: a load of 1000.0" in texts[0]) == (load > 0)
+
+
 def test_losses_are_printed(without_llama, monkeypatch):
     original = TorchRunner.run
 
