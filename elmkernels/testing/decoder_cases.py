@@ -311,12 +311,16 @@ def _narrow(config: OpenELMConfig) -> dict:
 
 
 def bench_linear(model: str, config: OpenELMConfig, rows: tuple[int, ...]) -> list[Case]:
-    """proj_1 of the last layer, the largest weight of a model: 67 MB of bfloat16 in 1.1B, which
-    only the largest caches hold between two calls. Up to 512 rows; more are torch's product alone.
+    """proj_2 of the last layer: 33 MB of bfloat16 in 1.1B, which some caches hold between two
+    calls. Up to 512 rows; more are torch's product alone.
     """
-    k, n = config.model_dim, 2 * config.ffn_dims[-1]
+    k, n = config.ffn_dims[-1], config.model_dim
+
+    def case(form: str, count: int, n: int, check: Case | None) -> Case:
+        return _linear_case(f"{model}_{form}_rows_{count}", form, (count, k), n, check=check)
+
     return [
-        _linear_case(f"{model}_{form}_rows_{count}", form, (count, k), n)
+        case(form, count, n, case(form, count, 128, None))
         for form in ("plain", "affine8_64", "affine4_64", "packed")
         for count in rows
         if count <= 512
@@ -324,9 +328,11 @@ def bench_linear(model: str, config: OpenELMConfig, rows: tuple[int, ...]) -> li
 
 
 def bench_decode_step(model: str, config: OpenELMConfig, rows: tuple[int, ...]) -> list[Case]:
-    """Four layers of a model, from its first to its last, after 512 tokens; `rows` that fit its
-    batch, and an eighth of the vocabulary so that the head doesn't outweigh the layers.
+    """Four layers of 270M, from its first to its last, after 512 tokens, whatever the model: the
+    reference makes all weights dense at every call. `rows` that fit a batch, and an eighth of the
+    vocabulary so that the head doesn't outweigh the layers.
     """
+    config = models()["270M"]
     last = config.num_transformer_layers - 1
     layers = [last * i // 3 for i in range(4)]
     sizes = {
@@ -338,7 +344,7 @@ def bench_decode_step(model: str, config: OpenELMConfig, rows: tuple[int, ...]) 
         "table_length": 1024,
     }
     return [
-        _decode_case(f"{model}_{form}_rows_{count}", form, (512,) * count, **sizes)
+        _decode_case(f"270M_{form}_rows_{count}", form, (512,) * count, **sizes)
         for form in ("plain", "affine8_64", "affine4_64", "packed")
         for count in rows
         if 0 < count <= 8

@@ -3,7 +3,8 @@
 - "reference": the specification, naive eager torch.
 - "eager": torch's own fused operations, called as well as one can: for a compressed weight the
   product with the dense one, kept. SwiGLU and a whole decoder have none but their reference.
-- "compiled": `torch.compile` of the reference.
+- "compiled": `torch.compile` of the reference; not of a whole decoder, where the number of keys
+  breaks the graph and the widths of the layers exceed torch's limit of recompilations.
 - "liger": Liger-Kernel, on a GPU, where it is installed and has the op.
 """
 
@@ -122,10 +123,8 @@ def rivals(
     found = {"reference": spec}
     if op in EAGER:
         found["eager"] = EAGER[op](args, kwargs)
-    if compiled:
-        # How many keys a step of decoding sees is data, which breaks its graph in two.
-        whole = op != "decode_step"
-        found["compiled"] = torch.compile(spec, fullgraph=whole, dynamic=False)
+    if compiled and op != "decode_step":
+        found["compiled"] = torch.compile(spec, fullgraph=True, dynamic=False)
     if device.type == "cuda" and (fused := _liger(op)) is not None:
         found["liger"] = fused
     return found
