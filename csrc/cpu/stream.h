@@ -8,6 +8,13 @@
 
 #include "weight.h"
 
+// Into L2, 4 KB ahead: the processor's own prefetching stops at a page's end. It is worth 3% to
+// bfloat16 and 15% to nibbles; packed segments lost 10% by it and go without.
+template <class T>
+inline void prefetch_ahead(const T* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p) + 4096, _MM_HINT_T1);
+}
+
 // Loops over a batch must unroll whatever their length: their sums live in registers.
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -31,6 +38,8 @@ void stream_dense(const Weight& w, const Activation* x, int64_t begin, int64_t e
     Sums<Batch> sums;
     int64_t c = 0;
     for (; c + step <= w.k; c += step) {
+      prefetch_ahead(row + c);
+      prefetch_ahead(row + c + Vec::size);
       const Vec first = load(row + c, Full{}), second = load(row + c + Vec::size, Full{});
       UNROLL for (int b = 0; b < Batch; ++b) {
         sums.even[b] = fma(first, load(x[b].values + c, Full{}), sums.even[b]);
@@ -62,8 +71,11 @@ void stream_bf16(const Weight& w, const Activation* x, int64_t begin, int64_t en
       }
     };
     int64_t c = 0;
-    for (; c + step <= w.k; c += step)
+    for (; c + step <= w.k; c += step) {
+      prefetch_ahead(row + 2 * c);
+      prefetch_ahead(row + 2 * (c + Words::size));
       add(c, load_words(row + 2 * c, Full{}), load_words(row + 2 * (c + Words::size), Full{}));
+    }
     if (c < w.k) {
       const int64_t left = w.k - c, more = std::max<int64_t>(0, left - Words::size);
       const auto part = [&](int64_t at, int64_t count) {
@@ -204,9 +216,11 @@ void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t
           count == Vec::size ? load(scales + first, Full{}) : load(scales + first, Tail{count});
       const int32_t* lanes = spread.lanes[0];
       const int32_t* last = lanes + (count - a_block) * Vec::size;
-      for (; lanes <= last; lanes += a_block * Vec::size, c += block)
+      for (; lanes <= last; lanes += a_block * Vec::size, c += block) {
+        prefetch_ahead(row + c * Bits / 8);
         add_nibbles<Bits, Batch>(load_words(row + c * Bits / 8, Full{}), permuted(scale, lanes),
                                  values, c, sums);
+      }
       if (count % a_block)
         add_nibbles<Bits, Batch>(load_words(row + c * Bits / 8, Tail{(w.k - c) * Bits / 16}),
                                  permuted(scale, lanes), values, c, sums);

@@ -24,7 +24,7 @@ from ..testing.timing import fingerprint
 from . import llama
 from .config import OpenELMConfig
 from .model import OpenELM
-from .race_figures import figures, text
+from .race_figures import figures, own_read, text
 from .runners import (
     COMPILED,
     EAGER,
@@ -35,6 +35,7 @@ from .runners import (
     Task,
     TorchRunner,
     our_runner,
+    reading,
 )
 from .speed import peak
 from .swap import OPS
@@ -267,7 +268,11 @@ def _run_task(
             _agree(task, runners, chosen, sizes.agree, found)
         seconds |= {name: [] for name in runs}
         say = lambda n: stage(f"{group.name}: {task.name}, round {n}/{sizes.rounds}")  # noqa: E731
-        _rounds(runs, _probes(sizes.probe), sizes, seconds, probes, say)
+        reads = _probes(sizes.probe)
+        if task.steps:
+            own = {own_read(r.name): reading(r) for r in runners if r.name in runs}
+            reads |= {name: read for name, read in own.items() if read is not None}
+        _rounds(runs, reads, sizes, seconds, probes, say)
     finally:
         for runner in runners:
             runner.end()
@@ -277,14 +282,17 @@ def _run_task(
 
 def _rounds(
     runs: dict[str, Run],
-    probes: dict[str, Callable[[], object]],
+    probes: dict[str, tuple[Callable[[], object], int]],
     sizes: Sizes,
     seconds: dict[str, list[float]],
     read: list[dict[str, float]],
     say: Callable[[int], None],
 ) -> None:
     """Append to `seconds` and `read` (bytes a second of each probe) once all had their turn."""
-    turns: dict[str, Callable[[], object]] = {**runs, **probes}
+    turns: dict[str, Callable[[], object]] = {
+        **runs,
+        **{n: call for n, (call, _) in probes.items()},
+    }
     names = list(turns)
     for n in range(sizes.rounds):
         say(n + 1)
@@ -299,12 +307,12 @@ def _rounds(
                 taken[name] = time.perf_counter() - start
         finally:
             gc.enable()
-        read.append({name: PROBE_CALLS * sizes.probe / taken[name] for name in probes})
+        read.append({name: nbytes / taken[name] for name, (_, nbytes) in probes.items()})
         for name in runs:
             seconds[name].append(taken[name])
 
 
-def _probes(nbytes: int) -> dict[str, Callable[[], object]]:
+def _probes(nbytes: int) -> dict[str, tuple[Callable[[], object], int]]:
     x = torch.randn(nbytes // 4)
     matrix, vector = x.view(-1, 4096), torch.randn(4096)
 
@@ -315,7 +323,8 @@ def _probes(nbytes: int) -> dict[str, Callable[[], object]]:
 
         return probe
 
-    return {"sum": repeated(x.sum), "mv": repeated(lambda: torch.mv(matrix, vector))}
+    calls = {"sum": repeated(x.sum), "mv": repeated(lambda: torch.mv(matrix, vector))}
+    return {name: (call, PROBE_CALLS * nbytes) for name, call in calls.items()}
 
 
 def _agree(

@@ -12,6 +12,11 @@ from .runners import LLAMA, OURS, Runner, Task
 BEST = "llama.cpp's best"
 
 
+def own_read(name: str) -> str:
+    """What a probe is called that reads the weights of a runner."""
+    return f"weights of {name}"
+
+
 def figures(
     task: Task,
     runners: Sequence[Runner],
@@ -21,7 +26,7 @@ def figures(
     peaks: dict[str, int | None],
 ) -> dict[str, Any]:
     """What a task's seconds of each runner, and the bytes a second of each probe, come to."""
-    ceilings = [max(read.values()) for read in probes]
+    ceilings = [max(v for n, v in read.items() if not n.startswith("weights")) for read in probes]
     batch, length = task.prompts.shape
     by_name = {r.name: r for r in runners if r.name in seconds}
     found: dict[str, Any] = {}
@@ -50,6 +55,10 @@ def figures(
                 "bytes_per_second": statistics.median(speeds),
                 "of_read_bandwidth": statistics.median(shares),
             }
+            if own_read(name) in probes[0]:
+                own = [read[own_read(name)] for read in probes]
+                shares = [speed / top for speed, top in zip(speeds, own, strict=True)]
+                found[name]["of_reading_its_weights"] = statistics.median(shares)
     return {
         "task": task.name,
         "tokens": task.tokens,
@@ -108,6 +117,9 @@ def _rows(task: dict[str, Any], runners: dict[str, Any], ours: list[str]) -> lis
             "MB/step": f["step_bytes"] / 1e6 if "step_bytes" in f else None,
             "GB/s": f["bytes_per_second"] / 1e9 if "step_bytes" in f else None,
             "of reading": f"{f['of_read_bandwidth']:.0%}" if "step_bytes" in f else None,
+            "of its weights": f"{f['of_reading_its_weights']:.0%}"
+            if "of_reading_its_weights" in f
+            else None,
             "peak MiB": None if peak_bytes is None else round(peak_bytes / 2**20),
         }
         for mine in ours:
