@@ -22,7 +22,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins < 20000)
+      if (spins < 2000)
         _mm_pause();
       else
         std::this_thread::yield();
