@@ -1,15 +1,15 @@
 // Products of few activation rows with a weight that streams from memory, each byte of it once.
 //
-// A row of the weight at a time: one contiguous stream reads at the memory's full speed, where four
-// rows side by side reached 80% of it. `Batch` activation rows share the pass. What a row's sum
+// A row of the weight at a time: one contiguous stream, since rows side by side, in the same pages,
+// were read more slowly. `Batch` activation rows share the pass. What a row's sum
 // does, in which order, depends on nothing but k: not on the batch, nor on the number of threads;
 // and Packed sums in the very order of BFloat16, so that both give the same bits.
 #pragma once
 
 #include "weight.h"
 
-// Into L2, 4 KB ahead: the processor's own prefetching stops at a page's end. It is worth 3% to
-// bfloat16 and 15% to nibbles; packed segments lost 10% by it and go without.
+// Into L2, 4 KB ahead: the processor's own prefetching stops at a page's end. Nibbles gain most,
+// bfloat16 a little; packed segments lost by it and go without.
 template <class T>
 inline void prefetch_ahead(const T* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p) + 4096, _MM_HINT_T1);

@@ -289,9 +289,7 @@ def _stack_bytes(model: OpenELM) -> int:
 
 
 def reading(runner: Runner) -> tuple[Callable[[], object], int] | None:
-    """torch's own read of the very bytes that a runner of ours reads, and how many. Memory is not
-    equally fast everywhere: a buffer elsewhere can be read at half or twice the speed.
-    """
+    """torch's own read of the very bytes that a runner of ours reads, and how many."""
     if runner.kind != OURS:
         return None
     stack = stack_of(runner.model)
