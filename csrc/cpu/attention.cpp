@@ -140,6 +140,7 @@ struct Piece {
 };
 
 void dearest_first(std::vector<Piece>& pieces) {
+  if (pieces.size() < 2) return;
   std::stable_sort(pieces.begin(), pieces.end(),
                    [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
 }
