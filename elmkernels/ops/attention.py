@@ -144,9 +144,11 @@ def attention(
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)
     backend = choose("attention", q.device.type, backend)
-    if any(x is not None for x in (key_mask, offsets, cu_seqlens, scale)):
+    plain = key_mask is None and offsets is None and cu_seqlens is None
+    if not plain or scale is not None:
         _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)
         key_mask = None if key_mask is None else key_mask.bool()
+        cu_seqlens = None if cu_seqlens is None else last_dim_packed(cu_seqlens)
     if backend == REFERENCE or q.numel() == 0:
         return reference.attention(q, k, v, key_mask, scale, offsets, cu_seqlens)
     if backend == SDPA:
