@@ -36,22 +36,27 @@ from .common import AMD, NVIDIA, arch, guard, units, vec_of
 
 _QUERIES = "reasoned: q, dout and the sum of a row stay in registers"
 _KEYS = "reasoned: two sums a key stay in registers, fewer rows pass by"
-_SINGLE = "reasoned: no matrix unit takes float32; few enough products a thread to unroll"
+_SHORT = "compiled: with 64 keys, sm_80 keeps no register, sm_90 spills"
+_LARGE = "compiled: no spills; 128 KB of shared memory"
+_FEW = "compiled: with 64 rows, 129 KB of shared memory, where consumer cards have 99"
+_WIDE = "compiled: with 64 rows sm_90 spills registers"
+_WIDE_AMD = "compiled: with 32 rows gfx942 spills registers"
+_SINGLE = "compiled: float32 has no matrix unit, and its products are unrolled: more spills registers"
 
 # `tile` rows of queries and `keys` keys, of the kernel that owns queries and of that for keys.
 BACKWARD_Q = {
     2: (
         Block(NVIDIA, 64, None, 128, 8, _QUERIES, keys=64, stages=2),
-        Block(NVIDIA, 128, None, 64, 4, _QUERIES, keys=64, stages=2),
-        Block(NVIDIA, None, None, 64, 8, _QUERIES, keys=32, stages=1),
+        Block(("sm_90",), 128, None, 128, 8, _LARGE, keys=64, stages=2),
+        Block(NVIDIA, 128, None, 64, 4, _SHORT, keys=32, stages=2),
+        Block(NVIDIA, None, None, 32, 8, _WIDE, keys=32, stages=1),
         Block(AMD, 64, None, 128, 4, _QUERIES, keys=64, stages=1),
         Block(AMD, 128, None, 64, 4, _QUERIES, keys=64, stages=1),
         Block(AMD, None, None, 32, 4, _QUERIES, keys=32, stages=1),
     ),
     4: (
         Block(NVIDIA, 64, None, 32, 8, _SINGLE, keys=32, stages=2),
-        Block(NVIDIA, 128, None, 32, 8, _SINGLE, keys=32, stages=1),
-        Block(NVIDIA, None, None, 16, 8, _SINGLE, keys=16, stages=1),
+        Block(NVIDIA, None, None, 16, 8, _SINGLE, keys=16, stages=2),
         Block(AMD, 128, None, 32, 4, _SINGLE, keys=32, stages=1),
         Block(AMD, None, None, 16, 4, _SINGLE, keys=16, stages=1),
     ),
@@ -59,16 +64,17 @@ BACKWARD_Q = {
 BACKWARD_K = {
     2: (
         Block(NVIDIA, 64, None, 64, 8, _KEYS, keys=128, stages=2),
-        Block(NVIDIA, 128, None, 64, 8, _KEYS, keys=64, stages=2),
+        Block(("sm_80", "sm_90"), 128, None, 64, 8, _KEYS, keys=64, stages=2),
+        Block(NVIDIA, 128, None, 32, 8, _FEW, keys=64, stages=2),
         Block(NVIDIA, None, None, 32, 8, _KEYS, keys=32, stages=1),
         Block(AMD, 64, None, 64, 4, _KEYS, keys=64, stages=1),
         Block(AMD, 128, None, 32, 4, _KEYS, keys=64, stages=1),
-        Block(AMD, None, None, 32, 4, _KEYS, keys=32, stages=1),
+        Block(AMD, None, None, 16, 4, _WIDE_AMD, keys=32, stages=1),
     ),
     4: (
         Block(NVIDIA, 64, None, 32, 8, _SINGLE, keys=32, stages=2),
-        Block(NVIDIA, 128, None, 32, 8, _SINGLE, keys=32, stages=1),
-        Block(NVIDIA, None, None, 16, 8, _SINGLE, keys=16, stages=1),
+        Block(NVIDIA, 128, None, 16, 8, _SINGLE, keys=32, stages=2),
+        Block(NVIDIA, None, None, 16, 8, _SINGLE, keys=16, stages=2),
         Block(AMD, 128, None, 32, 4, _SINGLE, keys=32, stages=1),
         Block(AMD, None, None, 16, 4, _SINGLE, keys=16, stages=1),
     ),

@@ -45,31 +45,38 @@ COMBINED_ROWS = 16
 
 _TOKEN = "reasoned: the smallest tile of queries, and deep loads: the keys' bytes are all"
 _FEW = "reasoned: a tile that few tokens fill"
-_MANY = "reasoned: 128 rows read each key as seldom as registers allow"
+_MANY = "reasoned: 128 rows, 32 a warp, read each key as seldom as registers allow"
+_EIGHT = "compiled: with 4 warps sm_90 spills registers, on sm_100 they would only just do"
+_SHORT = "compiled: with 64 keys sm_80 spills registers"
+_CONSUMER = "compiled: 97 KB of shared memory, as consumer cards of this architecture have 99"
 _WIDE = "reasoned: half the rows, as a row takes twice the registers"
-_SINGLE = "reasoned: no matrix unit takes float32; few enough products a thread to unroll"
+_SINGLE = "compiled: float32 has no matrix unit, and its products are unrolled: more spills registers"
+_FIRST = ("sm_80",)
 
 FORWARD = {
     2: (
         Block(NVIDIA, 64, 16, 16, 4, _TOKEN, keys=64, stages=4),
         Block(NVIDIA, 128, 16, 16, 4, _TOKEN, keys=64, stages=3),
-        Block(NVIDIA, None, 16, 16, 4, _TOKEN, keys=32, stages=3),
-        Block(NVIDIA, 64, 64, 64, 4, _FEW, keys=64, stages=3),
-        Block(NVIDIA, 128, 64, 64, 4, _FEW, keys=64, stages=2),
-        Block(NVIDIA, 64, None, 128, 4, _MANY, keys=64, stages=3),
-        Block(NVIDIA, 128, None, 128, 8, _MANY, keys=64, stages=2),
+        Block(NVIDIA, None, 16, 16, 4, _TOKEN, keys=16, stages=3),
+        Block(NVIDIA, 64, 64, 64, 4, _FEW, keys=64, stages=2),
+        Block(NVIDIA, 128, 64, 64, 4, _FEW, keys=32, stages=3),
+        Block(_FIRST, 64, None, 128, 4, _MANY, keys=64, stages=3),
+        Block(NVIDIA, 64, None, 128, 8, _EIGHT, keys=64, stages=3),
+        Block(_FIRST, 128, None, 128, 8, _SHORT, keys=32, stages=3),
+        Block(("sm_90",), 128, None, 128, 8, _MANY, keys=64, stages=3),
+        Block(NVIDIA, 128, None, 128, 8, _CONSUMER, keys=64, stages=2),
         Block(NVIDIA, None, None, 64, 8, _WIDE, keys=32, stages=2),
         Block(AMD, 64, 16, 16, 4, _TOKEN, keys=64, stages=2),
         Block(AMD, 128, 16, 16, 4, _TOKEN, keys=64, stages=2),
         Block(AMD, None, 16, 16, 4, _TOKEN, keys=32, stages=2),
-        Block(AMD, 64, 64, 64, 4, _FEW, keys=64, stages=2),
+        Block(AMD, 64, 64, 64, 4, _FEW, keys=32, stages=2),
         Block(AMD, 128, None, 128, 4, _MANY, keys=64, stages=2),
         Block(AMD, None, None, 64, 4, _WIDE, keys=32, stages=1),
     ),
     4: (
-        Block(NVIDIA, 64, 16, 16, 4, _TOKEN, keys=32, stages=3),
+        Block(NVIDIA, 64, 16, 16, 4, _TOKEN, keys=32, stages=2),
         Block(NVIDIA, 64, None, 64, 8, _SINGLE, keys=32, stages=2),
-        Block(NVIDIA, 128, None, 32, 8, _SINGLE, keys=32, stages=2),
+        Block(NVIDIA, 128, None, 32, 8, _SINGLE, keys=16, stages=2),
         Block(NVIDIA, None, None, 16, 8, _SINGLE, keys=16, stages=2),
         Block(AMD, 64, 16, 16, 4, _TOKEN, keys=32, stages=2),
         Block(AMD, 128, None, 64, 4, _SINGLE, keys=32, stages=1),
