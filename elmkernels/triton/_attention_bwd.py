@@ -41,7 +41,7 @@ _LARGE = "compiled: no spills; 128 KB of shared memory"
 _FEW = "compiled: with 64 rows, 129 KB of shared memory, where consumer cards have 99"
 _WIDE = "compiled: with 64 rows sm_90 spills registers"
 _WIDE_AMD = "compiled: with 32 rows gfx942 spills registers"
-_SINGLE = "compiled: float32 has no matrix unit, and its products are unrolled: more spills registers"
+_SINGLE = "compiled: without matrix units for float32 products are unrolled, and more spills"
 
 # `tile` rows of queries and `keys` keys, of the kernel that owns queries and of that for keys.
 BACKWARD_Q = {

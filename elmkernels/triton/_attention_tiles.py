@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .common import Tile, pick
 
-MAX_HEAD_DIM = 256
-
 
 @dataclass(frozen=True, eq=False)
 class Block(Tile):

@@ -50,7 +50,7 @@ _EIGHT = "compiled: with 4 warps sm_90 spills registers, on sm_100 they would on
 _SHORT = "compiled: with 64 keys sm_80 spills registers"
 _CONSUMER = "compiled: 97 KB of shared memory, as consumer cards of this architecture have 99"
 _WIDE = "reasoned: half the rows, as a row takes twice the registers"
-_SINGLE = "compiled: float32 has no matrix unit, and its products are unrolled: more spills registers"
+_SINGLE = "compiled: without matrix units for float32 products are unrolled, and more spills"
 _FIRST = ("sm_80",)
 
 FORWARD = {
@@ -254,9 +254,7 @@ def attention_fwd(
         splits = splits_of(tiles * pairs, rows, lk, multiprocessors(q.device))
     to = out, lse
     if splits > 1:
-        to = tuple(
-            torch.empty(splits, *t.shape, dtype=torch.float32, device=q.device) for t in to
-        )
+        to = tuple(torch.empty(splits, *t.shape, dtype=torch.float32, device=q.device) for t in to)
     vec = vec_of(head_dim, q, k, v)
     with guard(q):
         _fwd[(tiles * splits * pairs,)](
