@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
-OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
+OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention")
 
 
 def run(*arguments: str) -> None:
