@@ -385,10 +385,12 @@ def test_attention_never_repeats_keys_and_matches_a_cache_of_any_length():
     assert "aten::clone" not in seen
 
 
-ATTENTION = [name for name in runnable("attention") if name not in ("sdpa", "triton")]
+KERNELS = [name for name in runnable("attention") if name != "sdpa"]
+# Not Triton: its interpreter copies what it is given, knows no threads and truncates bfloat16.
+ATTENTION = [name for name in KERNELS if name != "triton"]
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["chunk", "ragged_and_padded", "packed_off_every_block"])
 def test_attention_traces_and_passes_opcheck(backend, name):
     args, kwargs = inputs("attention", name, torch.float32)
@@ -450,7 +452,7 @@ def test_attention_reads_strided_inputs_where_they_lie(backend):
     assert not seen & {"aten::copy_", "aten::clone", "aten::contiguous", "aten::to"}
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_attention_with_an_odd_last_stride_is_right(backend):
     args, _ = inputs("attention", "chunk")
     expected = run(attention, args, backend)
@@ -469,7 +471,7 @@ def test_a_query_that_sees_no_key_gives_zeros(backend):
     assert not out[1].any()
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_a_query_that_sees_no_key_gives_no_gradient(backend):
     q, k, v = torch.randn(2, 5, 4, 32), torch.randn(2, 9, 2, 32), torch.randn(2, 9, 2, 32)
     mask = torch.ones(2, 9, dtype=torch.bool)

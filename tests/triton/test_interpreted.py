@@ -36,7 +36,8 @@ def test_parity(op):
 
 
 def test_contract():
-    run(str(TESTS / "ops" / "test_contract.py"), "-k", "triton")
+    files = ("test_contract.py", "test_packed.py", "test_attention_choice.py")
+    run(*(str(TESTS / "ops" / name) for name in files), "-k", "triton")
 
 
 def test_corners():
