@@ -15,6 +15,7 @@ from torch import Tensor
 from ..reference import rope_table
 from .decoder_cases import BENCH, decode_step_cases, linear_cases
 from .draw import ALL, HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
+from .loss_cases import bench_linear_cross_entropy, loss_cases
 
 _NORM_SHAPES = {
     "one_row": (1, 1280),
@@ -310,6 +311,7 @@ CASES: dict[str, list[Case]] = {
     "attention": _attention_cases(),
     "linear": linear_cases(),
     "decode_step": decode_step_cases(),
+    "linear_cross_entropy": loss_cases(),
 }
 
 BENCH_ROWS = (1, 8, 64, 512, 4096)
@@ -322,6 +324,8 @@ def bench_cases(
     single row is one new token after 512 others; more rows are a prompt of that length.
     """
     config = models()[model]
+    if op == "linear_cross_entropy":
+        return bench_linear_cross_entropy(model, config, rows)
     if op in BENCH:
         return BENCH[op](model, config, rows)
     q, kv = config.num_query_heads[layer], config.num_kv_heads[layer]
