@@ -124,6 +124,8 @@ def joined(parts: list[Tensor], dtype: torch.dtype, scale: Tensor | None = None)
             part.mul_(scale)
     if len(parts) <= 1:
         return parts[0].to(dtype) if parts else None
+    if torch.compiler.is_compiling():  # which decides itself when memory is free
+        return torch.cat(parts).to(dtype)
     joined = parts[0].new_empty((sum(map(len, parts)), parts[0].shape[1]), dtype=dtype)
     begin = 0
     while parts:

@@ -70,7 +70,7 @@ class _Sum(torch.autograd.Function):
         hidden, weight, targets, *made = ctx.saved_tensors
         if made:
             dh, *dw = (x * dloss for x in made)
-            return _as_wanted(ctx, dh, torch.cat(dw).to(ctx.dtype) if dw else None)
+            return _as_wanted(ctx, dh, joined(dw, ctx.dtype))
         return _gradients(ctx, hidden, weight, targets, dloss.expand(len(targets)).contiguous())
 
 
