@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..backends import where_it_has
 from ..reference import rope_table
+from .loss import LossHead
 from .model import Context
 
 
@@ -48,6 +49,19 @@ class FusedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj_1(x)
         return self.proj_2(ops.swiglu(x, backend=self.backend) if self.gated else F.silu(x))
+
+
+class FusedLossHead(LossHead):
+    """The projection and its loss in one op, wherever the projection is a plain matrix."""
+
+    def __init__(self, backend: str | None) -> None:
+        super().__init__()
+        self.backend = where_it_has("linear_cross_entropy", backend)
+
+    def forward(self, hidden, targets, weight, project, **options) -> Tensor:
+        if weight is None:
+            return super().forward(hidden, targets, weight, project, **options)
+        return ops.linear_cross_entropy(hidden, weight, targets, backend=self.backend, **options)
 
 
 class FusedAttention(nn.Module):
