@@ -34,6 +34,7 @@ class Context(NamedTuple):
     cache: KVCache | None
     slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
     offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
+    checkpointed: bool = False  # the layers are run again in the backward pass
 
 
 class RMSNorm(nn.Module):
@@ -250,6 +251,7 @@ class OpenELM(nn.Module):
         counts = self._check_counts(counts, input_ids, attention_mask, cache)
         x = self.token_embeddings(input_ids)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        context = context._replace(checkpointed=recompute)
         for layer in self.layers:
             x = (
                 checkpoint(layer, x, context, use_reentrant=False)
