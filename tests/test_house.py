@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "formats",
         "compress",
     },
+    "training": {"training", "openelm", "checks"},
     "commands": {"commands", "console", "openelm", "formats", "testing", "__version__"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
