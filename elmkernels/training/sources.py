@@ -127,7 +127,7 @@ def _cut(text: bytes) -> int:
     if line:
         return line
     end = len(text) - 1
-    while end > len(text) - 4 and text[end] & 0xC0 == 0x80:  # inside a character of UTF-8
+    while end > max(len(text) - 4, 0) and text[end] & 0xC0 == 0x80:  # inside a character of UTF-8
         end -= 1
     return max(end, 1)
 
