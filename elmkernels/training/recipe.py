@@ -128,6 +128,7 @@ def _load(source: str | Path, above: tuple[Path, ...]) -> tuple[Recipe, list[str
     if path.resolve() in above:
         checks.fail("base", "another recipe", path)
     values = fields.read_yaml(path)
+    says_model = isinstance(values, Mapping) and "model" in values
     try:
         if corenet.is_corenet(values):
             values, notes = corenet.translate(values)
@@ -136,7 +137,7 @@ def _load(source: str | Path, above: tuple[Path, ...]) -> tuple[Recipe, list[str
         recipe = from_mapping(values)
     except (ValueError, TypeError) as error:
         raise _kind(error)(f"{path}: {error}") from error
-    if "model" in values and recipe.initial is not None and Path(recipe.initial).is_dir():
+    if says_model and recipe.initial is not None and Path(recipe.initial).is_dir():
         notes.append(f"model: ignored, {recipe.initial} says it")
     return recipe, notes
 
@@ -236,15 +237,13 @@ def validate(recipe: Recipe) -> None:
 
 
 def fit(recipe: Recipe, config: OpenELMConfig) -> None:
-    """Raises ValueError where sequences or the byte tokenizer don't fit a model."""
+    """Raises ValueError where sequences or layers that the recipe names don't fit a model."""
     if recipe.data.sequence_length > config.rope_max_length:
         checks.fail(
             "data.sequence_length",
             f"at most the model's rope_max_length {config.rope_max_length}",
             recipe.data.sequence_length,
         )
-    if recipe.data.tokenizer == "bytes" and config.vocab_size < 257:
-        checks.fail("model.vocab_size", "at least 257 for the tokenizer bytes", config.vocab_size)
     layers = recipe.engine.checkpoint_activations
     if isinstance(layers, tuple) and not all(
         0 <= layer < config.num_transformer_layers for layer in layers

@@ -257,6 +257,12 @@ def test_a_source_that_can_t_be_read_is_no_full_disk(tmp_path, corpus):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_model_without_room_for_the_bytes(tmp_path, corpus):
+    given = recipe(vocab_size=256, train=(str(corpus),))
+    with pytest.raises(ValueError, match=r"data.tokenizer must be of at most 256 tokens .*got 257"):
+        prepared(tmp_path, given)
+
+
 def test_progress_goes_from_little_to_everything(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(data, "_AT_ONCE", 1)
     seen: list[tuple[int, int]] = []

@@ -71,7 +71,7 @@ def test_what_is_left_out_has_the_defaults(tmp_path):
     assert load(write(tmp_path / "a.yaml", "data:\nbatch: {micro: 2}"))[0] == from_mapping(
         {"batch": {"micro": 2}}
     )
-    assert from_mapping({}) == Recipe()
+    assert from_mapping({}) == load(write(tmp_path / "b.yaml", ""))[0] == Recipe()
 
 
 def test_numbers_and_lists_as_people_write_them():
@@ -156,10 +156,6 @@ def test_a_checkpoint_says_its_model(tmp_path):
         ({"data": {"train": [5]}}, "data.train must be a list of strings"),
         ({"data": {"eos": -1}}, "data.eos must be 0 or more"),
         ({"model": {"model_name": "OpenELM-3B", "head_dim": 3}}, "model: head_dim must be even"),
-        (
-            {"model": {"model_name": "OpenELM-3B", "vocab_size": 256}},
-            "model.vocab_size must be at least 257",
-        ),
         ([], "a recipe must be a mapping of fields"),
     ],
 )
