@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "formats",
         "compress",
     },
+    "training": {"training", "openelm", "checks"},
     "commands": {"commands", "console", "openelm", "formats", "testing", "__version__"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
@@ -242,7 +243,7 @@ def run_alone(folder: Path, blocked: list[str], watched: list[str], built: bool)
 
 
 EXTRAS = ["triton", "matplotlib", "tqdm", "yaml", "transformers", "liger_kernel", "pytest"]
-EXTRAS += ["tokenizers", "sentencepiece"]
+EXTRAS += ["tokenizers", "sentencepiece", "datasets", "tensorboard"]
 
 
 def test_import_loads_no_extra():
