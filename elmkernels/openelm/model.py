@@ -35,8 +35,8 @@ class Context(NamedTuple):
     cache: KVCache | None
     slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
     offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
-    checkpointed: bool = False  # the layers are run again in the backward pass
     cu_seqlens: Tensor | None = None  # int64 [documents + 1] over the batch * length tokens
+    checkpointed: bool = False  # the layers are run again in the backward pass
 
 
 class RMSNorm(nn.Module):
