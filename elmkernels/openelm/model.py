@@ -4,127 +4,23 @@
     y = h + proj_2(swiglu(proj_1(ffn_norm(h))))
     logits = norm(y of the last layer) @ classifier.T    (token_embeddings when they are tied)
 
-Modules and parameters have CoreNet's names. The protocol between them, which any replacement of
-a module keeps: `layer(x, context)` and `attn(x, context)`, `ffn(x)` and `norm(x)`, where one
-`Context` is built by every forward pass and shared by its layers.
+Modules and parameters have CoreNet's names (see `layers`).
 """
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..formats import Weight
-from ..reference import attention, qk_norm_rope, rms_norm, rope_table, swiglu
+from ..reference import rope_table
 from .cache import KVCache
-from .compressed import product, weight_of
+from .compressed import weight_of
 from .config import OpenELMConfig
+from .documents import check_documents, positions_of
+from .layers import Context, DecoderLayer, RMSNorm, TiedHead
 from .loss import LossHead, plain_weight
-
-
-class Context(NamedTuple):
-    """What the layers of one forward pass over [batch, length] tokens share."""
-
-    positions: Tensor  # int64 [batch, length], maybe of stride 0
-    rope_table: Tensor  # float32 [rope_max_length, head_dim]
-    key_mask: Tensor | None  # bool [batch, past + length], False = padding; None = all real
-    cache: KVCache | None
-    slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
-    offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
-
-
-class Attention(nn.Module):
-    def __init__(
-        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.layer_index = layer_index
-        self.q_heads = config.num_query_heads[layer_index]
-        self.kv_heads = config.num_kv_heads[layer_index]
-        self.head_dim = config.head_dim
-        self.eps = config.norm_eps
-        width = (self.q_heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.model_dim, width, bias=False, dtype=dtype)
-        normalize = config.normalize_qk_projections
-        self.q_norm = RMSNorm(self.head_dim, self.eps, dtype=dtype) if normalize else None
-        self.k_norm = RMSNorm(self.head_dim, self.eps, dtype=dtype) if normalize else None
-        self.out_proj = nn.Linear(
-            self.q_heads * self.head_dim, config.model_dim, bias=False, dtype=dtype
-        )
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = qk_norm_rope(
-            self.qkv_proj(x),
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            context.positions,
-            self.q_heads,
-            self.kv_heads,
-            context.rope_table,
-            self.eps,
-        )
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer_index, k, v)
-        out = attention(q, k, v, context.key_mask, offsets=context.offsets)
-        return self.out_proj(out.flatten(-2))
-
-    def extra_repr(self) -> str:
-        return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
-
-
-class FeedForward(nn.Module):
-    def __init__(
-        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        width = config.ffn_dims[layer_index]
-        self.with_glu = config.ffn_with_glu
-        width_1 = 2 * width if self.with_glu else width
-        self.proj_1 = nn.Linear(config.model_dim, width_1, bias=False, dtype=dtype)
-        self.proj_2 = nn.Linear(width, config.model_dim, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj_1(x)
-        return self.proj_2(swiglu(x) if self.with_glu else F.silu(x))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(
-        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.attn = Attention(config, layer_index, dtype=dtype)
-        self.ffn = FeedForward(config, layer_index, dtype=dtype)
-        self.attn_norm = RMSNorm(config.model_dim, config.norm_eps, dtype=dtype)
-        self.ffn_norm = RMSNorm(config.model_dim, config.norm_eps, dtype=dtype)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), context)
-        return x + self.ffn(self.ffn_norm(x))
-
-
-class TiedHead(nn.Module):
-    """The output projection by another module's weight: no parameters of its own."""
-
-    def forward(self, x: Tensor, weight: Weight) -> Tensor:
-        return product(x, weight)
 
 
 class OpenELM(nn.Module):
@@ -236,6 +132,7 @@ class OpenELM(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         counts: Sequence[int] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """input_ids integer [batch, length] -> logits [batch, length, vocab_size], or of the last
         `logits_to_keep` positions where that is not 0. With a cache the tokens follow those that
@@ -246,8 +143,12 @@ class OpenELM(nn.Module):
         to length, the rest is padding on the right. The cache counts the tokens alone, but needs
         room for all. logits_to_keep then keeps the last of each row's tokens (repeating its first
         position where it has fewer).
+
+        cu_seqlens, instead of all these but logits_to_keep: int64 [documents + 1], rising from 0
+        to batch * length, where documents end in the rows one after another; every row begins one.
+        Positions restart in each document, and its tokens see no other.
         """
-        x, new = self._hidden(input_ids, attention_mask, cache, logits_to_keep, counts)
+        x, new = self._hidden(input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens)
         logits = self.project(x)
         if cache is not None:  # last of all: what fails before leaves the cache as it was
             cache.advance(new)
@@ -260,9 +161,10 @@ class OpenELM(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         counts: Sequence[int] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """What `forward` projects to logits, [batch, length, model_dim], of the same arguments."""
-        x, new = self._hidden(input_ids, attention_mask, cache, logits_to_keep, counts)
+        x, new = self._hidden(input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens)
         if cache is not None:
             cache.advance(new)
         return x
@@ -278,6 +180,7 @@ class OpenELM(nn.Module):
         input_ids: Tensor,
         targets: Tensor,
         *,
+        cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
@@ -294,7 +197,7 @@ class OpenELM(nn.Module):
             raise ValueError(
                 f"targets must be {list(input_ids.shape)} like input_ids, got {list(targets.shape)}"
             )
-        hidden = self.hidden_states(input_ids, attention_mask)
+        hidden = self.hidden_states(input_ids, attention_mask, cu_seqlens=cu_seqlens)
         head = self.token_embeddings if self.classifier is None else self.classifier
         return self.loss_head(
             hidden, targets, plain_weight(head), self.project, ignore_index=ignore_index,
@@ -308,17 +211,19 @@ class OpenELM(nn.Module):
         cache: KVCache | None,
         logits_to_keep: int,
         counts: Sequence[int] | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, int | list[int]]:
         """The last hidden states, and how many tokens are new to a cache, of each row or of all."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
-        context = self._context(input_ids, attention_mask, cache)
+        context = self._context(input_ids, attention_mask, cache, cu_seqlens)
         counts = self._check_counts(counts, input_ids, attention_mask, cache)
         x = self.token_embeddings(input_ids)
         recomputed = self._recomputed() if cache is None and torch.is_grad_enabled() else ()
+        again = context._replace(checkpointed=True)
         for i, layer in enumerate(self.layers):
             x = (
-                checkpoint(layer, x, context, use_reentrant=False)
+                checkpoint(layer, x, again, use_reentrant=False)
                 if i in recomputed
                 else layer(x, context)
             )
@@ -337,7 +242,11 @@ class OpenELM(nn.Module):
         return chosen
 
     def _context(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+        cu_seqlens: Tensor | None = None,
     ) -> Context:
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
@@ -355,6 +264,12 @@ class OpenELM(nn.Module):
         if cache is not None:
             self._check_cache(cache, batch, length, input_ids.device)
         self._place_rope_table(input_ids.device)
+        if cu_seqlens is not None:
+            if cache is not None or attention_mask is not None:
+                raise ValueError("cu_seqlens must be given without cache and attention_mask")
+            check_documents(cu_seqlens, input_ids)
+            positions = positions_of(cu_seqlens, batch * length).view(batch, length)
+            return Context(positions, self.rope_table, None, None, None, None, cu_seqlens)
         if cache is not None and cache.ragged:
             if attention_mask is not None:
                 raise ValueError(

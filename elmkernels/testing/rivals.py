@@ -3,6 +3,7 @@
 - "reference": the specification, naive eager torch.
 - "eager": torch's own fused operations, called as well as one can: for a compressed weight the
   product with the dense one, kept. SwiGLU and a whole decoder have none but their reference.
+- "documents": for packed documents, whose "eager" has a dense mask, one eager call for each.
 - "compiled": `torch.compile` of the reference; not of a whole decoder, where the number of keys
   breaks the graph and the widths of the layers exceed torch's limit of recompilations.
 - "torch": `F.linear_cross_entropy` in chunks of its default size, where this torch has it.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..formats import Arena, Layer, Stack, Weight
+from ..reference.common import document_of
 from .parity import specification
 from .timing import total_bytes
 
@@ -80,6 +82,33 @@ def _eager_attention(args: tuple, kwargs: dict) -> Callable:
             enable_gqa=not one,
         )
         return out.reshape(q.shape) if one else out.transpose(1, 2)
+
+    return attention
+
+
+def _eager_packed(args: tuple, kwargs: dict) -> Callable:
+    """The mask of whole documents is made beforehand, as a model does once for its layers."""
+    length = args[0].shape[1]
+    document = document_of(kwargs["cu_seqlens"], length)
+    mask = (document[:, None] == document).tril()
+
+    def attention(q, k, v, cu_seqlens, scale=None):
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def _by_document(args: tuple, kwargs: dict) -> Callable:
+    """One call of torch's for each document, whose lengths the host knows beforehand."""
+    lengths = [n for n in kwargs["cu_seqlens"].diff().tolist() if n]
+
+    def attention(q, k, v, cu_seqlens, scale=None):
+        parts = zip(*(t.transpose(1, 2).split(lengths, dim=2) for t in (q, k, v)), strict=True)
+        options = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        found = [F.scaled_dot_product_attention(*part, **options) for part in parts]
+        return torch.cat(found, dim=2).transpose(1, 2)
 
     return attention
 
@@ -151,7 +180,9 @@ def rivals(
     # What a step of decoding wrote is gathered for parity's sake only.
     spec = reference.decode_step if op == "decode_step" else specification(op)
     found = {"reference": spec}
-    if op in EAGER:
+    if op == "attention" and "cu_seqlens" in kwargs:
+        found |= {"eager": _eager_packed(args, kwargs), "documents": _by_document(args, kwargs)}
+    elif op in EAGER:
         found["eager"] = EAGER[op](args, kwargs)
     if compiled and op != "decode_step":
         found["compiled"] = torch.compile(spec, fullgraph=True, dynamic=False)
@@ -205,7 +236,7 @@ def _matrices(layer: Layer) -> tuple[Weight, ...]:
     return layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2
 
 
-def operations(op: str, args: tuple, backward: bool) -> int | None:
+def operations(op: str, args: tuple, kwargs: dict, backward: bool) -> int | None:
     """Floating-point operations of the matrix products in an op; None if it has none."""
     if op == "linear":
         x, weight = args
@@ -222,7 +253,9 @@ def operations(op: str, args: tuple, backward: bool) -> int | None:
     q, k = args[:2]
     batch, lq, heads, head_dim = q.shape
     lk = k.shape[1]
-    pairs = lq * (lk - lq) + lq * (lq + 1) // 2  # causal
-    forward = 4 * batch * heads * head_dim * pairs
+    pairs = batch * (lq * (lk - lq) + lq * (lq + 1) // 2)  # causal
+    if "cu_seqlens" in kwargs:
+        pairs = sum(n * (n + 1) // 2 for n in kwargs["cu_seqlens"].diff().tolist())
+    forward = 4 * heads * head_dim * pairs
     # The backward makes five products of the forward's two, scores among them.
     return forward + forward * 5 // 2 if backward else forward
