@@ -44,7 +44,8 @@ MAY_IMPORT = {
         "compress",
     },
     "training": {"training", "openelm", "checks"},
-    "commands": {"commands", "console", "openelm", "formats", "testing", "__version__"},
+    "training.speed": {"openelm", "testing"},
+    "commands": {"commands", "console", "openelm", "formats", "testing", "__version__", "training"},
     # The model's own proof and measurements hold it to the same rules and clocks as the ops.
     **dict.fromkeys(
         (
