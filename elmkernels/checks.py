@@ -86,6 +86,18 @@ def within(name: str, x: Tensor, limit: int, what: str) -> None:
             fail(name, f"in [0, {limit}) ({what})", low if low < 0 else high)
 
 
+def boundaries(name: str, x: Tensor, total: int) -> None:
+    """x [documents + 1] rises, maybe not everywhere, from 0 to total. Reads the data, like
+    `within`."""
+    expected, (first, last) = f"rising from 0 to {total}", (int(x[0]), int(x[-1]))
+    if (first, last) != (0, total):
+        fail(name, expected, f"{first} to {last}")
+    falls = x.diff() < 0
+    if bool(falls.any()):
+        at = int(falls.int().argmax())
+        fail(name, expected, f"{int(x[at])} before {int(x[at + 1])}")
+
+
 def last_dim_packed(x: Tensor) -> Tensor:
     """x itself when its last dimension has stride 1, as every hot path has; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -12,6 +12,13 @@ constexpr int64_t kItems = 16;  // of the backward, if their chunks of keys stay
 constexpr int64_t kLeastChunk = 256;
 constexpr int64_t kWorth = 1'000'000;  // operations: some 10 us, beside 3 to wake a thread
 
+// Queries that see the same keys but for how many of them: a row of a batch, or a document.
+struct Row {
+  int64_t batch, start;  // its first token lies there
+  int64_t lq, lk;
+  int64_t first;  // how many keys lie before those of its own queries
+};
+
 // A tensor [batch, length, heads, head_dim].
 template <class T>
 struct Heads {
@@ -24,35 +31,44 @@ struct Heads {
         length(x.stride(1)),
         head(x.stride(2)) {}
 
-  T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+  T* at(const Row& row, int64_t h) const {
+    return data + row.batch * batch + row.start * length + h * head;
+  }
 
   // The rows of a tile: from one token on, `group` heads from h on of each.
-  auto rows(int64_t b, int64_t h, int64_t token, int64_t group) const {
-    T* first = at(b, h) + token * length;
+  auto rows(const Row& row, int64_t h, int64_t token, int64_t group) const {
+    T* first = at(row, h) + token * length;
     return [=, *this](int64_t r) { return first + r / group * length + r % group * head; };
   }
 };
 
-// Which keys the queries see: of each batch row those that aren't padding, in their order, so that
+// Which keys the queries see: of each row those that aren't padding, in their order, so that
 // padding is never read, and every query sees a first few of them.
 class Sight {
  public:
-  Sight(const Tensor& q, const Tensor& k, const Optional& key_mask, const Optional& offsets)
-      : batch_(q.size(0)), lq_(q.size(1)), lk_(k.size(1)), masked_(key_mask.has_value()) {
-    first_.assign(static_cast<size_t>(batch_), lk_ - lq_);
+  Sight(const Tensor& q, const Tensor& k, const Optional& key_mask, const Optional& offsets,
+        const Optional& cu_seqlens)
+      : lk_(k.size(1)), masked_(key_mask.has_value()) {
+    const int64_t batch = q.size(0), lq = q.size(1);
+    if (cu_seqlens) {
+      documents(*cu_seqlens, lq);
+      return;
+    }
+    rows_.assign(static_cast<size_t>(batch), {0, 0, lq, lk_, lk_ - lq});
+    for (int64_t b = 0; b < batch; ++b) rows_[b].batch = b;
     if (offsets) {
       const auto* at = static_cast<const int64_t*>(offsets->data_ptr());
-      for (int64_t b = 0; b < batch_; ++b) {
-        first_[b] = at[b * offsets->stride(0)];
-        STD_TORCH_CHECK(first_[b] >= 0 && first_[b] <= lk_ - lq_, "offsets must be in [0, ",
-                        lk_ - lq_ + 1, ") (k's length less q's), got ", first_[b]);
+      for (auto& row : rows_) {
+        row.first = at[row.batch * offsets->stride(0)];
+        STD_TORCH_CHECK(row.first >= 0 && row.first <= lk_ - lq, "offsets must be in [0, ",
+                        lk_ - lq + 1, ") (k's length less q's), got ", row.first);
       }
     }
     if (!masked_) return;
     const bool* mask = static_cast<const bool*>(key_mask->data_ptr());
-    keys_.resize(static_cast<size_t>(batch_ * lk_));
-    counts_.resize(static_cast<size_t>(batch_ * (lk_ + 1)));
-    for (int64_t b = 0; b < batch_; ++b) {
+    keys_.resize(static_cast<size_t>(batch * lk_));
+    counts_.resize(static_cast<size_t>(batch * (lk_ + 1)));
+    for (int64_t b = 0; b < batch; ++b) {
       int64_t count = 0;
       for (int64_t j = 0; j < lk_; ++j) {
         counts_[b * (lk_ + 1) + j] = count;
@@ -62,165 +78,258 @@ class Sight {
     }
   }
 
-  // How many keys query i sees.
-  int64_t limit(int64_t b, int64_t i) const {
-    const int64_t end = first_[b] + i + 1;
-    return masked_ ? counts_[b * (lk_ + 1) + end] : end;
+  const std::vector<Row>& rows() const { return rows_; }
+
+  // How many keys query i of a row sees.
+  int64_t limit(const Row& row, int64_t i) const {
+    const int64_t end = row.first + i + 1;
+    return masked_ ? counts_[row.batch * (lk_ + 1) + end] : end;
   }
   // The index of the j-th key that is seen.
-  int64_t key(int64_t b, int64_t j) const { return masked_ ? keys_[b * lk_ + j] : j; }
+  int64_t key(const Row& row, int64_t j) const { return masked_ ? keys_[row.batch * lk_ + j] : j; }
 
   // fn(key) for every key of a row that no query sees.
   template <class Fn>
-  void unseen(int64_t b, int64_t lq, Fn&& fn) const {
-    const int64_t end = first_[b] + lq;
-    for (int64_t j = 0; j < lk_; ++j)
-      if (j >= end || (masked_ && counts_[b * (lk_ + 1) + j] == counts_[b * (lk_ + 1) + j + 1]))
-        fn(j);
+  void unseen(const Row& row, Fn&& fn) const {
+    const int64_t end = row.first + row.lq;
+    const int64_t* counts = masked_ ? counts_.data() + row.batch * (lk_ + 1) : nullptr;
+    for (int64_t j = masked_ ? 0 : end; j < row.lk; ++j)
+      if (j >= end || counts[j] == counts[j + 1]) fn(j);
   }
 
+  static int64_t pairs(const Row& row) { return row.lq * (row.first + (row.lq + 1) / 2); }
+
   int64_t operations(int64_t q_heads, int64_t head_dim) const {
-    int64_t pairs = 0;
-    for (int64_t b = 0; b < batch_; ++b) pairs += lq_ * (first_[b] + (lq_ + 1) / 2);
-    return 4 * pairs * q_heads * head_dim;
+    int64_t sum = 0;
+    for (const Row& row : rows_) sum += pairs(row);
+    return 4 * sum * q_heads * head_dim;
+  }
+
+  int64_t longest() const {
+    int64_t most = 1;
+    for (const Row& row : rows_) most = std::max(most, row.lq);
+    return most;
   }
 
  private:
-  int64_t batch_, lq_, lk_;
+  // Each document that isn't empty is a row.
+  void documents(const Tensor& cu_seqlens, int64_t total) {
+    const auto* at = static_cast<const int64_t*>(cu_seqlens.data_ptr());
+    const int64_t stride = cu_seqlens.stride(0), count = cu_seqlens.size(0) - 1;
+    STD_TORCH_CHECK(at[0] == 0 && at[count * stride] == total,
+                    "cu_seqlens must be rising from 0 to ", total, ", got ", at[0], " to ",
+                    at[count * stride]);
+    rows_.reserve(static_cast<size_t>(count));
+    for (int64_t d = 0; d < count; ++d) {
+      const int64_t begin = at[d * stride], end = at[(d + 1) * stride];
+      STD_TORCH_CHECK(begin <= end, "cu_seqlens must be rising from 0 to ", total, ", got ", begin,
+                      " before ", end);
+      if (begin < end) rows_.push_back({0, begin, end - begin, end - begin, 0});
+    }
+  }
+
+  int64_t lk_;
   bool masked_;
-  std::vector<int64_t> first_, keys_, counts_;
+  std::vector<Row> rows_;
+  std::vector<int64_t> keys_, counts_;
 };
 
+// Some tokens of a row, and what of them says how long they take.
+struct Piece {
+  int64_t row, first, cost;
+};
+
+void dearest_first(std::vector<Piece>& pieces) {
+  if (pieces.size() < 2) return;
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+}
+
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                         Optional key_mask, Optional offsets, double scale) {
+                                         Optional key_mask, Optional offsets, Optional cu_seqlens,
+                                         double scale) {
   const int64_t batch = q.size(0), lq = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const int64_t kv_heads = k.size(2), group = heads / kv_heads;
   Tensor out = output_like(q);
   Tensor lse = torch::stable::new_empty(q, {batch, heads, lq}, ScalarType::Float);
-  const Sight sight(q, k, key_mask, offsets);
+  const Sight sight(q, k, key_mask, offsets, cu_seqlens);
+  const auto& rows = sight.rows();
   const int64_t operations = sight.operations(heads, head_dim);
   // Fewer tokens a tile where threads would go without one; a row's result doesn't depend on it.
   const int64_t wanted = operations < kWorth ? 1 : 4 * torch::stable::get_num_threads();
-  int64_t tokens = std::clamp<int64_t>(kRows / group, 1, std::max<int64_t>(1, lq));
-  while (tokens > 4 && batch * kv_heads * ((lq + tokens - 1) / tokens) < wanted)
-    tokens = (tokens + 1) / 2;
-  const int64_t tiles = (lq + tokens - 1) / tokens, pairs = batch * kv_heads;
+  int64_t tokens = std::clamp<int64_t>(kRows / group, 1, sight.longest());
+  const auto tiles = [&] {
+    int64_t count = 0;
+    for (const Row& row : rows) count += (row.lq + tokens - 1) / tokens;
+    return count;
+  };
+  while (tokens > 4 && tiles() * kv_heads < wanted) tokens = (tokens + 1) / 2;
+  std::vector<Piece> pieces;
+  pieces.reserve(static_cast<size_t>(tiles()));
+  for (const Row& row : rows)
+    for (int64_t first = 0; first < row.lq; first += tokens)
+      pieces.push_back({&row - rows.data(), first, row.first + std::min(first + tokens, row.lq)});
+  dearest_first(pieces);
   with_dtype(q, [&](auto t) {
     using T = decltype(t);
     const Heads<const T> queries(q), keys(k), values(v);
     const Heads<T> outs(out);
-    parallel_queue(tiles * pairs, operations, kWorth, [&](auto&& next) {
+    const auto items = static_cast<int64_t>(pieces.size()) * kv_heads;
+    parallel_queue(items, operations, kWorth, [&](auto&& next) {
       const auto scratch = floats(attend_scratch(tokens * group, head_dim));
       for (int64_t item; (item = next()) >= 0;) {
-        // The last tokens see most keys: they go first.
-        const int64_t first = (tiles - 1 - item / pairs) * tokens;
-        const int64_t b = item % pairs / kv_heads, h = item % kv_heads;
-        const int64_t rows = std::min(tokens, lq - first) * group;
-        float* statistic = data<float>(lse) + (b * heads + h * group) * lq + first;
+        const int64_t first = pieces[item / kv_heads].first, h = item % kv_heads;
+        const Row& row = rows[pieces[item / kv_heads].row];
+        const int64_t count = std::min(tokens, row.lq - first) * group;
+        float* statistic =
+            data<float>(lse) + (row.batch * heads + h * group) * lq + row.start + first;
+        const T *key = keys.at(row, h), *value = values.at(row, h);
         attend_tile<T>(
-            queries.rows(b, h * group, first, group), rows,
-            [&](int64_t j) { return keys.at(b, h) + sight.key(b, j) * keys.length; },
-            [&](int64_t j) { return values.at(b, h) + sight.key(b, j) * values.length; },
-            [&](int64_t r) { return sight.limit(b, first + r / group); }, head_dim,
-            static_cast<float>(scale), outs.rows(b, h * group, first, group),
-            [&](int64_t r, float value) { statistic[r % group * lq + r / group] = value; },
-            lq * group <= kTileRows, scratch.get());
+            queries.rows(row, h * group, first, group), count,
+            [&](int64_t j) { return key + sight.key(row, j) * keys.length; },
+            [&](int64_t j) { return value + sight.key(row, j) * values.length; },
+            [&](int64_t r) { return sight.limit(row, first + r / group); }, head_dim,
+            static_cast<float>(scale), outs.rows(row, h * group, first, group),
+            [&](int64_t r, float sum) { statistic[r % group * lq + r / group] = sum; },
+            row.lq * group <= kTileRows, scratch.get());
       }
     });
   });
   return {out, lse};
 }
 
-// An item is a chunk of the keys of one head: it owns their dk and dv, and adds to dq by a partial
-// of its own where there are several. How many depends on the shape alone, and so does every order.
+// How the backward cuts a row: an item is a chunk of the keys of one head. It owns their dk and dv,
+// and adds to dq by a partial of its own where there are several.
+struct Cut {
+  int64_t chunks, chunk, partials;  // where the row's partials begin
+};
+
+// By its share of all work, which depends on the shape alone, and so does every order.
+std::vector<Cut> cuts(const Sight& sight, int64_t heads, int64_t kv_heads, int64_t width) {
+  int64_t all = 0, partials = 0;
+  for (const Row& row : sight.rows()) all += Sight::pairs(row);
+  std::vector<Cut> found;
+  found.reserve(sight.rows().size() + 1);
+  for (const Row& row : sight.rows()) {
+    const int64_t items = kItems * Sight::pairs(row) / std::max<int64_t>(1, all * kv_heads);
+    const int64_t most = std::max<int64_t>(1, row.lk);
+    const int64_t chunks = std::clamp<int64_t>(std::min(items, row.lk / kLeastChunk), 1, most);
+    found.push_back({chunks, round_up((row.lk + chunks - 1) / chunks, kKeyBlock), partials});
+    if (chunks > 1) partials += chunks * row.lq * heads * width;
+  }
+  found.push_back({0, 0, partials});
+  return found;
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& q,
                                                  const Tensor& k, const Tensor& v,
                                                  const Tensor& out, const Tensor& lse,
                                                  Optional key_mask, Optional offsets,
-                                                 double scale) {
-  const int64_t batch = q.size(0), lq = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  const int64_t lk = k.size(1), kv_heads = k.size(2), group = heads / kv_heads;
-  const int64_t width = round_up(head_dim, Vec::size), pairs = batch * kv_heads;
+                                                 Optional cu_seqlens, double scale) {
+  const int64_t lq = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  const int64_t kv_heads = k.size(2), group = heads / kv_heads;
+  const int64_t width = round_up(head_dim, Vec::size);
   Tensor dq = output_like(q), dk = output_like(k), dv = output_like(v);
-  const Sight sight(q, k, key_mask, offsets);
+  const Sight sight(q, k, key_mask, offsets, cu_seqlens);
+  const auto& rows = sight.rows();
   const int64_t operations = sight.operations(heads, head_dim) * 5 / 2;
-  const int64_t chunks =
-      std::clamp<int64_t>(std::min(kItems / std::max<int64_t>(1, pairs), lk / kLeastChunk), 1, lk);
-  const int64_t chunk = round_up((lk + chunks - 1) / chunks, kKeyBlock);
+  const auto cut = cuts(sight, heads, kv_heads, width);
+  std::vector<Piece> pieces;
+  pieces.reserve(rows.size());
+  int64_t largest = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    largest = std::max(largest, cut[i].chunk);
+    for (int64_t c = 0; c < cut[i].chunks; ++c) {
+      const int64_t begin = c * cut[i].chunk, keys = std::min(cut[i].chunk, rows[i].lk - begin);
+      pieces.push_back({static_cast<int64_t>(i), begin, keys * (rows[i].lk - begin)});
+    }
+  }
+  dearest_first(pieces);
   // Of a group of more than 64 heads a tile takes some.
   const int64_t most = std::min(group, kBwdRows), slices = (group + most - 1) / most;
-  const int64_t tokens = kBwdRows / most, part = batch * lq * heads * width;
-  const auto partials = floats(chunks > 1 ? chunks * part : 1);
+  const int64_t tokens = kBwdRows / most;
+  const auto partials = floats(std::max<int64_t>(1, cut.back().partials));
   with_dtype(q, [&](auto t) {
     using T = decltype(t);
     const Heads<const T> queries(q), keys(k), values(v), outs(out), douts(dout);
     const Heads<T> dqs(dq), dks(dk), dvs(dv);
     const Vec shrink = vec(static_cast<float>(scale));
-    // Chunks of the first keys, which most queries see, go first.
-    parallel_queue(chunks * pairs, operations, kWorth, [&](auto&& next) {
+    const auto items = static_cast<int64_t>(pieces.size()) * kv_heads;
+    parallel_queue(items, operations, kWorth, [&](auto&& next) {
       const auto scratch = floats(attend_bwd_scratch(head_dim));
-      const auto sums = floats(2 * chunk * width);
-      float *dkeys = sums.get(), *dvalues = sums.get() + chunk * width;
+      const auto sums = floats(2 * largest * width);
       for (int64_t item; (item = next()) >= 0;) {
-        const int64_t c = item / pairs, b = item % pairs / kv_heads, h = item % kv_heads;
-        const int64_t begin = c * chunk, seen = sight.limit(b, lq - 1);
-        const int64_t end = std::clamp(seen, begin, std::max(begin, std::min(lk, begin + chunk)));
-        std::fill(dkeys, dkeys + 2 * chunk * width, 0.0f);
-        for (int64_t tile = 0; tile < slices * ((lq + tokens - 1) / tokens); ++tile) {
-          const int64_t first = tile / slices * tokens, count = std::min(tokens, lq - first);
+        const Piece& piece = pieces[item / kv_heads];
+        const Row& row = rows[piece.row];
+        const Cut& share = cut[piece.row];
+        const int64_t h = item % kv_heads, begin = piece.first;
+        const int64_t seen = sight.limit(row, row.lq - 1);
+        const int64_t end = std::clamp(seen, begin, std::max(begin, begin + share.chunk));
+        const T *key = keys.at(row, h), *value = values.at(row, h);
+        float *dkeys = sums.get(), *dvalues = dkeys + (end - begin) * width;
+        std::fill(dkeys, dvalues + (end - begin) * width, 0.0f);
+        for (int64_t tile = 0; tile < slices * ((row.lq + tokens - 1) / tokens); ++tile) {
+          const int64_t first = tile / slices * tokens, count = std::min(tokens, row.lq - first);
           const int64_t head = h * group + tile % slices * most;
           const int64_t some = std::min(most, (h + 1) * group - head);
-          if (chunks > 1 && sight.limit(b, first + count - 1) <= begin) continue;
-          const float* statistic = data<float>(lse) + (b * heads + head) * lq + first;
-          const auto to = dqs.rows(b, head, first, some);
-          float* partial = partials.get() + c * part + ((b * lq + first) * heads + head) * width;
+          if (share.chunks > 1 && sight.limit(row, first + count - 1) <= begin) continue;
+          const float* statistic =
+              data<float>(lse) + (row.batch * heads + head) * lq + row.start + first;
+          const auto to = dqs.rows(row, head, first, some);
+          float* partial = partials.get() + share.partials +
+                           ((begin / share.chunk * row.lq + first) * heads + head) * width;
           attend_tile_bwd<T>(
-              queries.rows(b, head, first, some), outs.rows(b, head, first, some),
-              douts.rows(b, head, first, some),
+              queries.rows(row, head, first, some), outs.rows(row, head, first, some),
+              douts.rows(row, head, first, some),
               [&](int64_t r) { return statistic[r % some * lq + r / some]; }, count * some,
-              [&](int64_t j) { return keys.at(b, h) + sight.key(b, j) * keys.length; },
-              [&](int64_t j) { return values.at(b, h) + sight.key(b, j) * values.length; },
-              [&](int64_t r) { return sight.limit(b, first + r / some); }, begin, end, head_dim,
+              [&](int64_t j) { return key + sight.key(row, j) * keys.length; },
+              [&](int64_t j) { return value + sight.key(row, j) * values.length; },
+              [&](int64_t r) { return sight.limit(row, first + r / some); }, begin, end, head_dim,
               static_cast<float>(scale), dkeys, dvalues,
-              [&](int64_t r, const float* row) {
+              [&](int64_t r, const float* from) {
                 float* sum = partial + (r / some * heads + r % some) * width;
                 sweep(head_dim, [&](int64_t d, auto part) {
-                  if (chunks > 1) return store(sum + d, load(row + d, part), part);
-                  store(to(r) + d, load(row + d, part) * shrink, part);
+                  if (share.chunks > 1) return store(sum + d, load(from + d, part), part);
+                  store(to(r) + d, load(from + d, part) * shrink, part);
                 });
               },
               scratch.get());
         }
+        T *dkey = dks.at(row, h), *dvalue = dvs.at(row, h);
         for (int64_t j = begin; j < end; ++j) {
-          const int64_t at = sight.key(b, j), row = (j - begin) * width;
+          const int64_t at = sight.key(row, j), from = (j - begin) * width;
           sweep(head_dim, [&](int64_t d, auto part) {
-            store(dks.at(b, h) + at * dks.length + d, load(dkeys + row + d, part) * shrink, part);
-            store(dvs.at(b, h) + at * dvs.length + d, load(dvalues + row + d, part), part);
+            store(dkey + at * dks.length + d, load(dkeys + from + d, part) * shrink, part);
+            store(dvalue + at * dvs.length + d, load(dvalues + from + d, part), part);
           });
         }
-        if (c == 0)
-          sight.unseen(b, lq, [&](int64_t at) {
-            std::memset(dks.at(b, h) + at * dks.length, 0, head_dim * sizeof(T));
-            std::memset(dvs.at(b, h) + at * dvs.length, 0, head_dim * sizeof(T));
+        if (begin == 0)
+          sight.unseen(row, [&](int64_t at) {
+            std::memset(dkey + at * dks.length, 0, head_dim * sizeof(T));
+            std::memset(dvalue + at * dvs.length, 0, head_dim * sizeof(T));
           });
       }
     });
-    if (chunks == 1) return;
-    parallel_rows(batch * lq, 2 * chunks * heads * width, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t b = row / lq, i = row % lq, first = i / tokens * tokens;
-        const int64_t last = sight.limit(b, std::min(first + tokens, lq) - 1);
-        const int64_t count = std::min(chunks, (last + chunk - 1) / chunk);
-        for (int64_t h = 0; h < heads; ++h)
-          sweep(head_dim, [&](int64_t d, auto part_of) {
-            Vec total = vec(0.0f);
-            for (int64_t c = 0; c < count; ++c)
-              total =
-                  total + load(partials.get() + c * part + (row * heads + h) * width + d, part_of);
-            store(data<T>(dq) + (row * heads + h) * head_dim + d, total * shrink, part_of);
-          });
-      }
-    });
+    for (size_t n = 0; n < rows.size(); ++n) {
+      const Row& row = rows[n];
+      const Cut& share = cut[n];
+      if (share.chunks == 1) continue;
+      const int64_t part = row.lq * heads * width;
+      parallel_rows(row.lq, 2 * share.chunks * heads * width, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t first = i / tokens * tokens;
+          const int64_t last = sight.limit(row, std::min(first + tokens, row.lq) - 1);
+          const int64_t count = std::min(share.chunks, (last + share.chunk - 1) / share.chunk);
+          for (int64_t h = 0; h < heads; ++h)
+            sweep(head_dim, [&](int64_t d, auto part_of) {
+              const float* from = partials.get() + share.partials + (i * heads + h) * width + d;
+              Vec total = vec(0.0f);
+              for (int64_t c = 0; c < count; ++c) total = total + load(from + c * part, part_of);
+              store(dqs.at(row, h) + i * dqs.length + d, total * shrink, part_of);
+            });
+        }
+      });
+    }
   });
   return {dq, dk, dv};
 }

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..backends import where_it_has
 from ..reference import rope_table
+from .documents import in_one_row
 from .model import Context
 
 
@@ -93,15 +94,18 @@ class FusedAttention(nn.Module):
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
             q, _, _ = self.project(x, context.positions, context.rope_table, **buffers)
             k, v = cache.filled(i, x.shape[1])
+        if context.cu_seqlens is not None:
+            q, k, v = in_one_row((q, k, v))
         out = ops.attention(
             q,
             k,
             v,
             key_mask=context.key_mask,
             offsets=context.offsets,
+            cu_seqlens=context.cu_seqlens,
             backend=self.attention_backend,
         )
-        return self.out_proj(out.flatten(-2))
+        return self.out_proj(out.reshape(*x.shape[:2], self.q_heads * self.head_dim))
 
 
 class FusedDecoderLayer(nn.Module):

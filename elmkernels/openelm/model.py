@@ -23,6 +23,7 @@ from ..reference import attention, qk_norm_rope, rms_norm, rope_table, swiglu
 from .cache import KVCache
 from .compressed import product, weight_of
 from .config import OpenELMConfig
+from .documents import check_documents, in_one_row, positions_of
 
 
 class Context(NamedTuple):
@@ -34,6 +35,7 @@ class Context(NamedTuple):
     cache: KVCache | None
     slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
     offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
+    cu_seqlens: Tensor | None = None  # int64 [documents + 1] over the batch * length tokens
 
 
 class RMSNorm(nn.Module):
@@ -81,8 +83,11 @@ class Attention(nn.Module):
         )
         if context.cache is not None:
             k, v = context.cache.append(self.layer_index, k, v)
-        out = attention(q, k, v, context.key_mask, offsets=context.offsets)
-        return self.out_proj(out.flatten(-2))
+        if context.cu_seqlens is not None:
+            q, k, v = in_one_row((q, k, v))
+        sight = {"offsets": context.offsets, "cu_seqlens": context.cu_seqlens}
+        out = attention(q, k, v, context.key_mask, **sight)
+        return self.out_proj(out.reshape(*x.shape[:2], self.q_heads * self.head_dim))
 
     def extra_repr(self) -> str:
         return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
@@ -233,6 +238,7 @@ class OpenELM(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         counts: Sequence[int] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """input_ids integer [batch, length] -> logits [batch, length, vocab_size], or of the last
         `logits_to_keep` positions where that is not 0. With a cache the tokens follow those that
@@ -243,10 +249,14 @@ class OpenELM(nn.Module):
         to length, the rest is padding on the right. The cache counts the tokens alone, but needs
         room for all. logits_to_keep then keeps the last of each row's tokens (repeating its first
         position where it has fewer).
+
+        cu_seqlens, instead of all these but logits_to_keep: int64 [documents + 1], rising from 0
+        to batch * length, where documents end in the rows one after another; every row begins one.
+        Positions restart in each document, and its tokens see no other.
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
-        context = self._context(input_ids, attention_mask, cache)
+        context = self._context(input_ids, attention_mask, cache, cu_seqlens)
         counts = self._check_counts(counts, input_ids, attention_mask, cache)
         x = self.token_embeddings(input_ids)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
@@ -266,7 +276,11 @@ class OpenELM(nn.Module):
         return logits
 
     def _context(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+        cu_seqlens: Tensor | None = None,
     ) -> Context:
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
@@ -284,6 +298,12 @@ class OpenELM(nn.Module):
         if cache is not None:
             self._check_cache(cache, batch, length, input_ids.device)
         self._place_rope_table(input_ids.device)
+        if cu_seqlens is not None:
+            if cache is not None or attention_mask is not None:
+                raise ValueError("cu_seqlens must be given without cache and attention_mask")
+            check_documents(cu_seqlens, input_ids)
+            positions = positions_of(cu_seqlens, batch * length).view(batch, length)
+            return Context(positions, self.rope_table, None, None, None, None, cu_seqlens)
         if cache is not None and cache.ragged:
             if attention_mask is not None:
                 raise ValueError(

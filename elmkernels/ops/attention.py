@@ -2,31 +2,29 @@
 
 Scores, the softmax and every sum are float32; in bfloat16, where the processor multiplies pairs of
 it, the weights are rounded before they meet v, as flash attention does. No mask is ever built, and
-padding and what lies beyond a row's end are never read. Backward, from the saved lse,
+padding and what lies beyond a row's end are never read; of packed documents no pair of two is
+ever scored. Backward, from the saved lse,
     p = exp(scale q k^T - lse), dv = p^T dout, ds = p (dout v^T - rowsum(dout out)),
     dq = scale ds k, dk = scale ds^T q.
-"sdpa" is torch's own, called so that no key or value is repeated in memory and that the mask is
-implicit wherever it can be. Gradients are torch's then.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
 
 from .. import reference
-from ..backends import REFERENCE, SDPA, choose, define, kernel
-from ..checks import DTYPES, fail, floating, integers, last_dim_packed, like, within
-from ..reference.attention import visible_keys, without_unseen
+from ..backends import PREFERENCE, REFERENCE, SDPA, choose, define, kernel
+from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_packed, like, within
+from ._sdpa import by_sdpa
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
-_SIGHT = "Tensor? key_mask, Tensor? offsets, float scale"
+_SIGHT = "Tensor? key_mask, Tensor? offsets, Tensor? cu_seqlens, float scale"
 
 define(
     "attention",
     fwd=(
         f"({_INPUTS}, {_SIGHT}) -> (Tensor, Tensor)",
-        lambda q, k, v, key_mask, offsets, scale: (
+        lambda q, k, v, *_: (
             q.new_empty(q.shape),
             q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
         ),
@@ -40,9 +38,10 @@ define(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, key_mask, offsets, scale, backend):
-        out, lse = kernel("attention_fwd", backend)(q, k, v, key_mask, offsets, scale)
-        ctx.save_for_backward(q, k, v, out, lse, key_mask, offsets)
+    def forward(ctx, q, k, v, key_mask, offsets, cu_seqlens, scale, backend):
+        sight = key_mask, offsets, cu_seqlens
+        out, lse = kernel("attention_fwd", backend)(q, k, v, *sight, scale)
+        ctx.save_for_backward(q, k, v, out, lse, *sight)
         ctx.scale, ctx.backend = scale, backend
         return out
 
@@ -52,7 +51,7 @@ class _Attention(torch.autograd.Function):
         grads = kernel("attention_bwd", ctx.backend)(
             last_dim_packed(dout), *ctx.saved_tensors, ctx.scale
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -91,20 +90,32 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
     fail("q", f"of a multiple of {k.shape[2]} heads (those of k)", q_heads)
 
 
-def _check_sight(q: Tensor, k: Tensor, key_mask, offsets, scale, backend: str) -> None:
-    """key_mask, offsets and scale; where offsets point, unless the kernel itself will look."""
+def _check_sight(q: Tensor, k: Tensor, key_mask, offsets, cu_seqlens, scale, backend: str) -> None:
+    """All but q, k and v; where offsets and cu_seqlens point, unless the kernel itself will look
+    or it would wait for a GPU."""
     if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype.is_floating_point):
         fail("key_mask", f"bool {list(k.shape[:2])}", f"{key_mask.dtype} {list(key_mask.shape)}")
     if scale is not None and not scale > 0:
         fail("scale", "above 0", scale)
-    if offsets is None:
-        return
-    integers("offsets", offsets, q.device)
-    if offsets.shape != q.shape[:1]:
-        fail("offsets", list(q.shape[:1]), list(offsets.shape))
-    composed = backend in (SDPA, REFERENCE) or q.numel() == 0
-    if composed and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        within("offsets", offsets, k.shape[1] - q.shape[1] + 1, "k's length less q's")
+    looks = backend in PREFERENCE["cpu"] and backend != SDPA and q.numel() > 0
+    read = q.device.type == "cpu" and not looks and not torch.compiler.is_compiling()
+    if offsets is not None:
+        integers("offsets", offsets, q.device)
+        if offsets.shape != q.shape[:1]:
+            fail("offsets", list(q.shape[:1]), list(offsets.shape))
+        if read:
+            within("offsets", offsets, k.shape[1] - q.shape[1] + 1, "k's length less q's")
+    if cu_seqlens is not None:
+        for name, other in (("key_mask", key_mask), ("offsets", offsets)):
+            if other is not None:
+                fail(name, "None with cu_seqlens", f"a tensor {list(other.shape)}")
+        integers("cu_seqlens", cu_seqlens, q.device)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            fail("cu_seqlens", "[documents + 1]", list(cu_seqlens.shape))
+        if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+            fail("q", f"[1, {k.shape[1]}, ...] with cu_seqlens: one row, like k", list(q.shape))
+        if read:
+            boundaries("cu_seqlens", cu_seqlens, q.shape[1])
 
 
 def attention(
@@ -114,6 +125,7 @@ def attention(
     *,
     key_mask: Tensor | None = None,
     offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -123,43 +135,25 @@ def attention(
     with a packed head_dim; key_mask: bool [batch, lk], False for padding; offsets: int64 [batch],
     each in [0, lk - lq], the place among the keys of a row's first query (None: lk - lq), beyond
     whose last query keys may be anything; scale: above 0, head_dim^-0.5 by default.
+    cu_seqlens: int64 [documents + 1], rising from 0 to lk: the one row (batch 1, lq == lk, neither
+    key_mask nor offsets) is documents one after another, document d from cu_seqlens[d] up to
+    cu_seqlens[d + 1], which may be the same; a query sees the keys of its document up to itself.
     Returns [batch, lq, q_heads, head_dim]; a query that sees no key gives zeros.
     Raises TypeError or ValueError for a wrong argument.
     """
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)
     backend = choose("attention", q.device.type, backend)
-    if key_mask is not None or offsets is not None or scale is not None:
-        _check_sight(q, k, key_mask, offsets, scale, backend)
+    plain = key_mask is None and offsets is None and cu_seqlens is None
+    if not plain or scale is not None:
+        _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)
         key_mask = None if key_mask is None else key_mask.bool()
     if backend == REFERENCE or q.numel() == 0:
-        return reference.attention(q, k, v, key_mask, scale, offsets)
+        return reference.attention(q, k, v, key_mask, scale, offsets, cu_seqlens)
     if backend == SDPA:
-        return _by_sdpa(q, k, v, key_mask, offsets, scale)
+        return by_sdpa(q, k, v, key_mask, offsets, cu_seqlens, scale)
     q, k, v = last_dim_packed(q), last_dim_packed(k), last_dim_packed(v)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    sight = key_mask, offsets, cu_seqlens, q.shape[3] ** -0.5 if scale is None else scale
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, key_mask, offsets, scale, backend)
-    return kernel("attention_fwd", backend)(q, k, v, key_mask, offsets, scale)[0]
-
-
-def _by_sdpa(q, k, v, key_mask, offsets, scale) -> Tensor:
-    batch, lq, q_heads, head_dim = q.shape
-    lk, kv_heads = k.shape[1:3]
-    if offsets is not None:
-        k, v = without_unseen(k, v, lq, offsets)
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    visible = None
-    if key_mask is not None or offsets is not None or lq not in (1, lk):
-        visible = visible_keys(lq, lk, key_mask, offsets, q.device)
-    if lq == 1:
-        # The query heads of a group become the rows of one small matrix: each key is read once.
-        queries = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
-        how = {"attn_mask": visible}
-    else:
-        queries = q.transpose(1, 2)
-        how = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": True}
-    out = scaled_dot_product_attention(queries, keys, values, scale=scale, **how)
-    if key_mask is not None:
-        out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    return out.reshape(q.shape) if lq == 1 else out.transpose(1, 2)
+        return _Attention.apply(q, k, v, *sight, backend)
+    return kernel("attention_fwd", backend)(q, k, v, *sight)[0]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..reference import rope_table
+from .attention_cases import attention_case, attention_cases
 from .decoder_cases import BENCH, decode_step_cases, linear_cases
-from .draw import ALL, HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
+from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
 
 _NORM_SHAPES = {
     "one_row": (1, 1280),
@@ -223,91 +224,12 @@ def _qk_norm_rope_cases() -> list[Case]:
     ]
 
 
-def _attention_case(
-    name: str,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    lq: int,
-    lk: int,
-    batch: int = 2,
-    *,
-    padding: list[int] | None = None,
-    offsets: list[int] | None = None,
-    scale: float | None = None,
-    strided: bool = False,
-    draw: Callable[..., Tensor] = Draw.normal,
-    **options,
-) -> Case:
-    """padding: masked keys at the left of each batch row. offsets: where each row's queries begin;
-    keys beyond a row's end are NaN. strided: k and v are slices of longer caches, q of a wider
-    projection. draw: of q and k."""
-
-    def build(d: Draw) -> Inputs:
-        extra = 3 if strided else 0
-        q = draw(d, batch, lq, q_heads + extra, head_dim)[:, :, :q_heads]
-        k = draw(d, batch, lk + extra, kv_heads, head_dim)[:, :lk]
-        v = d.normal(batch, lk + extra, kv_heads, head_dim)[:, :lk]
-        kwargs = {} if scale is None else {"scale": scale}
-        if padding is not None:
-            first = torch.tensor(padding, device=d.device)[:, None]
-            kwargs["key_mask"] = torch.arange(lk, device=d.device) >= first
-        if offsets is not None:
-            kwargs["offsets"] = torch.tensor(offsets, device=d.device)
-            for b, first in enumerate(offsets):
-                k[b, first + lq :] = v[b, first + lq :] = math.nan
-        return (grad(q), grad(k), grad(v)), kwargs
-
-    return Case("attention", name, build, **options)
-
-
-def _attention_cases() -> list[Case]:
-    found = []
-    for name, config in models().items():
-        q, kv, d = config.num_query_heads[-1], config.num_kv_heads[-1], config.head_dim
-        found.append(_attention_case(f"{name}_prompt", q, kv, d, 24, 24, batch=1))
-        found.append(_attention_case(f"{name}_token", q, kv, d, 1, 100, batch=4))
-    return found + [
-        _attention_case("two_keys", 4, 1, 64, 1, 2, batch=32),
-        _attention_case("one_head_a_group", 3, 3, 64, 17, 17),
-        _attention_case("head_dim_20", 4, 2, 20, 33, 33),
-        _attention_case("head_dim_1", 4, 2, 1, 9, 9),
-        _attention_case("head_dim_128", 8, 2, 128, 40, 70),
-        _attention_case("head_dim_256", 4, 1, 256, 70, 70, batch=1),
-        _attention_case("group_of_3", 6, 2, 64, 23, 40),
-        # float32, as torch's own attention sums the gradients of these heads in half precision.
-        _attention_case("group_of_70", 70, 1, 20, 3, 20, batch=1, dtypes=ALL[:1]),
-        _attention_case("chunk", 8, 2, 64, 7, 30),
-        _attention_case("long", 4, 1, 64, 300, 700, batch=1),
-        _attention_case("long_prompt", 6, 2, 64, 333, 333, batch=1),
-        _attention_case("long_token", 8, 2, 64, 1, 1000, batch=1),
-        _attention_case("ragged_tokens", 8, 2, 64, 1, 90, 4, offsets=[0, 89, 5, 64]),
-        _attention_case("ragged_chunks", 8, 2, 64, 6, 150, 4, offsets=[0, 144, 60, 1]),
-        _attention_case("ragged_long", 4, 1, 64, 90, 600, offsets=[40, 510]),
-        _attention_case(
-            "ragged_and_padded", 8, 2, 64, 5, 80, 3, padding=[0, 9, 70], offsets=[75, 7, 60]
-        ),
-        _attention_case("scores_of_hundreds", 8, 2, 64, 40, 80, scale=3.0, dtypes=ALL[:1]),
-        _attention_case("one_key_outweighs", 8, 2, 64, 20, 20, draw=Draw.outliers, scale=1e-5),
-        _attention_case("broadcast_dy", 8, 2, 64, 12, 20, cotangent="broadcast"),
-        _attention_case("strided_dy", 8, 2, 64, 12, 20, cotangent="strided"),
-        _attention_case("left_padded_prompt", 8, 2, 64, 12, 12, padding=[0, 5]),
-        _attention_case("left_padded_token", 8, 2, 64, 1, 24, 16, padding=list(range(16))),
-        _attention_case("left_padded_chunk", 8, 2, 64, 4, 12, padding=[3, 10]),
-        _attention_case("scale", 8, 2, 64, 12, 12, scale=0.3),
-        _attention_case("strided_prompt", 8, 2, 64, 12, 12, strided=True),
-        _attention_case("strided_token", 8, 2, 64, 1, 24, batch=16, strided=True),
-        _attention_case("no_batch", 4, 1, 64, 3, 3, batch=0),
-        _attention_case("no_queries", 4, 1, 64, 0, 3),
-    ]
-
-
 CASES: dict[str, list[Case]] = {
     "rms_norm": _norm_cases("rms_norm", 1),
     "add_rms_norm": _add_rms_norm_cases(),
     "qk_norm_rope": _qk_norm_rope_cases(),
     "swiglu": _swiglu_cases(),
-    "attention": _attention_cases(),
+    "attention": attention_cases(),
     "linear": linear_cases(),
     "decode_step": decode_step_cases(),
 }
@@ -335,7 +257,7 @@ def bench_cases(
             length = min(count, TABLE_LENGTH)
             return _qk_case(name, q, kv, d, math.ceil(count / length), length)
         if op == "attention":
-            return _attention_case(name, q, kv, d, count, 513 if count == 1 else count, batch=1)
+            return attention_case(name, q, kv, d, count, 513 if count == 1 else count, batch=1)
         inputs = 2 if op == "add_rms_norm" else 1
         return Case(
             op,

@@ -389,11 +389,11 @@ ATTENTION = [name for name in runnable("attention") if name not in ("sdpa", "tri
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("name", ["chunk", "ragged_and_padded"])
+@pytest.mark.parametrize("name", ["chunk", "ragged_and_padded", "packed_off_every_block"])
 def test_attention_traces_and_passes_opcheck(backend, name):
     args, kwargs = inputs("attention", name, torch.float32)
     q, k, v = (a.detach().nan_to_num() for a in args)
-    sight = (kwargs.get("key_mask"), kwargs.get("offsets"), 0.125)
+    sight = (*(kwargs.get(name) for name in ("key_mask", "offsets", "cu_seqlens")), 0.125)
     out, lse = kernel("attention_fwd", backend)(q, k, v, *sight)
     torch.library.opcheck(kernel("attention_fwd", backend), (q, k, v, *sight))
     backward = (torch.randn_like(out), q, k, v, out, lse, *sight)
@@ -404,7 +404,7 @@ def test_attention_traces_and_passes_opcheck(backend, name):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("name", ["long", "ragged_long"])
+@pytest.mark.parametrize("name", ["long", "ragged_long", "packed_long_among_short"])
 def test_attention_is_bitwise_equal_with_any_number_of_threads(backend, name):
     args, kwargs = inputs("attention", name, torch.bfloat16)
     threads = torch.get_num_threads()
