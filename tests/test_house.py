@@ -245,7 +245,7 @@ def run_alone(folder: Path, blocked: list[str], watched: list[str], built: bool)
 
 
 EXTRAS = ["triton", "matplotlib", "tqdm", "yaml", "transformers", "liger_kernel", "pytest"]
-EXTRAS += ["tokenizers", "sentencepiece"]
+EXTRAS += ["tokenizers", "sentencepiece", "datasets", "tensorboard"]
 
 
 def test_import_loads_no_extra():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .. import checks
+from ..openelm.config import VARIANTS
 
 _MARK = ("model", "language_modeling", "general_gpt")
 _MODEL = ".".join(_MARK) + "."
@@ -16,7 +17,6 @@ _TAKEN = {
     "common.save_interval_freq": "keep.checkpoint_every",
     "common.log_freq": "keep.log_every",
     "common.eval_every_k_iterations": "keep.evaluate_every",
-    "dataset.train_batch_size0": "batch.micro",
     "dataset.language_modeling.sequence_length": "data.sequence_length",
     "dataset.language_modeling.min_tokens_per_text": "data.min_tokens",
     "dataset.language_modeling.min_characters_per_text": "data.min_characters",
@@ -53,6 +53,7 @@ _COMBINED = {
     "common.mixed_precision_dtype": "engine.precision",
     "fsdp.parameter_datatype": "engine.precision",
     "train_eval_pipeline.name": "engine.parallel",
+    "dataset.train_batch_size0": "batch.micro and batch.sequences",
     "common.accum_freq": "batch.sequences",
     "loss.language_modeling.cross_entropy.use_z_loss": "loss.z_loss",
     "loss.language_modeling.cross_entropy.z_loss_eps": "loss.z_loss",
@@ -60,7 +61,17 @@ _COMBINED = {
     "dataset.language_modeling.general_lm.train_data_info": "data.train and data.text_field",
     "dataset.language_modeling.general_lm.val_data_info": "data.validation and data.text_field",
 }
+# What CoreNet does where its file says nothing, and we would do something else.
+_ABSENT = {
+    "optimizer.grad_clip": 0.0,
+    "optimizer.weight_decay": 4e-5,
+    "schedule.warmup_steps": 0,
+    "schedule.warmup_init_lr": 1e-7,
+    "schedule.max_lr": 0.1,
+    "schedule.min_lr": 1e-5,
+}
 _ANCHOR = "_anchor"  # fields that only hold a value for others to repeat
+_IGNORED = "ignored"
 _GPUS = 128  # that the paper trained on; the file says the batch of one
 _TOKENIZER = "tokenizer.model"
 
@@ -85,9 +96,14 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if name in flat and flat[name] != wanted:
             checks.fail(name, repr(wanted), repr(flat[name]))
     made: dict[str, Any] = {}
+    for ours, value in _ABSENT.items():
+        _put(made, ours, value)
     for name, ours in _TAKEN.items():
         if flat.get(name) is not None:
             _put(made, ours, flat[name])
+    if flat.get(_MODEL + "model_name") not in VARIANTS:
+        name = _MODEL + "model_name"
+        checks.fail(name, f"one of {', '.join(VARIANTS)}", repr(flat.get(name)))
     made["model"] = {
         name.removeprefix(_MODEL): value
         for name, value in flat.items()
@@ -95,7 +111,12 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }
     _losses_and_betas(flat, made)
     _engine(flat, made)
-    notes = [f"{name}: {said}" for name, said in explain(values).items() if said.startswith("ign")]
+    said = explain(values)
+    notes = [f"{name}: {said[name]}" for name in said if said[name].startswith(_IGNORED)]
+    if "optim.no_decay_bn_filter_bias" not in flat:
+        notes.append("optimizer.weight_decay: assumed to leave norms out (CoreNet decays them)")
+    if "scheduler.max_iterations" not in flat:
+        notes.append("schedule.steps: the file says none, set it")
     _batch(flat, made, notes)
     _data(flat, made, notes)
     return made, notes
@@ -116,7 +137,7 @@ def explain(values: Mapping[str, Any]) -> dict[str, str]:
         elif name.startswith(_ANCHOR):
             said[name] = "used where it is repeated"
         else:
-            said[name] = f"ignored{_WHY.get(name, '')}"
+            said[name] = _IGNORED + _WHY.get(name, "")
     return said
 
 
@@ -130,6 +151,20 @@ _WHY = {
     "dataset.persistent_workers": " (tokens are read from memory-mapped files)",
     "dataset.pin_memory": " (tokens are read from memory-mapped files)",
     "dataset.language_modeling.shuffle_data": " (sequences are always shuffled)",
+    **dict.fromkeys(
+        (
+            "fsdp.sharding_strategy",
+            "fsdp.gradient_reduction_datatype",
+            "fsdp.buffer_datatype",
+            "fsdp.cpu_offload",
+            "fsdp.limit_all_gathers",
+        ),
+        " (engine.parallel fsdp has settings of its own)",
+    ),
+    **dict.fromkeys(
+        ("stats.val", "stats.train", "stats.checkpoint_metric", "stats.checkpoint_metric_max"),
+        " (losses are always kept, and the newest checkpoints)",
+    ),
     "loss.language_modeling.cross_entropy.ignore_index": " (nothing is padded, so nothing to skip)",
     "text_tokenizer.sentence_piece.append_sot_token": " (always, where the tokenizer has one)",
     "text_tokenizer.sentence_piece.append_eot_token": " (always)",
@@ -175,15 +210,18 @@ def _engine(flat: Mapping[str, Any], made: dict[str, Any]) -> None:
 
 
 def _batch(flat: Mapping[str, Any], made: dict[str, Any], notes: list[str]) -> None:
-    micro = flat.get("dataset.train_batch_size0", 1)
-    accumulated = flat.get("common.accum_freq", 1)
-    if type(micro) is int and type(accumulated) is int:
-        sequences = micro * accumulated * _GPUS
-        _put(made, "batch.sequences", sequences)
-        notes.append(
-            f"batch.sequences: assumed {sequences}, {_GPUS} GPUs of {micro * accumulated} "
-            "(the file says it for one GPU, the paper used so many)"
-        )
+    size = 1
+    for name, absent in (("dataset.train_batch_size0", 128), ("common.accum_freq", 1)):
+        value = flat.get(name, absent)
+        if type(value) is not int:
+            checks.fail(name, "an integer", repr(value), TypeError)
+        size *= value
+    _put(made, "batch.micro", flat.get("dataset.train_batch_size0", 128))
+    _put(made, "batch.sequences", size * _GPUS)
+    notes.append(
+        f"batch.sequences: assumed {size * _GPUS}, {_GPUS} GPUs of {size} "
+        "(the file says it for one GPU, the paper used so many)"
+    )
 
 
 def _data(flat: Mapping[str, Any], made: dict[str, Any], notes: list[str]) -> None:
@@ -209,6 +247,11 @@ def _data(flat: Mapping[str, Any], made: dict[str, Any], notes: list[str]) -> No
     if "tokenizer" not in made["data"]:
         _put(made, "data.tokenizer", _TOKENIZER)
         notes.append(f"data.tokenizer: assumed {_TOKENIZER}, the file names none")
+    if "min_characters" in made["data"]:
+        notes.append(
+            "data.min_characters: counted as the text is "
+            "(CoreNet counts without punctuation and repeated spaces)"
+        )
     notes.append(
         "data.separate_documents: assumed true, documents are packed one after the other "
         "(CoreNet pads each to the sequence's length, or cuts it)"

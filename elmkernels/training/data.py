@@ -21,7 +21,7 @@ from .recipe import Data, Recipe, fit, model_config
 from .sources import Piece
 from .tokenizers import Tokenizer
 from .tokenizers import load as load_tokenizer
-from .tokens import DTYPES, Info, Part, Tokens, dtype_for, open_part, read_info, sidecar
+from .tokens import DTYPES, Info, Tokens, dtype_for, open_part, read_info, sidecar
 
 SPLITS = ("train", "validation")
 # Bytes of text that are tokenised at once, and pieces of it.
@@ -67,11 +67,13 @@ def prepare(
     eos = data.eos
     if eos is None:
         eos = tokenizer.eos if tokenizer else infos[0].eos
-    parts = [open_part(path, config.vocab_size, eos) for path in bins]
+    # An id that the tokenizer doesn't know belongs to another one, even where the model has room.
+    limit = tokenizer.vocab_size if tokenizer else config.vocab_size
+    parts = [open_part(path, limit, eos) for path in bins]
     if texts:
         path = _tokenised(data, Path(cache), split, texts, tokenizer, progress)
-        parts.insert(0, open_part(path, config.vocab_size, eos))
-    return Tokens(parts, config.vocab_size, eos)
+        parts.insert(0, open_part(path, limit, eos))
+    return Tokens(parts, limit, eos)
 
 
 def _files(data: Data, split: str) -> tuple[list[Path], list[Path]]:
@@ -112,7 +114,8 @@ def _tokenised(
     path = cache / f"{split}-{key[:16]}.bin"
     if _is_whole(path, key):
         return path
-    cache.mkdir(parents=True, exist_ok=True)
+    with _reported(path):
+        cache.mkdir(parents=True, exist_ok=True)
     for left in cache.glob(f"{path.stem}.*.partial"):
         if time.time() - left.stat().st_mtime > _STALE:
             left.unlink(missing_ok=True)
@@ -126,10 +129,11 @@ def _tokenised(
                 f"none in {len(files)} files",
             )
         # The JSON comes last: without it the .bin isn't taken for finished.
-        sidecar(path).unlink(missing_ok=True)
-        partial.replace(path)
-        info.write(partial)
-        partial.replace(sidecar(path))
+        with _reported(path):
+            sidecar(path).unlink(missing_ok=True)
+            partial.replace(path)
+            info.write(partial)
+            partial.replace(sidecar(path))
     finally:
         partial.unlink(missing_ok=True)
     return path

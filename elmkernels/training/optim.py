@@ -1,6 +1,6 @@
 """The optimiser and its learning rate.
 
-    w <- w - lr (m / (sqrt(v) + eps) + weight_decay w)    (AdamW, m and v with their biases corrected)
+    w <- w - lr (m / (sqrt(v) + eps) + weight_decay w)    (AdamW; m and v corrected for their bias)
 
 Matrices and the embedding decay, 1-D parameters (norms) don't. The rate is CoreNet's cosine rule.
 """

@@ -13,6 +13,8 @@ from ..openelm.checkpoint import raw_config
 from ..openelm.config import VARIANTS, OpenELMConfig
 from . import corenet, fields
 
+# Without these a model would be of no shape that anybody asked for.
+_SHAPE = ("num_transformer_layers", "model_dim", "head_dim")
 READY = Path(__file__).parent / "recipes"
 
 
@@ -117,16 +119,32 @@ def load(source: str | Path) -> tuple[Recipe, list[str]]:
     Raises FileNotFoundError, ImportError without PyYAML, and ValueError or TypeError naming the
     section and field.
     """
+    return _load(source, ())
+
+
+def _load(source: str | Path, above: tuple[Path, ...]) -> tuple[Recipe, list[str]]:
+    """above: the files that this one is the base of."""
     path = _find(source)
+    if path.resolve() in above:
+        checks.fail("base", "another recipe", path)
     values = fields.read_yaml(path)
+    says_model = isinstance(values, Mapping) and "model" in values
     try:
         if corenet.is_corenet(values):
             values, notes = corenet.translate(values)
         else:
-            values, notes = _with_base(values, path)
-        return from_mapping(values), notes
+            values, notes = _with_base(values, path, (*above, path.resolve()))
+        recipe = from_mapping(values)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise _kind(error)(f"{path}: {error}") from error
+    if says_model and recipe.initial is not None and Path(recipe.initial).is_dir():
+        notes.append(f"model: ignored, {recipe.initial} says it")
+    return recipe, notes
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """What to raise again: subclasses may not be made from a message alone."""
+    return TypeError if isinstance(error, TypeError) else ValueError
 
 
 def _find(source: str | Path) -> Path:
@@ -138,7 +156,7 @@ def _find(source: str | Path) -> Path:
     return path
 
 
-def _with_base(values: Any, path: Path) -> tuple[Any, list[str]]:
+def _with_base(values: Any, path: Path, above: tuple[Path, ...]) -> tuple[Any, list[str]]:
     if not isinstance(values, Mapping) or "base" not in values:
         return values, []
     base = values["base"]
@@ -146,9 +164,7 @@ def _with_base(values: Any, path: Path) -> tuple[Any, list[str]]:
         checks.fail("base", "a recipe's name or file", repr(base), TypeError)
     beside = path.parent / base
     found = beside if beside.is_file() and base not in ready() else base
-    if Path(found) == path:
-        checks.fail("base", "another recipe", base)
-    recipe, notes = load(found)
+    recipe, notes = _load(found, above)
     return merge(to_mapping(recipe), {k: v for k, v in values.items() if k != "base"}), notes
 
 
@@ -157,8 +173,10 @@ def merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(values)
     for name, value in over.items():
         section = merged.get(name)
-        if isinstance(section, Mapping) and isinstance(value, Mapping) and name != "model":
-            value = {**section, **value}
+        if isinstance(section, Mapping) and name != "model":
+            if value is None:  # a section whose lines are all comments
+                continue
+            value = {**section, **value} if isinstance(value, Mapping) else value
         merged[name] = value
     return merged
 
@@ -196,33 +214,36 @@ def model_config(recipe: Recipe) -> OpenELMConfig:
     )
     if values.get("model_name") in VARIANTS:
         return OpenELMConfig.from_name(values.pop("model_name"), **values)
+    missing = [name for name in _SHAPE if name not in values]
+    if missing:
+        raise ValueError(
+            f"model must have a model_name of {', '.join(VARIANTS)}, or lacks {', '.join(missing)}"
+        )
     return OpenELMConfig(**values)
 
 
 def validate(recipe: Recipe) -> None:
     """Raises ValueError naming section and field where values are out of range or don't go
-    together. Files that it names needn't exist.
+    together. The files that it names needn't exist.
     """
     fields.validate(recipe)
-    if recipe.initial is not None:
+    if recipe.initial is not None and not Path(recipe.initial).exists():
         return
     try:
         config = model_config(recipe)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"model: {error}") from error
+        raise _kind(error)(f"model: {error}") from error
     fit(recipe, config)
 
 
 def fit(recipe: Recipe, config: OpenELMConfig) -> None:
-    """Raises ValueError where sequences or the byte tokenizer don't fit a model."""
+    """Raises ValueError where sequences or layers that the recipe names don't fit a model."""
     if recipe.data.sequence_length > config.rope_max_length:
         checks.fail(
             "data.sequence_length",
             f"at most the model's rope_max_length {config.rope_max_length}",
             recipe.data.sequence_length,
         )
-    if recipe.data.tokenizer == "bytes" and config.vocab_size < 257:
-        checks.fail("model.vocab_size", "at least 257 for the tokenizer bytes", config.vocab_size)
     layers = recipe.engine.checkpoint_activations
     if isinstance(layers, tuple) and not all(
         0 <= layer < config.num_transformer_layers for layer in layers

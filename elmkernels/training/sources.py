@@ -7,9 +7,10 @@ Anything else that ends in .gz is a compressed text.
 import glob
 import gzip
 import json
+import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -21,7 +22,8 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 _JSONL = (".jsonl", ".jsonl.gz", ".json.gz")
 # What is taken from a folder; other texts by a glob or one by one.
 _IN_FOLDERS = (*_JSONL, ".parquet", ".bin", ".txt", ".md", ".rst", ".py", ".txt.gz")
-# Texts are read by so much at once: a document may be larger than the memory.
+# Texts are read by so much at once: a document may be larger than the memory. Tokenizers that
+# merge see a seam there, at the end of a line where there is one.
 PIECE = 1 << 22
 
 
@@ -52,7 +54,8 @@ def files(section: str, paths: Iterable[str]) -> list[Path]:
         matched = _expand(given)
         if not matched:
             raise FileNotFoundError(f"{section}: {given} is no file, folder or glob of any")
-        found |= {path.absolute() for path in matched}
+        # Not resolved: a link may lead to a file that says nothing of its kind.
+        found |= {Path(os.path.abspath(path)) for path in matched}
     # The JSON beside a .bin belongs to it and is no text.
     return sorted(p for p in found if p.suffix != ".json" or p.with_suffix(".bin") not in found)
 
@@ -70,31 +73,26 @@ def _expand(given: str) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.rglob("*")
-        if path.name.lower().endswith(_IN_FOLDERS)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    return _walk(folder, _IN_FOLDERS, lambda name: name.startswith("."))
+
+
+def _walk(folder: Path, endings: tuple[str, ...], skip: Callable[[str], bool]) -> list[Path]:
+    """Files below a folder by the ending of their names, without those of names to skip."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not skip(name)]
+        wanted = [name for name in names if name.lower().endswith(endings) and not skip(name)]
+        found += [Path(root, name) for name in wanted]
+    return found
 
 
 def _stdlib(rest: str) -> list[Path]:
     """Python's own library, or what lies under one of its folders (a file or glob in it)."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    if not rest:
-        chosen: Iterable[Path] = root.rglob("*.py")
-    elif (root / rest).is_dir():
-        chosen = (root / rest).rglob("*.py")
-    else:
-        chosen = root.glob(rest)
-    return [
-        path
-        for path in chosen
-        if path.suffix == ".py"
-        and path.is_file()
-        and not _NOT_STDLIB & set(path.relative_to(root).parts)
-    ]
+    if (root / rest).is_dir():
+        return _walk(root / rest, (".py",), _NOT_STDLIB.__contains__)
+    chosen = (path for path in root.glob(rest) if path.suffix == ".py" and path.is_file())
+    return [path for path in chosen if not _NOT_STDLIB & set(path.relative_to(root).parts)]
 
 
 def pieces(path: Path, field: str) -> Iterator[Piece]:
@@ -129,7 +127,7 @@ def _cut(text: bytes) -> int:
     if line:
         return line
     end = len(text) - 1
-    while end > len(text) - 4 and text[end] & 0xC0 == 0x80:  # inside a character of UTF-8
+    while end > max(len(text) - 4, 0) and text[end] & 0xC0 == 0x80:  # inside a character of UTF-8
         end -= 1
     return max(end, 1)
 

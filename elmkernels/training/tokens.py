@@ -86,7 +86,7 @@ class Part:
         if ids.size and int(ids.max()) >= vocab_size:
             at = int(np.argmax(ids >= vocab_size))
             raise ValueError(
-                f"{self.path}: ids must lie in [0, {vocab_size}) (vocab_size), "
+                f"{self.path}: ids must lie in [0, {vocab_size}) (the vocabulary), "
                 f"got {int(ids[at])} at position {start + at}"
             )
 
