@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from .. import checks
 from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig
-from ..openelm.linear import Plan
+from ..openelm.linear import Plan, measure_plan
 from ..openelm.model import OpenELM
 from ..openelm.swap import accelerate
 from . import optim, speed, state
@@ -95,6 +95,8 @@ class Trainer:
         self.swapped = None
         if engine.kernels:
             backend = engine.kernels if isinstance(engine.kernels, str) else None
+            if plan is None and world.device.type == "cpu":
+                plan = world.together(lambda: measure_plan(torch.float32))
             self.swapped = accelerate(self.model, backend=backend, plan=plan)
         self.bf16 = engine.precision == "bf16"
         self.inner = LossOf(self.model, loss.z_loss, loss.label_smoothing)

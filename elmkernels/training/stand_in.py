@@ -1,4 +1,4 @@
-"""The loss of a model that has no `loss` of its own yet: whole logits, documents not kept apart."""
+"""The loss of a model that has no `loss` of its own yet: whole logits."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy and z_loss times the squared log of the partition function, in float32."""
-    logits = model(input_ids, attention_mask).flatten(0, 1).float()
+    logits = model(input_ids, attention_mask, cu_seqlens=cu_seqlens).flatten(0, 1).float()
     targets = targets.flatten()
     losses = F.cross_entropy(
         logits,
