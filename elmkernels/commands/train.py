@@ -6,8 +6,6 @@ cases.
 """
 
 import argparse
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,13 @@ from ..console import (
     REFUSALS,
     WRONG,
     WrongInput,
+    dump,
     find_device,
     note,
-    plain,
     positive,
+    save,
 )
+from ..testing import fingerprint
 
 TERMINATED = 143
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace, world: Any) -> int:
     how = FRESH if args.fresh else RESUME if args.resume or args.from_step else AUTO
     done = train(recipe, out, world, Start(how, args.from_step), args.steps, say)
     if world.first:
-        print(json.dumps(plain(done), indent=1) if args.json else _text(done))
+        print(dump(done) if args.json else _text(done))
         if done["stopped"]:
             where = f"saved in {done['checkpoint']}" if done["checkpoint"] else "nothing was saved"
             note(f"stopped by {done['stopped']} after step {done['steps']}; {where}")
@@ -173,8 +173,16 @@ def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: 
     if args.resume or args.from_step or args.fresh:
         raise WrongInput("--compare always begins anew, without --resume, --from-step or --fresh")
     steps = min(args.steps or recipe.schedule.steps, recipe.schedule.steps)
-    if why := chart.available():
+    why = chart.available()
+    if why:
         say(why)
-    results = compare.compare(replace(recipe), out, world, steps, say)
-    print(json.dumps(plain(results), indent=1) if args.json else compare.text(results))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongInput(str(error)) from error
+    results = {"machine": fingerprint(world.device)}
+    compare.compare(recipe, world, steps, results, say, lambda: save(out, results))
+    if not why:
+        compare.draw(results, out / "chart.png")
+    print(dump(results) if args.json else compare.text(results))
     return OK if all(found["ok"] for found in results["precisions"].values()) else FAILED

@@ -46,9 +46,11 @@ def train(
     start: Start = Start(),  # noqa: B008  (a tuple)
     steps: int | None = None,
     say: Callable[[str], None] = lambda text: None,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate, save; called by every process of the world. steps: stop when so many are
-    done in all; the schedule stays the recipe's. say: gets lines for the user.
+    done in all; the schedule stays the recipe's. say: gets lines for the user. cache: of tokenised
+    text, instead of OUT/data.
 
     Gives a summary, whose `stopped` is the name of a signal that ended the run early, else None.
     Raises ValueError, TypeError, FileNotFoundError, ImportError or OSError for what can't be begun,
@@ -59,8 +61,9 @@ def train(
         expected = f"a multiple of the {world.size} processes"
         checks.fail("batch.sequences", expected, recipe.batch.sequences)
     chosen = world.together(lambda: _begin(recipe, config, out, start, say))
-    sequences = _sequences(recipe, out, "train", world, say)
-    held_out = _sequences(recipe, out, "validation", world, say)
+    cache = cache or out / "data"
+    sequences = _sequences(recipe, cache, "train", world, say)
+    held_out = _sequences(recipe, cache, "validation", world, say)
     plan = None
     if chosen is not None:
         path, facts = chosen
@@ -166,12 +169,12 @@ def _set_aside(out: Path, say: Callable[[str], None]) -> None:
 
 
 def _sequences(
-    recipe: Recipe, out: Path, split: str, world: World, say: Callable[[str], None]
+    recipe: Recipe, cache: Path, split: str, world: World, say: Callable[[str], None]
 ) -> Sequences | None:
     """The first process tokenises, the others then find what it has written."""
 
     def prepare() -> Any:
-        return data.prepare(recipe, out / "data", split)
+        return data.prepare(recipe, cache, split)
 
     found: list[Any] = []
     world.together(lambda: found.append(prepare()))
