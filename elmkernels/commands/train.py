@@ -6,6 +6,7 @@ cases.
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..console import (
 from ..testing import fingerprint
 
 TERMINATED = 143
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
 
 
@@ -139,6 +141,8 @@ def _value(text: str, change: str) -> Any:
     """What YAML makes of a value."""
     import yaml
 
+    if _EXPONENT.fullmatch(text.strip()):  # without a point it is a word to YAML 1.1
+        return float(text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

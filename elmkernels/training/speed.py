@@ -7,6 +7,7 @@ backward pass counts once.
 """
 
 import sys
+from functools import cache
 
 import torch
 
@@ -29,6 +30,7 @@ _STATED = (
 )
 
 
+@cache
 def peak(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
     """Operations a second that one process could reach at best, and where the number is from."""
     if device.type == "cuda" and dtype == torch.bfloat16:
