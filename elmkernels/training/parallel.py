@@ -77,6 +77,8 @@ def world(device: torch.device) -> Iterator[World]:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield World(device)
         return
+    from torch.distributed.elastic.utils import get_env_variable_or_raise
+
     if device.type == "cuda":
         local = dist.get_node_local_rank()
         if device.index is not None or local >= torch.cuda.device_count():
@@ -84,10 +86,19 @@ def world(device: torch.device) -> Iterator[World]:
             checks.fail("device", expected, f"{device} for process {local} of this node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    # Processes that torchrun starts again meet in the same store, where the addresses of those
+    # that died still stand.
+    attempt = get_env_variable_or_raise("TORCHELASTIC_RESTART_COUNT")
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=size,
+    )
     # The others wait as long as the first takes to tokenise a corpus.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    yield World(device, dist.get_rank(), dist.get_world_size(), group)
+    yield World(device, rank, size, group)
     # Not after an error: the others may be waiting in a collective that will never end.
     dist.destroy_process_group()
 
