@@ -19,7 +19,7 @@ import torch
 
 from . import __version__
 from .backends import BACKENDS, REFERENCE, build_report, choose, defined
-from .commands import bench_generate, convert, generate, train
+from .commands import bench_generate, bench_train, convert, generate, train
 from .commands.model import chosen_model
 from .console import (
     FAILED,
@@ -88,6 +88,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument("ops", nargs="*", metavar="op", help=", ".join(CASES))
         add_files(command, absent, quick=command is bench)
     bench_generate.add_options(bench)
+    bench_train.add_options(bench)
     return parser
 
 
@@ -271,14 +272,18 @@ def _run(argv: list[str] | None) -> int:
     if args.command == "generate":
         return generate.run(args)
     if args.command == "bench":
-        if args.ops == [bench_generate.NAME]:
+        whole = {command.NAME: command for command in (bench_generate, bench_train)}
+        chosen = whole.get(args.ops[0]) if len(args.ops) == 1 else None
+        for command in whole.values():
+            for name in command.OPTIONS:
+                fits = chosen is not None and name in chosen.OPTIONS
+                if getattr(args, name) is not None and not fits:
+                    option = f"--{name.replace('_', '-')}"
+                    raise WrongInput(f"{option} belongs to bench {command.NAME}")
+        if chosen is not None:
             if args.pack_weights:
                 raise WrongInput("--pack-weights belongs to the main job: name --formats packed")
-            return bench_generate.run(args, __version__)
-        for name in bench_generate.OPTIONS:
-            if getattr(args, name) is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise WrongInput(f"{option} belongs to bench generate, not to bench of ops")
+            return chosen.run(args, __version__)
     own = {"convert": ("checkpoint", "config")}.get(args.command, ())
     for name in MAIN_ONLY:
         if name not in own and getattr(args, name) is not None:

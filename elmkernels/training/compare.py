@@ -3,8 +3,8 @@
 In float32 the two curves may differ by rounding alone: at most FP32_BOUND of the loss at any step.
 In bfloat16 rounding is amplified from step to step, in any implementation. So the reference's own
 spread is the yardstick: eager runs whose initial weights differ by one unit in the last place of
-float32. The swapped run must stay as near to the eager one as some two eager runs are to each
-other, at its worst step.
+float32. The swapped run may be as far from the eager one as any two eager runs are from each other,
+times the factors that the ops' own parity allows: 2 at the worst step, 1.5 in the rms of all steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,8 @@ from .parallel import World
 from .recipe import Recipe, model_config, to_mapping
 
 EAGER, SWAPPED = "eager", "swapped"
-FP32_BOUND = 1e-3
+FP32_BOUND = 1e-4
+WORST_FACTOR, RMS_FACTOR = 2.0, 1.5
 # Eager runs from moved weights, besides the one from the weights themselves.
 MOVED = {"fp32": 1, "bf16": 3}
 
@@ -113,27 +114,33 @@ def moved_model(model: OpenELM, seed: int) -> OpenELM:
 
 def judge(precision: str, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The verdict on the runs of one precision, and the numbers that it rests on."""
-    curves = {
-        name: torch.tensor(found["loss"], dtype=torch.float64) for name, found in runs.items()
-    }
+    curves = {n: torch.tensor(found["loss"], dtype=torch.float64) for n, found in runs.items()}
     eager, swapped = curves[EAGER], curves.pop(SWAPPED)
     apart = (swapped - eager).abs()
     pairs = [(a - b).abs() for a, b in combinations(curves.values(), 2)]
-    spread = max(float(pair.max()) for pair in pairs)
+    worst, rms = float(apart.max()), _rms(apart)
+    spread, rms_spread = max(float(p.max()) for p in pairs), max(map(_rms, pairs))
     relative = float((apart / eager.abs()).max())
-    fp32 = precision == "fp32"
+    if precision == "fp32":
+        ok = relative <= FP32_BOUND
+        rule = f"|swapped - eager| <= {FP32_BOUND:g} of the loss at every step"
+    else:
+        ok = worst <= WORST_FACTOR * spread and rms <= RMS_FACTOR * rms_spread
+        rule = f"|swapped - eager| <= {WORST_FACTOR:g} (rms: {RMS_FACTOR:g}) times eager's spread"
     return {
-        "ok": relative <= FP32_BOUND if fp32 else float(apart.max()) <= spread,
-        "rule": f"|swapped - eager| <= {FP32_BOUND:g} of the loss at every step"
-        if fp32
-        else "max |swapped - eager| <= max |eager - eager| of moved weights",
-        "largest_difference": float(apart.max()),
+        "ok": ok,
+        "rule": rule,
+        "largest_difference": worst,
         "largest_relative_difference": relative,
-        "rms_difference": float(apart.square().mean().sqrt()),
+        "rms_difference": rms,
         "largest_eager_spread": spread,
-        "rms_eager_spread": max(float(pair.square().mean().sqrt()) for pair in pairs),
+        "rms_eager_spread": rms_spread,
         "last_loss": {EAGER: float(eager[-1]), SWAPPED: float(swapped[-1])},
     }
+
+
+def _rms(x: torch.Tensor) -> float:
+    return float(x.square().mean().sqrt())
 
 
 def text(results: Mapping[str, Any]) -> str:
@@ -173,7 +180,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             gaps = [abs(a - b) for a, b in zip(losses, curves[EAGER], strict=True)]
             label = f"{name} - {EAGER}" if name == SWAPPED else None
             color = chart.COLORS[SWAPPED] if name == SWAPPED else chart.COLORS[EAGER]
-            below.semilogy(range(1, len(gaps) + 1), gaps, color=color, linewidth=1, label=label)
+            below.semilogy(
+                range(1, len(gaps) + 1),
+                gaps,
+                ".-",
+                color=color,
+                linewidth=0.8,
+                markersize=3,
+                label=label,
+            )
         below.plot([], [], color=chart.COLORS[EAGER], label="eager, weights moved by 1 ulp")
         above.set_title(f"{precision}: {'ok' if found['ok'] else 'FAILED'}", fontsize=10)
         above.set_ylabel("training loss", fontsize=8)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks
-from .stand_in import loss as stand_in_loss
 
 T = TypeVar("T")
 
@@ -114,8 +113,7 @@ class LossOf(nn.Module):
         self, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor | None, plain: bool
     ) -> Tensor:
         """The sum over all targets; plain: the cross-entropy alone, as evaluations report it."""
-        return stand_in_loss(
-            self.model,
+        return self.model.loss(
             input_ids,
             targets,
             cu_seqlens=cu_seqlens,
