@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.openelm import recompute
-from elmkernels.openelm.model import next_token_loss
+from elmkernels.openelm.loss import next_token_loss
 from elmkernels.openelm.tied import Tied
 
 CONFIG = OpenELMConfig(
