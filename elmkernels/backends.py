@@ -118,7 +118,12 @@ _OPS: dict[str, tuple[str, ...]] = {}
 HAS_ONLY: dict[str, tuple[str, ...]] = {
     "cuda": ("rms_norm", "add_rms_norm"),
     "triton": (
-        "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear_cross_entropy",
+        "rms_norm",
+        "add_rms_norm",
+        "qk_norm_rope",
+        "swiglu",
+        "attention",
+        "linear_cross_entropy",
     ),  # fmt: skip
     SDPA: ("attention",),
 }
