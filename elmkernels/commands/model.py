@@ -20,13 +20,7 @@ def chosen_model(
     if args.checkpoint is None:
         if args.config is not None:
             raise WrongInput("--config describes a --checkpoint, which is missing")
-        chosen = args.model or default
-        if chosen is None:
-            raise WrongInput("a model is missing: --checkpoint DIR, or --model for random weights")
-        short = chosen.upper().removeprefix("OPENELM-").replace(".", "_")
-        name = f"OpenELM-{short}"
-        if name not in VARIANTS:
-            raise WrongInput(f"--model must be one of {', '.join(VARIANTS)}, got {args.model!r}")
+        name = variant(args.model, default)
         load = job.weights_of(None, None, name, seed, device)
         return name, f"random weights of seed {seed}", load
     if args.model is not None:
@@ -34,3 +28,14 @@ def chosen_model(
     path = Path(args.checkpoint)
     load = job.weights_of(path, args.config, "", seed, device)
     return path.resolve().stem if path.is_file() else path.resolve().name, f"from {path}", load
+
+
+def variant(given: str | None, default: str | None = None) -> str:
+    """The full name of a model's shape, as VARIANTS has it."""
+    chosen = given or default
+    if chosen is None:
+        raise WrongInput("a model is missing: --checkpoint DIR, or --model for random weights")
+    name = "OpenELM-" + chosen.upper().removeprefix("OPENELM-").replace(".", "_")
+    if name not in VARIANTS:
+        raise WrongInput(f"--model must be one of {', '.join(VARIANTS)}, got {given!r}")
+    return name

@@ -7,6 +7,8 @@ rotate their whole cache at every step; here keys are stored rotated, which give
 attention, so a cache belongs to the model as it was, swapped or not, when it was filled.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,8 +16,23 @@ from torch.nn import functional as F
 from .. import ops
 from ..backends import where_it_has
 from ..reference import rope_table
+from . import recompute
 from .documents import in_one_row
-from .model import Context
+from .layers import Context
+from .loss import LossHead, plain_weight
+from .tied import Tied
+
+
+def _projected(x: Tensor) -> torch.dtype:
+    """The dtype in which a projection takes x: autocast's where it is on."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    return x.to(_projected(x))
 
 
 def adopt(module: nn.Module, original: nn.Module) -> None:
@@ -46,9 +63,46 @@ class FusedFeedForward(nn.Module):
         adopt(self, original)
         self.gated, self.backend = gated, backend
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj_1(x)
-        return self.proj_2(ops.swiglu(x, backend=self.backend) if self.gated else F.silu(x))
+    def forward(self, x: Tensor, make: Callable[[], Tensor] | None = None) -> Tensor:
+        """make gives x again in the backward pass (see `recompute`), where the gated activation is
+        made again too.
+        """
+        x = recompute.apply(self.proj_1, x, make)
+        if not self.gated:
+            return self.proj_2(F.silu(x))
+        kept = x.detach()
+
+        def activation() -> Tensor:
+            return ops.swiglu(kept, backend=self.backend)
+
+        again = None if make is None else activation
+        return recompute.apply(self.proj_2, ops.swiglu(x, backend=self.backend), again)
+
+
+class FusedLossHead(LossHead):
+    """The projection and its loss in one op, wherever the projection is a plain matrix."""
+
+    def __init__(self, backend: str | None) -> None:
+        super().__init__()
+        self.backend = where_it_has("linear_cross_entropy", backend)
+
+    def tied(self, embedding: nn.Module) -> Tied | None:
+        weight = plain_weight(embedding)
+        if (
+            weight is None
+            or not (weight.requires_grad and torch.is_grad_enabled())
+            or torch.compiler.is_compiling()  # its graph has no room for a gradient that waits
+            or embedding.sparse
+            or embedding.scale_grad_by_freq
+            or embedding.max_norm is not None
+        ):
+            return None
+        return Tied(weight, embedding.padding_idx)
+
+    def forward(self, hidden, targets, weight, project, **options) -> Tensor:
+        if weight is None:
+            return super().forward(hidden, targets, weight, project, **options)
+        return ops.linear_cross_entropy(hidden, weight, targets, backend=self.backend, **options)
 
 
 class FusedAttention(nn.Module):
@@ -70,10 +124,17 @@ class FusedAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, backend={self.backend}"
 
-    def project(self, x: Tensor, positions: Tensor, table: Tensor, **cache) -> tuple:
+    def project(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        make: Callable[[], Tensor] | None = None,
+        **cache,
+    ) -> tuple:
         """x [batch, length, model_dim] -> q, k, v (see `ops.qk_norm_rope`)."""
         return ops.qk_norm_rope(
-            self.qkv_proj(x),
+            recompute.apply(self.qkv_proj, x, make),
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             positions,
@@ -85,10 +146,13 @@ class FusedAttention(nn.Module):
             **cache,
         )
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, make: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """make gives x again in the backward pass (see `recompute`)."""
         cache = context.cache
         if cache is None:
-            q, k, v = self.project(x, context.positions, context.rope_table)
+            q, k, v = self.project(x, context.positions, context.rope_table, make)
         else:
             i = self.layer_index
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
@@ -116,15 +180,33 @@ class FusedDecoderLayer(nn.Module):
         adopt(self, original)
         self.backend = backend
 
-    def feed_forward(self, delta: Tensor, x: Tensor) -> Tensor:
+    def feed_forward(self, delta: Tensor, x: Tensor, lean: bool = False) -> Tensor:
         # Under autocast a projection's output is narrower than the residual stream.
         normed, x = ops.add_rms_norm(
             delta.to(x.dtype), x, self.ffn_norm.weight, self.ffn_norm.eps, backend=self.backend
         )
+        if lean:
+            return x + self.ffn(_narrowed(normed), self._again(x, self.ffn_norm))
         return x + self.ffn(normed)
 
+    def _again(self, x: Tensor, norm: nn.Module) -> Callable[[], Tensor]:
+        """What gives norm(x), as the projection after it takes it, once more."""
+        kept, weight, dtype = x.detach(), norm.weight.detach(), _projected(x)
+        return lambda: ops.rms_norm(kept, weight, norm.eps, backend=self.backend).to(dtype)
+
+    def _lean(self) -> bool:
+        """Whether the modules are those that can make their inputs again: one may have been left as
+        it was, and in training they must not be compiled, whose compiler decides that itself.
+        """
+        fused = isinstance(self.attn_norm, FusedRMSNorm) and isinstance(self.attn, FusedAttention)
+        return fused and isinstance(self.ffn, FusedFeedForward)
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.feed_forward(self.attn(self.attn_norm(x), context), x)
+        if not torch.is_grad_enabled() or context.checkpointed or not self._lean():
+            return self.feed_forward(self.attn(self.attn_norm(x), context), x)
+        normed = _narrowed(self.attn_norm(x))
+        delta = self.attn(normed, context, self._again(x, self.attn_norm))
+        return self.feed_forward(delta, x, lean=True)
 
 
 class _ForeignAttention(FusedAttention):

@@ -80,6 +80,29 @@ class _OneDNNLinear(torch.autograd.Function):
         return dx, dweight
 
 
+class _AutocastLinear(torch.autograd.Function):
+    """The product under autocast. F.linear keeps the narrow copy of the weight until its backward;
+    this makes it again from the weight itself: of OpenELM-270M 440 MB less, for half a pass over
+    the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, dtype):
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (dy.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+        return dx, dweight, None
+
+
 class Linear(nn.Module):
     """nn.Linear with the plan's routines; shares the Parameters of the module it replaces."""
 
@@ -132,6 +155,9 @@ class Products:
         self._packed_of: tuple | None = None
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if _autocast_training(x, weight):
+            with torch.autocast(x.device.type, enabled=False):
+                return _AutocastLinear.apply(x, weight, torch.get_autocast_dtype("cpu"))
         if (
             torch.compiler.is_compiling()  # Inductor makes its own choice
             or x.dtype != weight.dtype  # autocast
@@ -181,6 +207,18 @@ class Products:
     def __getstate__(self) -> dict:
         # oneDNN's layout can't be pickled or deep-copied: a copy packs again at its first call.
         return {"plan": self.plan, "_packed": None, "_packed_of": None}
+
+
+def _autocast_training(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch.is_autocast_enabled("cpu")
+        and weight.dtype == torch.float32
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and x.numel() > 0
+    )
 
 
 def _best_seconds(fns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

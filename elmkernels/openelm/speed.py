@@ -22,7 +22,8 @@ from ..testing.timing import Timing, copies_of, interleave, peak_memory, synchro
 from . import linear
 from .cache import KVCache
 from .config import OpenELMConfig
-from .model import OpenELM, next_token_loss
+from .loss import next_token_loss, next_tokens
+from .model import OpenELM
 from .stack import next_logits
 
 EAGER, SWAPPED = "eager", "swapped"
@@ -165,7 +166,7 @@ def prefill(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool
     }
     operations = matmul_operations(models[EAGER].config, length, 1, training=False)
     name, dtype = f"prefill {length}", models[EAGER].token_embeddings.weight.dtype
-    return _measure(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
+    return measure_tasks(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
 
 
 def generation(
@@ -194,17 +195,21 @@ def generation(
     nbytes = steps * token_bytes(model.config, dtype, length + steps / 2)
     tasks = {name: task(m) for name, m in models.items()}
     name = f"generate {steps} after {length}"
-    return _measure(name, steps, tasks, nbytes, MEMORY, dtype, ids, rounds, quick)
+    return measure_tasks(name, steps, tasks, nbytes, MEMORY, dtype, ids, rounds, quick)
 
 
 def training(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool) -> Measured:
-    """Forward, mean next-token loss and backward over [1, length] tokens."""
+    """Forward, mean next-token loss and backward over [1, length] tokens; eager with all the logits
+    in memory, as its `forward` gives them.
+    """
+    targets = next_tokens(ids)
 
-    def task(model: OpenELM) -> Callable[[], object]:
+    def task(name: str, model: OpenELM) -> Callable[[], object]:
         parameters = [*model.parameters()]
 
         def run() -> object:
-            loss = next_token_loss(model(ids), ids)
+            eager = name == EAGER
+            loss = next_token_loss(model(ids), ids) if eager else model.loss(ids, targets)
             loss.backward()
             for parameter in parameters:
                 parameter.grad = None
@@ -214,20 +219,21 @@ def training(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: boo
 
     length = ids.shape[1]
     operations = matmul_operations(models[EAGER].config, length, length, training=True)
-    tasks = {name: task(m) for name, m in models.items()}
+    tasks = {name: task(name, m) for name, m in models.items()}
     name = f"training step {length}"
     dtype = models[EAGER].token_embeddings.weight.dtype
-    return _measure(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
+    return measure_tasks(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
 
 
 def _cache(model: OpenELM, length: int, device: torch.device) -> KVCache:
     return KVCache(model.config, 1, length, dtype=model.activation_dtype, device=device)
 
 
-def _measure(
+def measure_tasks(
     name: str, tokens: int, tasks: dict[str, Callable], work: float, bound: str,
-    dtype: torch.dtype, ids: Tensor, rounds: int, quick: bool,
+    dtype: torch.dtype, ids: Tensor, rounds: int, quick: bool, peaks: bool = True,
 ) -> Measured:  # fmt: skip
+    """Tasks that take turns, beside the probes of what bounds them; peaks: watch memory here."""
     device = ids.device
     seconds = 0.0
     for run in tasks.values():  # also warms up: libraries choose their kernels, pools fill
@@ -236,7 +242,7 @@ def _measure(
         run()
         synchronize(device)
         seconds += time.perf_counter() - start
-    peaks = {model: peak(run, device) for model, run in tasks.items()}
+    highest = {model: peak(run, device) if peaks else None for model, run in tasks.items()}
     affordable = int(STAGE_SECONDS / seconds) - 3
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
     probes = PROBES[bound](dtype, device, quick)
@@ -247,7 +253,7 @@ def _measure(
     ceiling = max(
         PROBE_CALLS * done / times.pop(f"probe {way}").median for way, (_, done) in probes.items()
     )
-    return Measured(name, tokens, times, peaks, work, ceiling, bound)
+    return Measured(name, tokens, times, highest, work, ceiling, bound)
 
 
 def _repeated(call: Callable[[], object]) -> Callable[[], None]:

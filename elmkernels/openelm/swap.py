@@ -18,6 +18,7 @@ from ..backends import choose, where_it_has
 from . import fused, linear
 from .compressed import Compressed, weight_of
 from .linear import Plan, measure_plan
+from .loss import LossHead
 
 OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
@@ -35,6 +36,7 @@ class Report:
     gemm: Plan
     packed_bytes: int = 0
     attention: str = ""  # its backend: the preferred one where the named one has it not
+    loss: str = ""  # the same of linear_cross_entropy; empty where the model has no `loss`
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -46,7 +48,8 @@ class Report:
         )
         lines = [
             f"swapped ({self.convention} model): {kinds}",
-            f"backends: {backends}, attention: {self.attention}",
+            f"backends: {backends}, attention: {self.attention}"
+            + (f", linear_cross_entropy: {self.loss}" if self.loss else ""),
             f"projections: {gemm}",
         ]
         if self.packed_bytes:
@@ -239,14 +242,19 @@ def _examine(model: nn.Module, body: nn.Module, prefix: str) -> tuple[Convention
 
 
 def accelerate(
-    model: nn.Module, *, backend: str | None = None, pack_weights: bool = False
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    pack_weights: bool = False,
+    plan: Plan | None = None,
 ) -> Report:
     """Swap fused modules into an OpenELM model, in place; its Parameters stay the same objects.
 
     model: an `elmkernels.OpenELM`, or any model with the module layout of CoreNet or of Apple's
     Hugging Face code. backend: None for the best of each device at every call, or a name, which
     then never falls back. pack_weights: also let projections keep a packed copy of their weights
-    where that measures faster (more memory; see `openelm.linear`).
+    where that measures faster (more memory; see `openelm.linear`). plan: the projections' routines,
+    as an earlier Report's `gemm` says them, instead of measuring which are fastest here.
     Returns a Report. Raises ValueError, with the reason, for a model it doesn't know and for an
     unknown backend, RuntimeError for a backend that can't run here; the model is then unchanged.
     A model that is accelerated already is restored first.
@@ -260,7 +268,8 @@ def accelerate(
     weight = body.norm.weight  # an embedding may be compressed
     device = "cpu" if weight.device.type == "meta" else weight.device.type
     backends = {op: choose(op, device, backend) for op in OPS}
-    plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
+    if plan is None:
+        plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
     report.attention = choose("attention", device, where_it_has("attention", backend))
     if convention.foreign:
@@ -319,6 +328,10 @@ def accelerate(
         swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan, backend))
     else:
         report.left.append(("the output projection", "the model computes it in its own forward"))
+    if isinstance(getattr(model, "loss_head", None), LossHead):
+        swap("loss_head", "loss heads", lambda m: fused.FusedLossHead(backend))
+        named = where_it_has("linear_cross_entropy", backend)
+        report.loss = choose("linear_cross_entropy", device, named)
     report.swapped = dict(counts)
     report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
     if plan.packs:

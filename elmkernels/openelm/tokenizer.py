@@ -54,6 +54,21 @@ class Tokenizer:
         ids = self._library.encode(text)
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, as `encode` gives them, by all the library's threads."""
+        start = [] if self.bos is None else [self.bos]
+        batch = self._library.encode_batch(list(texts))
+        return [ids if start and ids[:1] == start else [*start, *ids] for ids in batch]
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, added tokens included."""
+        return self._library.vocab_size()
+
+    def id_of(self, names: Sequence[str]) -> int | None:
+        """The id of the first of these tokens that the vocabulary has, None if it has none."""
+        return next((i for i in map(self._library.id_of, names) if i is not None), None)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens and ids that the tokenizer doesn't know."""
         return self._library.decode(list(ids))
@@ -109,6 +124,16 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        batch = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -128,6 +153,16 @@ class _SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.EncodeAsIds(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer.EncodeAsIds(texts, num_threads=-1) if texts else []
+
+    def vocab_size(self) -> int:
+        return self._tokenizer.GetPieceSize()
+
+    def id_of(self, name: str) -> int | None:
+        found = self._tokenizer.PieceToId(name)
+        return found if self._tokenizer.IdToPiece(found) == name else None
 
     def decode(self, ids: list[int]) -> str:
         size = self._tokenizer.GetPieceSize()

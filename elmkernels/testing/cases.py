@@ -16,6 +16,7 @@ from ..reference import rope_table
 from .attention_cases import attention_case, attention_cases, mixed_lengths, packed_case
 from .decoder_cases import BENCH, decode_step_cases, linear_cases
 from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
+from .loss_cases import bench_linear_cross_entropy, loss_cases
 
 _NORM_SHAPES = {
     "one_row": (1, 1280),
@@ -232,6 +233,7 @@ CASES: dict[str, list[Case]] = {
     "attention": attention_cases(),
     "linear": linear_cases(),
     "decode_step": decode_step_cases(),
+    "linear_cross_entropy": loss_cases(),
 }
 
 BENCH_ROWS = (1, 8, 64, 512, 4096)
@@ -245,6 +247,8 @@ def bench_cases(
     also packed documents of many lengths.
     """
     config = models()[model]
+    if op == "linear_cross_entropy":
+        return bench_linear_cross_entropy(model, config, rows)
     if op in BENCH:
         return BENCH[op](model, config, rows)
     q, kv = config.num_query_heads[layer], config.num_kv_heads[layer]

@@ -15,7 +15,9 @@ import pytest
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
-OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention")
+OPS = (
+    "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear_cross_entropy",
+)  # fmt: skip
 
 
 def run(*arguments: str) -> None:
@@ -38,6 +40,10 @@ def test_parity(op):
 def test_contract():
     files = ("test_contract.py", "test_packed.py", "test_attention_choice.py")
     run(*(str(TESTS / "ops" / name) for name in files), "-k", "triton")
+
+
+def test_contract_of_the_loss():
+    run(str(TESTS / "ops" / "test_linear_cross_entropy.py"), "-k", "triton")
 
 
 def test_corners():
