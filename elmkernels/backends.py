@@ -115,7 +115,7 @@ _OPS: dict[str, tuple[str, ...]] = {}
 # The ops a backend has, where it doesn't have all of them.
 HAS_ONLY: dict[str, tuple[str, ...]] = {
     "cuda": ("rms_norm", "add_rms_norm"),
-    "triton": ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"),
+    "triton": ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy"),
     SDPA: ("attention",),
 }
 # Backends that are torch's own operations, not raw kernels.

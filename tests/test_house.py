@@ -17,6 +17,7 @@ PACKAGE = ROOT / "elmkernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 OPS = {
     "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear", "decode_step",
+    "linear_cross_entropy",
 }  # fmt: skip
 
 MODEL = {
@@ -31,7 +32,8 @@ MAY_IMPORT = {
     "weights": {"checks", "formats"},
     "compress": {"compress", "formats"},
     "backends": set(),
-    "ops": {"ops", "backends", "checks", "weights", "reference", "formats"},
+    "chunked_loss": {"backends", "checks"},
+    "ops": {"ops", "backends", "checks", "chunked_loss", "weights", "reference", "formats"},
     "openelm.config": set(),
     "openelm": MODEL,
     "testing": {
@@ -175,7 +177,7 @@ def test_every_op_has_cases_and_the_dispatch_knows_no_other():
     assert set(defined()) <= OPS
 
 
-LIMITS = {"ops/qk_norm_rope.py": 220, "ops/attention.py": 180}
+LIMITS = {"ops/qk_norm_rope.py": 220, "ops/attention.py": 180, "ops/linear_cross_entropy.py": 160}
 
 
 def limit(path: Path) -> int:

@@ -19,7 +19,9 @@ from elmkernels.testing import (
     run_bench,
     run_parity,
 )
+from elmkernels.testing.attention_cases import mixed_lengths
 from elmkernels.testing.parity import poisoned, ulp
+from elmkernels.testing.rivals import operations, rivals
 from elmkernels.testing.timing import copies_beyond_cache, fingerprint, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +163,21 @@ def test_a_benchmark_record_has_its_rivals_and_its_parity():
     assert forward.parity
     assert forward.row()["parity"] == "ok"
     assert forward.json()["time"]["n"] >= 1
+
+
+def test_rivals_of_packed_documents_compute_them():
+    case = next(c for c in CASES["attention"] if c.name == "packed_short")
+    args, kwargs = make(case, torch.float32)
+    found = rivals("attention", args, kwargs, torch.device("cpu"), compiled=False)
+    assert set(found) == {"reference", "eager", "documents"}
+    for name in ("eager", "documents"):
+        torch.testing.assert_close(
+            found[name](*args, **kwargs), found["reference"](*args, **kwargs)
+        )
+    lengths = kwargs["cu_seqlens"].diff()
+    pairs = int((lengths * (lengths + 1) // 2).sum())
+    assert operations("attention", args, kwargs, backward=False) == 4 * 8 * 64 * pairs
+    assert sum(mixed_lengths(4096)) == 4096
 
 
 def test_format_table_aligns_and_leaves_out_empty_columns():

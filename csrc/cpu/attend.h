@@ -55,9 +55,14 @@ inline bool softmax_block(float* s, Word<T>* p, int64_t seen, int64_t count, flo
   return grown;
 }
 
-// A few rows' products with keys and values as they lie in memory, where packing them would cost as
-// much as the products: rows of float words, head_dim in whole panels. A tree adds up 4 rows by
-// some keys at once.
+// Whether all rows of a head are so few that packing keys and values would cost as much as the
+// products: they are then read as they lie in memory, head_dim in whole panels.
+template <class T>
+constexpr bool few_rows(int64_t rows, int64_t head_dim) {
+  return Operand<T>::per == 1 && rows <= kTileRows && head_dim % kTileColumns == 0;
+}
+
+// A tree adds up 4 rows, of float words, by some keys at once.
 template <class T, class K>
 inline void few_scores(const float* q, int64_t q_row, K&& k, float* scores, int64_t rows,
                        int64_t keys, int64_t head_dim) {
@@ -136,8 +141,7 @@ inline void attend_tile(Q&& q, int64_t rows, K&& k, V&& v, Limit&& limit, int64_
   std::fill(sums, sums + rows * Vec::size, 0.0f);
   std::fill(tops, tops + rows, kNothing);
 
-  const bool few =
-      one_tile && Operand<T>::per == 1 && rows <= kTileRows && head_dim % kTileColumns == 0;
+  const bool few = one_tile && few_rows<T>(rows, head_dim);
   const int64_t end = limit(rows - 1);
   for (int64_t first = 0; first < end; first += kKeyBlock) {
     const int64_t block = std::min(kKeyBlock, end - first);

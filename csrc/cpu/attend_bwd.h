@@ -130,3 +130,66 @@ inline void attend_tile_bwd(Q&& q, O&& o, DO&& dout, Lse&& lse, int64_t rows, K&
                       width);
   for (int64_t r = 0; r < rows; ++r) dq(r, dq_rows + r * width);
 }
+
+// The same for few_rows, which are all that the chunk's head has: one pass over its keys and
+// values, and their gradients are written at once, to dk(j) and dv(j).
+template <class T, class Q, class O, class DO, class Lse, class K, class V, class Limit, class DK,
+          class DV, class DQ>
+inline void attend_few_bwd(Q&& q, O&& o, DO&& dout, Lse&& lse, int64_t rows, K&& k, V&& v,
+                           Limit&& limit, int64_t begin, int64_t end, int64_t head_dim, float scale,
+                           DK&& dk, DV&& dv, DQ&& dq, float* scratch) {
+  float *queries = scratch, *douts = queries + kTileRows * head_dim;
+  float* total = douts + kTileRows * head_dim;
+  float* p = total + kTileRows * head_dim;
+  float* ds = p + kTileRows * kKeyBlock;
+  pack_rows<T>(q, rows, head_dim, queries, head_dim);
+  pack_rows<T>(dout, rows, head_dim, douts, head_dim);
+  std::fill(total, total + rows * head_dim, 0.0f);
+  float delta[kTileRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    float sums[1] = {0.0f};
+    sweep_sums(head_dim, sums, [&](int64_t d, auto part, Vec* acc) {
+      acc[0] = fma(load(dout(r) + d, part), load(o(r) + d, part), acc[0]);
+    });
+    delta[r] = sums[0];
+  }
+  // The gradient of one key or value: the rows, each by its weight.
+  const auto blend = [&](const float* weights, const float* row, float c, T* to) {
+    for (int64_t d = 0; d < head_dim; d += Vec::size) {
+      Vec acc = vec(0.0f);
+      for (int64_t r = 0; r < rows; ++r)
+        acc = fma(vec(weights[r * kKeyBlock]), load(row + r * head_dim + d, Full{}), acc);
+      store(to + d, acc * vec(c), Full{});
+    }
+  };
+  for (int64_t first = begin; first < end; first += kKeyBlock) {
+    const int64_t seen = std::min(kKeyBlock, end - first), count = round_up(seen, Vec::size);
+    for (int64_t j = first + kKeyBlock; j < std::min(first + 2 * kKeyBlock, end); ++j) {
+      prefetch(k(j), head_dim);
+      prefetch(v(j), head_dim);
+    }
+    const auto key = [&](int64_t j) { return k(first + j); };
+    few_scores<T>(queries, head_dim, key, p, rows, seen, head_dim);
+    few_scores<T>(
+        douts, head_dim, [&](int64_t j) { return v(first + j); }, ds, rows, seen, head_dim);
+    for (int64_t r = 0; r < rows; ++r) {
+      float *weights = p + r * kKeyBlock, *slopes = ds + r * kKeyBlock;
+      const int64_t own = std::clamp<int64_t>(limit(r) - first, 0, seen);
+      std::fill(weights + own, weights + count, kNothing);
+      std::fill(slopes + own, slopes + count, 0.0f);
+      const Vec shift = vec(own > 0 ? lse(r) : 0.0f);
+      for (int64_t j = 0; j < count; j += Vec::size) {
+        const Vec weight =
+            exp2_of(load(weights + j, Full{}) * vec(scale * kLog2e) - shift, float{});
+        store(weights + j, weight, Full{});
+        store(slopes + j, weight * (load(slopes + j, Full{}) - vec(delta[r])), Full{});
+      }
+    }
+    few_totals<T>(ds, key, total, head_dim, rows, seen);
+    for (int64_t j = 0; j < seen; ++j) {
+      blend(ds + j, queries, scale, dk(first + j));
+      blend(p + j, douts, 1.0f, dv(first + j));
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) dq(r, total + r * head_dim);
+}

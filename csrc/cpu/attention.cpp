@@ -265,44 +265,56 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
         const int64_t h = item % kv_heads, begin = piece.first;
         const int64_t seen = sight.limit(row, row.lq - 1);
         const int64_t end = std::clamp(seen, begin, std::max(begin, begin + share.chunk));
-        const T *key = keys.at(row, h), *value = values.at(row, h);
+        const auto key_at = [&, from = keys.at(row, h)](int64_t j) {
+          return from + sight.key(row, j) * keys.length;
+        };
+        const auto value_at = [&, from = values.at(row, h)](int64_t j) {
+          return from + sight.key(row, j) * values.length;
+        };
+        T *dkey = dks.at(row, h), *dvalue = dvs.at(row, h);
+        const auto dkey_at = [&](int64_t j) { return dkey + sight.key(row, j) * dks.length; };
+        const auto dvalue_at = [&](int64_t j) { return dvalue + sight.key(row, j) * dvs.length; };
+        const bool few = few_rows<T>(row.lq * group, head_dim);
         float *dkeys = sums.get(), *dvalues = dkeys + (end - begin) * width;
-        std::fill(dkeys, dvalues + (end - begin) * width, 0.0f);
+        if (!few) std::fill(dkeys, dvalues + (end - begin) * width, 0.0f);
         for (int64_t tile = 0; tile < slices * ((row.lq + tokens - 1) / tokens); ++tile) {
           const int64_t first = tile / slices * tokens, count = std::min(tokens, row.lq - first);
           const int64_t head = h * group + tile % slices * most;
           const int64_t some = std::min(most, (h + 1) * group - head);
           if (share.chunks > 1 && sight.limit(row, first + count - 1) <= begin) continue;
+          const auto q_at = queries.rows(row, head, first, some);
+          const auto out_at = outs.rows(row, head, first, some);
+          const auto dout_at = douts.rows(row, head, first, some);
+          const auto dq_at = dqs.rows(row, head, first, some);
           const float* statistic =
               data<float>(lse) + (row.batch * heads + head) * lq + row.start + first;
-          const auto to = dqs.rows(row, head, first, some);
+          const auto lse_of = [&](int64_t r) { return statistic[r % some * lq + r / some]; };
+          const auto limit = [&](int64_t r) { return sight.limit(row, first + r / some); };
           float* partial = partials.get() + share.partials +
                            ((begin / share.chunk * row.lq + first) * heads + head) * width;
-          attend_tile_bwd<T>(
-              queries.rows(row, head, first, some), outs.rows(row, head, first, some),
-              douts.rows(row, head, first, some),
-              [&](int64_t r) { return statistic[r % some * lq + r / some]; }, count * some,
-              [&](int64_t j) { return key + sight.key(row, j) * keys.length; },
-              [&](int64_t j) { return value + sight.key(row, j) * values.length; },
-              [&](int64_t r) { return sight.limit(row, first + r / some); }, begin, end, head_dim,
-              static_cast<float>(scale), dkeys, dvalues,
-              [&](int64_t r, const float* from) {
-                float* sum = partial + (r / some * heads + r % some) * width;
-                sweep(head_dim, [&](int64_t d, auto part) {
-                  if (share.chunks > 1) return store(sum + d, load(from + d, part), part);
-                  store(to(r) + d, load(from + d, part) * shrink, part);
-                });
-              },
-              scratch.get());
+          const auto add = [&](int64_t r, const float* from) {
+            float* sum = partial + (r / some * heads + r % some) * width;
+            sweep(head_dim, [&](int64_t d, auto part) {
+              if (share.chunks > 1) return store(sum + d, load(from + d, part), part);
+              store(dq_at(r) + d, load(from + d, part) * shrink, part);
+            });
+          };
+          if constexpr (Operand<T>::per == 1)
+            if (few) {
+              attend_few_bwd<T>(q_at, out_at, dout_at, lse_of, count * some, key_at, value_at,
+                                limit, begin, end, head_dim, static_cast<float>(scale), dkey_at,
+                                dvalue_at, add, scratch.get());
+              continue;
+            }
+          attend_tile_bwd<T>(q_at, out_at, dout_at, lse_of, count * some, key_at, value_at, limit,
+                             begin, end, head_dim, static_cast<float>(scale), dkeys, dvalues, add,
+                             scratch.get());
         }
-        T *dkey = dks.at(row, h), *dvalue = dvs.at(row, h);
-        for (int64_t j = begin; j < end; ++j) {
-          const int64_t at = sight.key(row, j), from = (j - begin) * width;
-          sweep(head_dim, [&](int64_t d, auto part) {
-            store(dkey + at * dks.length + d, load(dkeys + from + d, part) * shrink, part);
-            store(dvalue + at * dvs.length + d, load(dvalues + from + d, part), part);
+        for (int64_t j = begin; j < end && !few; ++j)
+          sweep(head_dim, [&, from = (j - begin) * width](int64_t d, auto part) {
+            store(dkey_at(j) + d, load(dkeys + from + d, part) * shrink, part);
+            store(dvalue_at(j) + d, load(dvalues + from + d, part), part);
           });
-        }
         if (begin == 0)
           sight.unseen(row, [&](int64_t at) {
             std::memset(dkey + at * dks.length, 0, head_dim * sizeof(T));

@@ -4,6 +4,7 @@ from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .decode_step import decode_step
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .swiglu import swiglu
@@ -13,6 +14,7 @@ __all__ = [
     "attention",
     "decode_step",
     "linear",
+    "linear_cross_entropy",
     "qk_norm_rope",
     "rms_norm",
     "swiglu",

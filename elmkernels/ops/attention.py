@@ -148,6 +148,7 @@ def attention(
     if not plain or scale is not None:
         _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)
         key_mask = None if key_mask is None else key_mask.bool()
+        cu_seqlens = None if cu_seqlens is None else last_dim_packed(cu_seqlens)
     if backend == REFERENCE or q.numel() == 0:
         return reference.attention(q, k, v, key_mask, scale, offsets, cu_seqlens)
     if backend == SDPA:

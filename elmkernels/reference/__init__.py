@@ -4,6 +4,7 @@ from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .decode_step import decode_step
 from .linear import dense, linear
+from .linear_cross_entropy import cross_entropy, linear_cross_entropy
 from .qk_norm_rope import qk_norm_rope, rope_table
 from .rms_norm import rms_norm
 from .swiglu import swiglu
@@ -11,9 +12,11 @@ from .swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "cross_entropy",
     "decode_step",
     "dense",
     "linear",
+    "linear_cross_entropy",
     "qk_norm_rope",
     "rms_norm",
     "rope_table",

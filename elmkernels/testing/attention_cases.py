@@ -62,6 +62,16 @@ def packed_case(
     )
 
 
+def mixed_lengths(total: int) -> list[int]:
+    """Lengths of documents, from a sentence up to a long page, that fill `total` tokens."""
+    cycle = itertools.cycle((40, 300, 700, 12, 150, 450, 90, 600, 25, 500, 205, 1024))
+    found = []
+    while total > 0:
+        found.append(min(next(cycle), total))
+        total -= found[-1]
+    return found
+
+
 def _packed_cases() -> list[Case]:
     found = []
     for name, config in models().items():

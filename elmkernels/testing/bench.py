@@ -178,7 +178,7 @@ def bench_op(
         times,
         copy,
         nbytes,
-        operations(op, args, backward),
+        operations(op, args, kwargs, backward),
         _parity(op, case, dtype, backend, str(device)),
         missing,
         calls,

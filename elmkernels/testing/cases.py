@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..reference import rope_table
-from .attention_cases import attention_case, attention_cases
+from .attention_cases import attention_case, attention_cases, mixed_lengths, packed_case
 from .decoder_cases import BENCH, decode_step_cases, linear_cases
 from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
+from .loss_cases import bench_linear_cross_entropy, loss_cases
 
 _NORM_SHAPES = {
     "one_row": (1, 1280),
@@ -232,6 +233,7 @@ CASES: dict[str, list[Case]] = {
     "attention": attention_cases(),
     "linear": linear_cases(),
     "decode_step": decode_step_cases(),
+    "linear_cross_entropy": loss_cases(),
 }
 
 BENCH_ROWS = (1, 8, 64, 512, 4096)
@@ -241,9 +243,12 @@ def bench_cases(
     op: str, rows: tuple[int, ...] = BENCH_ROWS, model: str = "1_1B", layer: int = -1
 ) -> list[Case]:
     """The op in one layer of one model, as many tokens at once as `rows` says. For attention a
-    single row is one new token after 512 others; more rows are a prompt of that length.
+    single row is one new token after 512 others; more rows are a prompt of that length, from 512 on
+    also packed documents of many lengths.
     """
     config = models()[model]
+    if op == "linear_cross_entropy":
+        return bench_linear_cross_entropy(model, config, rows)
     if op in BENCH:
         return BENCH[op](model, config, rows)
     q, kv = config.num_query_heads[layer], config.num_kv_heads[layer]
@@ -265,5 +270,11 @@ def bench_cases(
             lambda g: ((*(grad(g.normal(count, n)) for _ in range(inputs)), g.weight(n)), {}),
         )
 
+    def pack(count: int) -> Case:
+        return packed_case(f"{model}_packed_{count}", q, kv, d, mixed_lengths(count))
+
+    builders = [(n, build) for n in rows]
+    if op == "attention":
+        builders += [(n, pack) for n in rows if n >= 512]
     # Kernels of 512 rows already split them among threads and chunks.
-    return [replace(build(n), check=build(512) if n > 512 else None) for n in rows]
+    return [replace(make(n), check=make(512) if n > 512 else None) for n, make in builders]

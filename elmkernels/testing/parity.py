@@ -42,6 +42,7 @@ OUTPUTS = {
     "attention": ("out",),
     "linear": ("y",),
     "decode_step": ("logits", "keys and values"),
+    "linear_cross_entropy": ("loss",),
 }
 DTYPES = {
     "float32": torch.float32,

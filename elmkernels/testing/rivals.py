@@ -3,9 +3,12 @@
 - "reference": the specification, naive eager torch.
 - "eager": torch's own fused operations, called as well as one can: for a compressed weight the
   product with the dense one, kept. SwiGLU and a whole decoder have none but their reference.
+- "documents": for packed documents, whose "eager" has a dense mask, one eager call for each.
 - "compiled": `torch.compile` of the reference; not of a whole decoder, where the number of keys
   breaks the graph and the widths of the layers exceed torch's limit of recompilations.
+- "torch": `F.linear_cross_entropy` in chunks of its default size, where this torch has it.
 - "liger": Liger-Kernel, on a GPU, where it is installed and has the op.
+- "cce": Apple's cut-cross-entropy, on a GPU, where it is installed.
 """
 
 import importlib
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..formats import Arena, Layer, Stack, Weight
+from ..reference.common import document_of
 from .parity import specification
 from .timing import total_bytes
 
@@ -87,6 +91,33 @@ def _eager_attention(args: tuple, kwargs: dict) -> Callable:
     return attention
 
 
+def _eager_packed(args: tuple, kwargs: dict) -> Callable:
+    """The mask of whole documents is made beforehand, as a model does once for its layers."""
+    length = args[0].shape[1]
+    document = document_of(kwargs["cu_seqlens"], length)
+    mask = (document[:, None] == document).tril()
+
+    def attention(q, k, v, cu_seqlens, scale=None):
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def _by_document(args: tuple, kwargs: dict) -> Callable:
+    """One call of torch's for each document, whose lengths the host knows beforehand."""
+    lengths = [n for n in kwargs["cu_seqlens"].diff().tolist() if n]
+
+    def attention(q, k, v, cu_seqlens, scale=None):
+        parts = zip(*(t.transpose(1, 2).split(lengths, dim=2) for t in (q, k, v)), strict=True)
+        options = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        found = [F.scaled_dot_product_attention(*part, **options) for part in parts]
+        return torch.cat(found, dim=2).transpose(1, 2)
+
+    return attention
+
+
 def _eager_linear(args: tuple, kwargs: dict) -> Callable:
     x, weight = args
     if isinstance(weight, Tensor):
@@ -95,28 +126,56 @@ def _eager_linear(args: tuple, kwargs: dict) -> Callable:
     return lambda x, weight: F.linear(x, dense)
 
 
+def _eager_linear_cross_entropy(args: tuple, kwargs: dict) -> Callable:
+    def linear_cross_entropy(hidden, weight, targets):
+        logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    return linear_cross_entropy
+
+
 EAGER: dict[str, Callable[[tuple, dict], Callable]] = {
     "rms_norm": _eager_rms_norm,
     "add_rms_norm": _eager_add_rms_norm,
     "qk_norm_rope": _eager_qk_norm_rope,
     "attention": _eager_attention,
     "linear": _eager_linear,
+    "linear_cross_entropy": _eager_linear_cross_entropy,
 }
 
 
 def _liger(op: str) -> Callable | None:
     """Liger-Kernel's function under our op's signature, where it is installed and has it."""
-    if op not in ("rms_norm", "add_rms_norm", "swiglu"):
+    if op not in ("rms_norm", "add_rms_norm", "swiglu", "linear_cross_entropy"):
         return None
     if importlib.util.find_spec("liger_kernel") is None:
         return None
     functional = importlib.import_module("liger_kernel.transformers.functional")
+    if op == "linear_cross_entropy":
+        return lambda hidden, weight, targets: functional.liger_fused_linear_cross_entropy(
+            hidden.flatten(0, -2), weight, targets.flatten()
+        )
     if op == "rms_norm":
         return lambda x, w, eps=1e-6: functional.liger_rms_norm(x, w, eps, in_place=False)
     if op == "swiglu":
         return lambda gate_up: functional.liger_swiglu(*gate_up.chunk(2, dim=-1))
     fused = getattr(functional, "liger_fused_add_rms_norm", None)
     return None if fused is None else lambda x, r, w, eps=1e-6: fused(x, r, w, eps)
+
+
+def _torch_linear_cross_entropy() -> Callable | None:
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is None:
+        return None
+    return lambda hidden, weight, targets: F.linear_cross_entropy(
+        hidden.flatten(0, -2), weight, targets.flatten(), options=options()
+    )
+
+
+def _cut_cross_entropy() -> Callable | None:
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        return None
+    return importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
 
 def rivals(
@@ -126,13 +185,18 @@ def rivals(
     # What a step of decoding wrote is gathered for parity's sake only.
     spec = reference.decode_step if op == "decode_step" else specification(op)
     found = {"reference": spec}
-    if op in EAGER:
+    if op == "attention" and "cu_seqlens" in kwargs:
+        found |= {"eager": _eager_packed(args, kwargs), "documents": _by_document(args, kwargs)}
+    elif op in EAGER:
         found["eager"] = EAGER[op](args, kwargs)
     if compiled and op != "decode_step":
         found["compiled"] = torch.compile(spec, fullgraph=True, dynamic=False)
-    if device.type == "cuda" and (fused := _liger(op)) is not None:
-        found["liger"] = fused
-    return found
+    if device.type == "cuda":
+        found["liger"] = _liger(op)
+    if op == "linear_cross_entropy":
+        found["torch"] = _torch_linear_cross_entropy()
+        found["cce"] = _cut_cross_entropy() if device.type == "cuda" else None
+    return {name: fn for name, fn in found.items() if fn is not None}
 
 
 def least_bytes(op: str, args: tuple, outputs: tuple[Tensor, ...], backward: bool) -> int:
@@ -143,6 +207,9 @@ def least_bytes(op: str, args: tuple, outputs: tuple[Tensor, ...], backward: boo
         return sum(t.nbytes for t in (*args, *outputs))
     if op == "decode_step":
         return _decode_step_bytes(*args, *outputs)
+    if op == "linear_cross_entropy":
+        written = total_bytes(*args[:2]) if backward else 0
+        return total_bytes(*args, *outputs) + written
     floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
     if op != "qk_norm_rope":
         forward = total_bytes(*floats, *outputs)
@@ -174,7 +241,7 @@ def _matrices(layer: Layer) -> tuple[Weight, ...]:
     return layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2
 
 
-def operations(op: str, args: tuple, backward: bool) -> int | None:
+def operations(op: str, args: tuple, kwargs: dict, backward: bool) -> int | None:
     """Floating-point operations of the matrix products in an op; None if it has none."""
     if op == "linear":
         x, weight = args
@@ -183,12 +250,17 @@ def operations(op: str, args: tuple, backward: bool) -> int | None:
         stack, tokens = args[:2]
         weights = [w for layer in stack.layers for w in _matrices(layer)] + [stack.head]
         return 2 * tokens.numel() * sum(w.shape[0] * w.shape[1] for w in weights)
+    if op == "linear_cross_entropy":
+        hidden, weight = args[:2]
+        return (6 if backward else 2) * hidden.numel() * weight.shape[0]
     if op != "attention":
         return None
     q, k = args[:2]
     batch, lq, heads, head_dim = q.shape
     lk = k.shape[1]
-    pairs = lq * (lk - lq) + lq * (lq + 1) // 2  # causal
-    forward = 4 * batch * heads * head_dim * pairs
+    pairs = batch * (lq * (lk - lq) + lq * (lq + 1) // 2)  # causal
+    if "cu_seqlens" in kwargs:
+        pairs = sum(n * (n + 1) // 2 for n in kwargs["cu_seqlens"].diff().tolist())
+    forward = 4 * heads * head_dim * pairs
     # The backward makes five products of the forward's two, scores among them.
     return forward + forward * 5 // 2 if backward else forward

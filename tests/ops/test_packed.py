@@ -115,6 +115,15 @@ def test_what_is_not_finite_stays_in_its_document(backend):
         assert not a[:, 13:30].isfinite().any()
 
 
+@every_backend
+def test_strided_numbers_are_read(backend):
+    q, k, v, _ = drawn(40, torch.float32)
+    cu_seqlens = ends(0, 13, 30, 40)
+    strided = torch.stack((cu_seqlens, cu_seqlens - 7), dim=1)[:, 0]
+    got = attention(q, k, v, cu_seqlens=strided, backend=backend)
+    assert torch.equal(got, attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_packed_inputs_are_read_where_they_lie_and_no_mask_is_made(backend):
     qkv = torch.randn(1, 60, 8, 64)

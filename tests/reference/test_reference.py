@@ -43,6 +43,10 @@ CALLS = {
         lambda q, k, v: reference.attention(q, k, v, offsets=torch.tensor([2, 0])),
         lambda: (leaf(2, 2, 4, 6), leaf(2, 5, 2, 6, seed=1), leaf(2, 5, 2, 6, seed=2)),
     ),
+    "attention packed": (
+        lambda q, k, v: reference.attention(q, k, v, cu_seqlens=torch.tensor([0, 3, 3, 5])),
+        lambda: (leaf(1, 5, 4, 6), leaf(1, 5, 2, 6, seed=1), leaf(1, 5, 2, 6, seed=2)),
+    ),
     "attention chunk": (
         reference.attention,
         lambda: (leaf(1, 2, 4, 6), leaf(1, 5, 2, 6, seed=1), leaf(1, 5, 2, 6, seed=2)),
@@ -168,3 +172,14 @@ def test_attention_of_rows_that_end_at_places_of_their_own(masked):
         k[row, end:] = v[row, end:] = math.nan
     got = reference.attention(q, k, v, key_mask, offsets=offsets)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_attention_of_packed_documents(scale):
+    lengths = [4, 0, 1, 6]
+    q, k, v = normal(1, 11, 4, 6), normal(1, 11, 2, 6, seed=1), normal(1, 11, 2, 6, seed=2)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    got = reference.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens)
+    parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
+    expected = [by_loops(*part, scale=scale) for part in parts]
+    torch.testing.assert_close(got, torch.cat(expected, dim=1))

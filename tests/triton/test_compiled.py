@@ -23,7 +23,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from elmkernels.openelm.config import VARIANTS, OpenELMConfig  # noqa: E402
-from elmkernels.triton import add_rms_norm, common, qk_norm_rope, rms_norm, swiglu  # noqa: E402
+from elmkernels.triton import (  # noqa: E402
+    add_rms_norm,
+    common,
+    linear_cross_entropy,
+    qk_norm_rope,
+    rms_norm,
+    swiglu,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,17 +43,19 @@ FEW, MANY = 8, 1 << 16
 SHARED_LIMIT = 32 * 1024
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-FP32 = ("partial", "dq_partial", "dk_partial", "table")
-INT64 = ("positions", "slots")
+FP32 = ("partial", "dq_partial", "dk_partial", "table", "dloss", "losses")
+INT64 = ("positions", "slots", "targets")
+FLOATS = ("eps", "z_loss", "smoothing")
 KERNELS = {
     "rms_norm": (rms_norm._fwd, rms_norm._bwd, common._sum_partials),
     "add_rms_norm": (add_rms_norm._fwd,),
     "swiglu": (swiglu._fwd, swiglu._bwd),
     "qk_norm_rope": (qk_norm_rope._fwd, qk_norm_rope._bwd),
+    "linear_cross_entropy": (linear_cross_entropy._rows,),
 }
 INTEGERS = re.compile(
     r"rows|n|d[12]|[abcpsx][012]|k[012]|v[012]|heads|length|[qk]v?_heads|table_length|max_length"
-    r"|programs"
+    r"|programs|ignore_index"
 )
 
 
@@ -67,7 +76,7 @@ class Build:
                 found[name] = "constexpr"
             elif INTEGERS.fullmatch(name) and name not in ("k", "v"):
                 found[name] = "i32"
-            elif name == "eps":
+            elif name in FLOATS:
                 found[name] = "fp32"
             elif name in FP32:
                 found[name] = "*fp32"
@@ -140,11 +149,21 @@ def _qk_norm_rope(arch: str, vec: int) -> Iterator[tuple]:
             yield module._bwd, bare, tile.warps
 
 
+def _linear_cross_entropy(arch: str, vec: int) -> Iterator[tuple]:
+    for n, size in ((32000, vec), (32128, vec), (257, 1)):
+        constants, tile = linear_cross_entropy.plan(n, MANY, arch)
+        for grad, given in ((False, False), (True, False), (True, True)):
+            for smooth in (False, True):
+                found = {**constants, "VEC": size, "GRAD": grad, "GIVEN": given, "SMOOTH": smooth}
+                found |= {} if given else {"dloss": None}
+                yield linear_cross_entropy._rows, found, tile.warps
+
+
 def builds(op: str, arch: str) -> list[Build]:
     """What the launchers of an op compile for all layers of all the models, each once."""
     # float16 takes the same path as bfloat16; one target shows that it compiles.
     types = [("bf16", "bf16"), ("fp32", "fp32"), *([("fp16", "fp16")] if arch == "sm_90" else [])]
-    if op != "swiglu" and arch == "sm_90":
+    if op not in ("swiglu", "linear_cross_entropy") and arch == "sm_90":
         types.append(("bf16", "fp32"))
     found = {}
     for dtype, weight in types:
@@ -152,6 +171,7 @@ def builds(op: str, arch: str) -> list[Build]:
         rows = {
             "swiglu": lambda v: _swiglu(arch, v),
             "qk_norm_rope": lambda v: _qk_norm_rope(arch, v),
+            "linear_cross_entropy": lambda v: _linear_cross_entropy(arch, v),
         }.get(op, lambda v: _norms(op, arch, v))(vec)
         for kernel, constants, warps in rows:
             key = tuple(sorted(constants.items()))
@@ -227,6 +247,7 @@ def test_every_architecture_has_a_configuration_for_every_size():
     tables = (
         rms_norm.FORWARD, rms_norm.BACKWARD, add_rms_norm.FORWARD,
         swiglu.FORWARD, swiglu.BACKWARD, qk_norm_rope.FORWARD, qk_norm_rope.BACKWARD,
+        linear_cross_entropy.ROWS,
     )  # fmt: skip
     for table in tables:
         for arch in TARGETS:

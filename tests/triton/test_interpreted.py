@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
-OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
+OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy")
 
 
 def run(*arguments: str) -> None:
@@ -37,6 +37,10 @@ def test_parity(op):
 
 def test_contract():
     run(str(TESTS / "ops" / "test_contract.py"), "-k", "triton")
+
+
+def test_contract_of_the_loss():
+    run(str(TESTS / "ops" / "test_linear_cross_entropy.py"), "-k", "triton")
 
 
 def test_corners():

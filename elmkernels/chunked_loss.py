@@ -1,0 +1,135 @@
+"""linear_cross_entropy's products, chunk by chunk of rows, as one op that no compiler sees into.
+
+The logits of a chunk, in hidden's dtype, become their own gradient dx in place (by a backend's
+`linear_cross_entropy_rows`), and dx becomes its share of dhidden = dx weight and of dweight =
+dx^T hidden, which is summed in float32. The products are torch's own.
+"""
+
+import torch
+from torch import Tensor
+
+from .backends import kernel
+from .checks import within
+
+# Bytes of a chunk of logits. Adding a chunk's share into dweight is free in float32 on a CPU, where
+# the product itself adds; in bfloat16 it costs 12% of that product with 512 rows. A GPU's are
+# reasoned.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
+# Elements of weight in one product where a block that lies in a cache is worth having: MKL makes
+# logits of 256 rows 5% faster so, and a block of dweight is added while it is there.
+BLOCK = {"cpu": 5 << 19, "cuda": 1 << 26}
+# Bytes of the parts that a float32 dweight is summed in, if its own dtype is another: each is freed
+# as soon as it is rounded, which the C library does at once only above 32 MB.
+PART_BYTES = 34 << 20
+COMPACTS = 0.9  # on a CPU ignored tokens are left out where no more than this share is left
+
+# All chunks of a call are one op, so that a compiler sees no loop over them.
+_NAME = "elmkernels::linear_cross_entropy"
+torch.library.define(
+    _NAME,
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? dloss, int ignore_index, float z_loss, "
+    "float label_smoothing, bool dhidden, bool dweight, str backend) -> (Tensor, Tensor, Tensor[])",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def check_targets(targets: Tensor, ignore_index: int, v: int) -> Tensor:
+    """The targets that aren't ignored, which must all be among v."""
+    real = targets[targets != ignore_index]
+    within("targets", real, v, f"weight's rows; {ignore_index} is ignored")
+    return real
+
+
+@torch.library.register_fake(_NAME)
+def _fake(hidden, weight, targets, dloss, ignore_index, z_loss, smoothing, dhidden, dweight, _):
+    losses = hidden.new_empty(targets.shape, dtype=torch.float32)
+    return losses, hidden.new_empty(hidden.shape if dhidden else (0,)), _parts(weight, dweight)
+
+
+def _parts(weight: Tensor, wanted: bool) -> list[Tensor]:
+    """Zeros for a float32 dweight, in parts of its rows."""
+    v, d = weight.shape
+    step = v if weight.dtype == torch.float32 else max(1, PART_BYTES // (4 * max(1, d)))
+    heights = [min(step, v - begin) for begin in range(0, v if wanted else 0, step)]
+    return [weight.new_zeros((height, d), dtype=torch.float32) for height in heights]
+
+
+def _all(hidden, weight, targets, dloss, ignore_index, *rest):
+    """The op: losses float32 [n], dhidden, and dweight in float32 parts; empty if not wanted."""
+    if hidden.device.type != "cpu":
+        return _chunks(hidden, weight, targets, dloss, ignore_index, *rest)
+    kept = check_targets(targets, ignore_index, weight.shape[0])
+    if len(kept) >= COMPACTS * len(targets):
+        return _chunks(hidden, weight, targets, dloss, ignore_index, *rest)
+    real = targets != ignore_index
+    dloss = None if dloss is None else dloss[real]
+    found, dh, dw = _chunks(hidden[real], weight, kept, dloss, ignore_index, *rest)
+    losses = found.new_zeros(len(targets))
+    losses[real] = found
+    if dh.dim() == 2:
+        dh = hidden.new_zeros(hidden.shape).masked_scatter_(real[:, None], dh)
+    return losses, dh, dw
+
+
+torch.library.impl(_NAME, ("cpu", "cuda"), _all)
+
+
+def _chunks(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, dweight, backend):
+    (n, d), v, device = hidden.shape, weight.shape[0], hidden.device.type
+    losses = hidden.new_empty(n, dtype=torch.float32)
+    rows = kernel("linear_cross_entropy_rows", backend)
+    dh = hidden.new_empty((n, d) if dhidden else 0)
+    dw = _parts(weight, dweight)
+    narrow = weight.to(hidden.dtype)
+    step = max(1, min(n, CHUNK_BYTES[device] // (v * hidden.element_size())))
+    block = max(1, BLOCK[device] // max(1, d))
+    room = hidden.new_empty((step, v))  # one for all chunks: the C library maps it but once
+    with torch.autocast(device, enabled=False):
+        for begin in range(0, n, step):
+            chunk = slice(begin, min(n, begin + step))
+            h = hidden[chunk]
+            x = room[: len(h)]
+            for w, columns in zip(narrow.split(block), x.split(block, dim=1), strict=True):
+                torch.mm(h, w.t(), out=columns)
+            arriving = None if dloss is None else dloss[chunk]
+            grad = dhidden or dweight
+            losses[chunk] = rows(x, targets[chunk], arriving, ignore, z_loss, smoothing, grad)
+            if dhidden:
+                torch.mm(x, narrow, out=dh[chunk])
+            for part, columns in zip(dw, x.split([len(p) for p in dw] or v, dim=1), strict=False):
+                for total, dx in zip(part.split(block), columns.split(block, dim=1), strict=True):
+                    _add_product(total, dx, h)
+    return losses, dh, dw
+
+
+def _add_product(total: Tensor, dx: Tensor, h: Tensor) -> None:
+    """total += dx^T h, in float32."""
+    if h.dtype == torch.float32:
+        total.addmm_(dx.t(), h)
+    elif h.device.type == "cuda":
+        total += torch.mm(dx.t(), h, out_dtype=torch.float32)
+    elif h.dtype == torch.float16:  # a sum could leave its range, and a CPU multiplies it slowly
+        total.addmm_(dx.t().float(), h.float())
+    else:
+        total += torch.mm(dx.t(), h)
+
+
+run = torch.ops.elmkernels.linear_cross_entropy.default
+
+
+def joined(parts: list[Tensor], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor | None:
+    """The parts of dweight times scale as one tensor; they are used up."""
+    if scale is not None:
+        for part in parts:
+            part.mul_(scale)
+    if len(parts) <= 1:
+        return parts[0].to(dtype) if parts else None
+    if torch.compiler.is_compiling():  # which decides itself when memory is free
+        return torch.cat(parts).to(dtype)
+    joined = parts[0].new_empty((sum(map(len, parts)), parts[0].shape[1]), dtype=dtype)
+    begin = 0
+    while parts:
+        part = parts.pop(0)
+        joined[begin : begin + len(part)] = part
+        begin += len(part)
+    return joined

@@ -1,0 +1,158 @@
+"""linear_cross_entropy: the output projection and its loss, without logits in memory. For a token
+
+    loss = lse - (1 - e) x[target] - e mean(x) + z lse^2,   x = round(weight hidden),
+    dx_j = dloss ((1 + 2 z lse) softmax(x)_j - (1 - e) [j = target] - e / v),
+
+with lse = logsumexp(x), e the label smoothing, z the z-loss; an ignored token has neither. Rows go
+through in chunks (see `chunked_loss`). A sum or a mean makes its gradients in the forward pass, for
+dloss = 1, so that there are three products in all; the backward pass scales them and gives those
+buffers away. A second one, over a retained graph, makes the products again, as the backward of
+reduction "none" always does.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backends import REFERENCE, choose, define
+from ..checks import fail, floating, integers
+from ..chunked_loss import check_targets, joined, run
+
+define(
+    "linear_cross_entropy",
+    rows=(
+        "(Tensor(a!) logits, Tensor targets, Tensor? dloss, int ignore_index, float z_loss, "
+        "float label_smoothing, bool grad) -> Tensor",
+        lambda logits, targets, *_: logits.new_empty(targets.shape, dtype=torch.float32),
+    ),
+)
+
+
+class _Losses(torch.autograd.Function):
+    """The loss of every row."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, options, backend):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.options, ctx.backend = options, backend
+        return run(hidden, weight, targets, None, *options, False, False, backend)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        return _gradients(ctx, *ctx.saved_tensors, dloss.contiguous())
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the losses. What it makes in forward and gives away in backward no compiler would
+    follow: traced, it is kept as any saved tensor is.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, options, backend):
+        ctx.options, ctx.backend, ctx.made, ctx.dtype = options, backend, None, weight.dtype
+        wanted = ctx.needs_input_grad[:2]
+        losses, dh, dw = run(hidden, weight, targets, None, *options, *wanted, backend)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(hidden, weight, targets, dh, *dw)
+        else:
+            ctx.save_for_backward(hidden, weight, targets)
+            ctx.made = dh, dw
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        if ctx.made is not None:
+            (dh, dw), ctx.made = ctx.made, None
+            return _as_wanted(ctx, dh.mul_(dloss), joined(dw, ctx.dtype, dloss))
+        hidden, weight, targets, *made = ctx.saved_tensors
+        if made:
+            dh, *dw = (x * dloss for x in made)
+            return _as_wanted(ctx, dh, joined(dw, ctx.dtype))
+        return _gradients(ctx, hidden, weight, targets, dloss.expand(len(targets)).contiguous())
+
+
+def _gradients(ctx, hidden, weight, targets, dloss) -> tuple:
+    wanted = ctx.needs_input_grad[:2]
+    _, dh, dw = run(hidden, weight, targets, dloss, *ctx.options, *wanted, ctx.backend)
+    return _as_wanted(ctx, dh, joined(dw, weight.dtype))
+
+
+def _as_wanted(ctx, dhidden: Tensor, dweight: Tensor | None) -> tuple:
+    of_hidden, of_weight = ctx.needs_input_grad[:2]
+    return dhidden if of_hidden else None, dweight if of_weight else None, None, None, None
+
+
+def _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction) -> None:
+    floating("hidden", hidden)
+    floating("weight", weight)
+    if hidden.dim() == 0:
+        fail("hidden", "[..., d]", "a scalar")
+    d = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != d or weight.shape[0] == 0:
+        fail("weight", f"[v, {d}] with v > 0", list(weight.shape))
+    if weight.dtype not in (hidden.dtype, torch.float32):
+        fail("weight", f"{hidden.dtype} like hidden, or torch.float32", weight.dtype, TypeError)
+    if weight.device != hidden.device:
+        fail("weight", f"on {hidden.device} like hidden", weight.device)
+    integers("targets", targets, hidden.device)
+    if targets.shape != hidden.shape[:-1]:
+        fail("targets", f"{list(hidden.shape[:-1])} like hidden's rows", list(targets.shape))
+    if not isinstance(ignore_index, int):
+        fail("ignore_index", "an integer", repr(ignore_index), TypeError)
+    if not z_loss >= 0:
+        fail("z_loss", "at least 0", z_loss)
+    if not 0 <= label_smoothing <= 1:
+        fail("label_smoothing", "in [0, 1]", label_smoothing)
+    if reduction not in ("none", "sum", "mean"):
+        fail("reduction", "'none', 'sum' or 'mean'", repr(reduction))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of softmax(hidden weight^T) at targets, plus z_loss logsumexp^2.
+
+    hidden: [..., d] float32, bfloat16 or float16, any strides (copied only where its rows can't be
+    one list). weight: [v, d] in hidden's dtype or float32, which is multiplied in hidden's dtype
+    and gets its gradient in float32; under autocast both are multiplied in autocast's dtype.
+    targets: int64 [...], each in [0, v) or ignore_index, whose tokens have loss 0 and no gradient.
+    Returns float32: the losses [...] ("none"), their "sum", or their "mean" over the tokens that
+    aren't ignored, which is 0 with gradients 0 where all are. label_smoothing as F.cross_entropy's.
+    A target out of range raises ValueError on a CPU; a GPU isn't asked: that token's loss and
+    gradients are NaN. Raises TypeError or ValueError for a wrong argument.
+    """
+    _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction)
+    kind = hidden.device.type
+    backend = choose("linear_cross_entropy", kind, backend)
+    if backend == REFERENCE:
+        if kind == "cpu" and not torch.compiler.is_compiling():
+            check_targets(targets, ignore_index, weight.shape[0])
+        return reference.linear_cross_entropy(
+            hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss,
+            label_smoothing=label_smoothing, reduction=reduction,
+        )  # fmt: skip
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+        weight = weight if weight.dtype == torch.float32 else weight.to(hidden.dtype)
+    rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).contiguous()
+    options = ignore_index, float(z_loss), float(label_smoothing)
+    wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if not wants:
+        losses = run(rows, weight, flat, None, *options, False, False, backend)[0]
+    elif reduction == "none":
+        losses = _Losses.apply(rows, weight, flat, options, backend)
+    if reduction == "none":
+        return losses.view(targets.shape)
+    total = _Sum.apply(rows, weight, flat, options, backend) if wants else losses.sum()
+    return total if reduction == "sum" else total / (flat != ignore_index).sum().clamp(min=1)

@@ -1,0 +1,105 @@
+"""Inputs to `linear_cross_entropy`: the widths of the four models, vocabularies that are no
+multiple of anything, every option, and logits far from 0.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..openelm.config import OpenELMConfig
+from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
+
+VOCABULARY = 32000  # that of the benchmarks
+
+
+def targets(d: Draw, *shape: int, vocabulary: int, ignored: float = 0.0, index: int = -100):
+    """Random targets, a share of them `index`, the one to ignore."""
+    found = torch.randint(vocabulary, shape, generator=d.generator, device=d.device)
+    drawn = torch.rand(shape, generator=d.generator, device=d.device)
+    return found.masked_fill(drawn < ignored, index)
+
+
+def _case(
+    name: str,
+    shape: tuple[int, ...],
+    vocabulary: int,
+    *,
+    draw: Callable[..., Tensor] = Draw.normal,
+    scale: float = 2.0,
+    offset: float = 0.0,
+    wide: bool = False,
+    ignored: float = 0.0,
+    cotangent: str = "packed",
+    dtypes: tuple[torch.dtype, ...] = ALL,
+    check: Case | None = None,
+    **options,
+) -> Case:
+    """shape: of hidden. scale: of the logits; offset: what all of them share. wide: a float32
+    weight. ignored: the share of targets that are. options: the op's.
+    """
+
+    def build(d: Draw) -> Inputs:
+        hidden = draw(d, *shape)
+        w = d.normal(vocabulary, shape[-1], dtype=torch.float32)
+        w *= scale * max(1, shape[-1]) ** -0.5
+        if offset:
+            hidden[..., 0] = 1.0
+            w[:, 0] = offset
+        w = w.to(torch.float32 if wide else d.dtype)
+        index = options.get("ignore_index", -100)
+        t = targets(d, *shape[:-1], vocabulary=vocabulary, ignored=ignored, index=index)
+        return (grad(hidden), grad(w), t), dict(options)
+
+    return Case("linear_cross_entropy", name, build, dtypes, cotangent=cotangent, check=check)
+
+
+def loss_cases() -> list[Case]:
+    found = [
+        _case(f"{name}_hidden", (2, 9, config.model_dim), 515) for name, config in models().items()
+    ]
+    every = {"z_loss": 1e-3, "label_smoothing": 0.1}
+    for reduction in ("none", "sum", "mean"):
+        found += [
+            _case(f"{reduction}", (3, 7, 96), 1003, reduction=reduction),
+            _case(f"{reduction}_every_option", (3, 7, 96), 1003, reduction=reduction, **every),
+            _case(f"{reduction}_ignored", (3, 40, 64), 131, reduction=reduction, ignored=0.6),
+            _case(f"{reduction}_few_ignored", (120, 64), 131, reduction=reduction, ignored=0.05),
+            _case(f"{reduction}_no_rows", (0, 64), 131, reduction=reduction),
+        ]
+    found += [
+        _case(f"vocabulary_{v}", (33, 40), v, reduction="none") for v in (2, 7, 17, 2048, 4099)
+    ]
+    huge = {"dtypes": ALL[:1], "reduction": "none"}
+    return found + [
+        _case("one_row", (1, 256), 300),
+        _case("one_dimension", (256,), 300, reduction="none"),
+        _case("width_1", (65, 1), 33),
+        _case("many_rows", (1031, 16), 77, reduction="none"),
+        _case("z_loss", (33, 64), 515, z_loss=0.01),
+        _case("label_smoothing", (33, 64), 515, label_smoothing=0.2),
+        _case("all_smoothing", (33, 64), 515, label_smoothing=1.0),
+        _case("ignore_index_0", (120, 64), 131, ignore_index=0, ignored=0.3),
+        _case("wide_weight", (3, 11, 96), 515, wide=True, dtypes=HALF),
+        _case("wide_weight_losses", (33, 96), 515, wide=True, dtypes=HALF, reduction="none"),
+        _case("logits_of_hundreds", (33, 64), 515, scale=100.0, reduction="none"),
+        _case("logits_of_ten_thousand", (33, 64), 515, scale=5000.0, **huge),
+        _case("huge_offset", (33, 64), 515, offset=8192.0, **huge),
+        _case("huge_negative_offset", (33, 64), 515, offset=-8192.0, **huge, **every),
+        _case("strided_dy", (33, 64), 131, cotangent="strided", reduction="none"),
+        _case("broadcast_dy", (3, 11, 64), 131, cotangent="broadcast", reduction="none"),
+        *(
+            _case(name, (3, 5, 200), 131, draw=lambda d, *s, lay=lay: lay(d, *s), reduction="none")
+            for name, lay in LAYOUTS.items()
+            if name != "broadcast_rows"  # rows alike: no target could be told from another
+        ),
+    ]
+
+
+def bench_linear_cross_entropy(
+    model: str, config: OpenELMConfig, rows: tuple[int, ...]
+) -> list[Case]:
+    """The mean loss of `rows` tokens over the whole vocabulary."""
+    n = config.model_dim
+    small = _case(f"{model}_check", (64, n), 2003)
+    return [_case(f"{model}_rows_{r}", (r, n), VOCABULARY, check=small) for r in rows]
