@@ -197,12 +197,12 @@ def _percent(share: float) -> str:
 
 
 def draw(results: Found, folder: Path) -> list[str]:
-    """chart.png of the models' tasks, a row each; returns the names of what was drawn."""
-    rows: dict[str, list[Found]] = {}
-    for name, u in timed(results).items():
-        rows.setdefault(f"{u['model']} {u['task'].split()[0]}", []).append(u | {"unit": name})
-    if not rows:
-        return []
-    where = all_units(results, "machine").get("facts", {}).get("gpu") or "CPU rehearsal"
-    chart.draw(f"OpenELM on {where}, bfloat16", rows, folder / "chart.png")
-    return ["chart.png"]
+    """chart.png of the models' tasks; returns the names of what was drawn."""
+    tasks = [
+        {"task": name, "rates": u["tokens_per_second"], "floor": u["floor_tokens"]}
+        for name, u in timed(results).items()
+    ]
+    where = all_units(results, "machine").get("facts", {}).get("gpu") or "a CPU, in small form"
+    title = f"OpenELM on {where}, bfloat16; dashed: at the measured ceiling"
+    chart.draw_rates(title, tasks, folder / "chart.png")
+    return ["chart.png"] if tasks else []
