@@ -3,7 +3,8 @@
 from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import Row, Session, Stream, generate, greedy, stream
-from .model import OpenELM, next_token_loss
+from .loss import LossHead, next_token_loss, next_tokens
+from .model import OpenELM
 from .pack import pack, unpack
 from .quantize import quantize
 from .stack import next_logits, stack_of
@@ -11,6 +12,7 @@ from .swap import Report, accelerate, restore
 
 __all__ = [
     "KVCache",
+    "LossHead",
     "OpenELM",
     "OpenELMConfig",
     "Report",
@@ -22,6 +24,7 @@ __all__ = [
     "greedy",
     "next_logits",
     "next_token_loss",
+    "next_tokens",
     "pack",
     "quantize",
     "restore",

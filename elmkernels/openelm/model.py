@@ -4,140 +4,32 @@
     y = h + proj_2(swiglu(proj_1(ffn_norm(h))))
     logits = norm(y of the last layer) @ classifier.T    (token_embeddings when they are tied)
 
-Modules and parameters have CoreNet's names. The protocol between them, which any replacement of
-a module keeps: `layer(x, context)` and `attn(x, context)`, `ffn(x)` and `norm(x)`, where one
-`Context` is built by every forward pass and shared by its layers.
+Modules and parameters have CoreNet's names (see `layers`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..formats import Weight
-from ..reference import attention, qk_norm_rope, rms_norm, rope_table, swiglu
+from ..reference import rope_table
 from .cache import KVCache
-from .compressed import product, weight_of
+from .compressed import weight_of
 from .config import OpenELMConfig
-from .documents import check_documents, in_one_row, positions_of
-
-
-class Context(NamedTuple):
-    """What the layers of one forward pass over [batch, length] tokens share."""
-
-    positions: Tensor  # int64 [batch, length], maybe of stride 0
-    rope_table: Tensor  # float32 [rope_max_length, head_dim]
-    key_mask: Tensor | None  # bool [batch, past + length], False = padding; None = all real
-    cache: KVCache | None
-    slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
-    offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
-    cu_seqlens: Tensor | None = None  # int64 [documents + 1] over the batch * length tokens
-    checkpointed: bool = False  # the layers are run again in the backward pass
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
-
-
-class Attention(nn.Module):
-    def __init__(
-        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.layer_index = layer_index
-        self.q_heads = config.num_query_heads[layer_index]
-        self.kv_heads = config.num_kv_heads[layer_index]
-        self.head_dim = config.head_dim
-        self.eps = config.norm_eps
-        width = (self.q_heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.model_dim, width, bias=False, dtype=dtype)
-        normalize = config.normalize_qk_projections
-        self.q_norm = RMSNorm(self.head_dim, self.eps, dtype=dtype) if normalize else None
-        self.k_norm = RMSNorm(self.head_dim, self.eps, dtype=dtype) if normalize else None
-        self.out_proj = nn.Linear(
-            self.q_heads * self.head_dim, config.model_dim, bias=False, dtype=dtype
-        )
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = qk_norm_rope(
-            self.qkv_proj(x),
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            context.positions,
-            self.q_heads,
-            self.kv_heads,
-            context.rope_table,
-            self.eps,
-        )
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer_index, k, v)
-        if context.cu_seqlens is not None:
-            q, k, v = in_one_row((q, k, v))
-        sight = {"offsets": context.offsets, "cu_seqlens": context.cu_seqlens}
-        out = attention(q, k, v, context.key_mask, **sight)
-        return self.out_proj(out.reshape(*x.shape[:2], self.q_heads * self.head_dim))
-
-    def extra_repr(self) -> str:
-        return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
-
-
-class FeedForward(nn.Module):
-    def __init__(
-        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        width = config.ffn_dims[layer_index]
-        self.with_glu = config.ffn_with_glu
-        width_1 = 2 * width if self.with_glu else width
-        self.proj_1 = nn.Linear(config.model_dim, width_1, bias=False, dtype=dtype)
-        self.proj_2 = nn.Linear(width, config.model_dim, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj_1(x)
-        return self.proj_2(swiglu(x) if self.with_glu else F.silu(x))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(
-        self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.attn = Attention(config, layer_index, dtype=dtype)
-        self.ffn = FeedForward(config, layer_index, dtype=dtype)
-        self.attn_norm = RMSNorm(config.model_dim, config.norm_eps, dtype=dtype)
-        self.ffn_norm = RMSNorm(config.model_dim, config.norm_eps, dtype=dtype)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), context)
-        return x + self.ffn(self.ffn_norm(x))
-
-
-class TiedHead(nn.Module):
-    """The output projection by another module's weight: no parameters of its own."""
-
-    def forward(self, x: Tensor, weight: Weight) -> Tensor:
-        return product(x, weight)
+from .documents import check_documents, positions_of
+from .layers import Context, DecoderLayer, RMSNorm, TiedHead
+from .loss import LossHead, plain_weight
 
 
 class OpenELM(nn.Module):
     """The language model: token ids in, logits out.
 
     `seed` draws the initial weights from a generator of its own (the stream depends on the
-    device's kind); without it the default generator is used. `gradient_checkpointing = True`
-    recomputes each layer in the backward pass instead of keeping its activations.
+    device's kind); without it the default generator is used. `gradient_checkpointing`, True or
+    the layers by their numbers, recomputes them in the backward pass instead of keeping their
+    activations.
     """
 
     def __init__(
@@ -150,7 +42,7 @@ class OpenELM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | Collection[int] = False
         device = torch.get_default_device() if device is None else torch.device(device)
         # Built on "meta" first, so that nn.Linear's own initialisation costs nothing.
         with torch.device("meta"):
@@ -170,6 +62,7 @@ class OpenELM(nn.Module):
                 else nn.Linear(config.model_dim, config.vocab_size, bias=False, dtype=dtype)
             )
         self.tied_head = TiedHead() if config.share_input_output_layers else None
+        self.loss_head = LossHead()
         # A plain attribute, not a buffer: it stays float32 under .to(dtype) and real under
         # to_empty() and load_state_dict(assign=True), and no state_dict holds it.
         self.rope_table = torch.empty(0, device="meta")
@@ -255,27 +148,108 @@ class OpenELM(nn.Module):
         to batch * length, where documents end in the rows one after another; every row begins one.
         Positions restart in each document, and its tokens see no other.
         """
+        x, new = self._hidden(
+            input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
+            self.token_embeddings,
+        )  # fmt: skip
+        logits = self.project(x)
+        if cache is not None:  # last of all: what fails before leaves the cache as it was
+            cache.advance(new)
+        return logits
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        counts: Sequence[int] | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What `forward` projects to logits, [batch, length, model_dim], of the same arguments."""
+        x, new = self._hidden(
+            input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
+            self.token_embeddings,
+        )  # fmt: skip
+        if cache is not None:
+            cache.advance(new)
+        return x
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states [..., model_dim]."""
+        if self.classifier is None:
+            return self.tied_head(hidden, weight_of(self.token_embeddings))
+        return self.classifier(hidden)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The float32 loss of predicting targets, int64 [batch, length] like input_ids, at every
+        position: see `elmkernels.linear_cross_entropy`, which it is in an accelerated model, so
+        that no logits lie in memory. Targets that are `ignore_index` don't count; padding has to
+        be among them (`openelm.next_tokens` gives targets). A plain method: wrappers that act on
+        `forward` alone (DDP) don't see it.
+        """
+        if targets.shape != input_ids.shape:
+            raise ValueError(
+                f"targets must be {list(input_ids.shape)} like input_ids, got {list(targets.shape)}"
+            )
+        tied = self.loss_head.tied(self.token_embeddings) if self.classifier is None else None
+        embed = self.token_embeddings if tied is None else tied.embed
+        hidden, _ = self._hidden(input_ids, attention_mask, None, 0, None, cu_seqlens, embed)
+        head = self.token_embeddings if self.classifier is None else self.classifier
+        weight = plain_weight(head) if tied is None else tied.projection()
+        return self.loss_head(
+            hidden, targets, weight, self.project, ignore_index=ignore_index,
+            z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction,
+        )  # fmt: skip
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+        logits_to_keep: int,
+        counts: Sequence[int] | None,
+        cu_seqlens: Tensor | None,
+        embed: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, int | list[int]]:
+        """The last hidden states, and how many tokens are new to a cache, of each row or of all."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
         context = self._context(input_ids, attention_mask, cache, cu_seqlens)
         counts = self._check_counts(counts, input_ids, attention_mask, cache)
-        x = self.token_embeddings(input_ids)
-        recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
-        context = context._replace(checkpointed=recompute)
-        for layer in self.layers:
+        x = embed(input_ids)
+        recomputed = self._recomputed() if cache is None and torch.is_grad_enabled() else ()
+        again = context._replace(checkpointed=True)
+        for i, layer in enumerate(self.layers):
             x = (
-                checkpoint(layer, x, context, use_reentrant=False)
-                if recompute
+                checkpoint(layer, x, again, use_reentrant=False)
+                if i in recomputed
                 else layer(x, context)
             )
         x = self.norm(_kept(x, logits_to_keep, counts))
-        if self.classifier is None:
-            logits = self.tied_head(x, weight_of(self.token_embeddings))
-        else:
-            logits = self.classifier(x)
-        if cache is not None:  # last of all: what fails before leaves the cache as it was
-            cache.advance(input_ids.shape[1] if counts is None else counts)
-        return logits
+        return x, input_ids.shape[1] if counts is None else counts
+
+    def _recomputed(self) -> Collection[int]:
+        """The layers that the backward pass computes again."""
+        chosen, count = self.gradient_checkpointing, len(self.layers)
+        if isinstance(chosen, bool):
+            return range(count) if chosen else ()
+        if not all(0 <= i < count for i in chosen):
+            raise ValueError(
+                f"gradient_checkpointing must be a bool or layers in [0, {count}), got {chosen}"
+            )
+        return chosen
 
     def _context(
         self,
@@ -394,26 +368,3 @@ def _kept(x: Tensor, last: int, counts: list[int] | None) -> Tensor:
     at = [[max(count - last + i, 0) for i in range(last)] for count in counts]
     index = torch.tensor(at, device=x.device)[..., None]
     return x.gather(1, index.expand(-1, -1, x.shape[2]))
-
-
-def next_token_loss(
-    logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
-    """Mean cross-entropy, in float32, of predicting input_ids[:, 1:] from logits[:, :-1]. With an
-    attention_mask only the pairs of two real tokens count; 0 where there is none.
-    """
-    batch, length, vocab = logits.shape
-    if input_ids.shape != (batch, length):
-        raise ValueError(f"input_ids must be {[batch, length]}, got {list(input_ids.shape)}")
-    targets = input_ids[:, 1:].long()
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must be {[batch, length]}, got {list(attention_mask.shape)}"
-            )
-        real = attention_mask.bool()
-        targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-    losses = F.cross_entropy(
-        logits[:, :-1].reshape(-1, vocab).float(), targets.reshape(-1), reduction="sum"
-    )
-    return losses / (targets != -100).sum().clamp(min=1)

@@ -17,7 +17,8 @@ In float32 the projections of the swapped model may run in another library than 
 which sums thousands of products in another order and with a larger error (oneDNN's against MKL's).
 Where they do, float32 may take 4 x the yardstick in both rules.
 
-Logits come from three passes: with gradients, without, and token by token through a cache. Greedy
+Logits come from three passes: with gradients, without, and token by token through a cache. Losses
+and gradients are those of `loss`, which the swapped model computes without logits. Greedy
 tokens must be the reference's up to a tie: where they part for the first time, the two tokens'
 logits in the reference may differ by no more than the errors allowed to two logits.
 
@@ -36,13 +37,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..testing.parity import Comparison, compare
 from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import greedy
 from .linear import LINEAR, Plan
+from .loss import next_tokens
 from .model import OpenELM
 from .stack import next_logits
 
@@ -216,24 +217,19 @@ def _widened(model: OpenELM) -> OpenELM:
     return truth
 
 
-def _token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
-    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-    targets = input_ids[:, 1:].flatten()
-    return F.cross_entropy(wide[:, :-1].flatten(0, 1), targets, reduction="none")
-
-
 def _everything(model: OpenELM, input_ids: Tensor) -> dict[str, Tensor]:
     """{"logits": ..., "token losses": ..., "grad norm.weight": ...} of one model."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    logits = model(input_ids)
-    losses = _token_losses(logits, input_ids)
-    grads = torch.autograd.grad(losses.mean(), parameters)
+    logits = model(input_ids).detach()
+    targets = next_tokens(input_ids)
+    losses = model.loss(input_ids, targets, reduction="none").detach()[:, :-1].flatten()
+    grads = torch.autograd.grad(model.loss(input_ids, targets), parameters)
     one = input_ids[:1]
     with torch.inference_mode():
         once = model(one)
         stepped = _token_by_token(model, one)
-    found = {"logits": logits.detach(), **dict(zip(INFERENCE, (once, stepped), strict=True))}
-    found["token losses"] = losses.detach()
+    found = {"logits": logits, **dict(zip(INFERENCE, (once, stepped), strict=True))}
+    found["token losses"] = losses
     return found | {f"grad {name}": g for name, g in zip(names, grads, strict=True)}
 
 

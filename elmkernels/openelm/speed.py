@@ -22,7 +22,8 @@ from ..testing.timing import Timing, copies_of, interleave, peak_memory, synchro
 from . import linear
 from .cache import KVCache
 from .config import OpenELMConfig
-from .model import OpenELM, next_token_loss
+from .loss import next_token_loss, next_tokens
+from .model import OpenELM
 from .stack import next_logits
 
 EAGER, SWAPPED = "eager", "swapped"
@@ -198,13 +199,17 @@ def generation(
 
 
 def training(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool) -> Measured:
-    """Forward, mean next-token loss and backward over [1, length] tokens."""
+    """Forward, mean next-token loss and backward over [1, length] tokens; eager with all the logits
+    in memory, as its `forward` gives them.
+    """
+    targets = next_tokens(ids)
 
-    def task(model: OpenELM) -> Callable[[], object]:
+    def task(name: str, model: OpenELM) -> Callable[[], object]:
         parameters = [*model.parameters()]
 
         def run() -> object:
-            loss = next_token_loss(model(ids), ids)
+            eager = name == EAGER
+            loss = next_token_loss(model(ids), ids) if eager else model.loss(ids, targets)
             loss.backward()
             for parameter in parameters:
                 parameter.grad = None
@@ -214,7 +219,7 @@ def training(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: boo
 
     length = ids.shape[1]
     operations = matmul_operations(models[EAGER].config, length, length, training=True)
-    tasks = {name: task(m) for name, m in models.items()}
+    tasks = {name: task(name, m) for name, m in models.items()}
     name = f"training step {length}"
     dtype = models[EAGER].token_embeddings.weight.dtype
     return measure_tasks(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)

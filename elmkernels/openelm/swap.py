@@ -18,6 +18,7 @@ from ..backends import choose, where_it_has
 from . import fused, linear
 from .compressed import Compressed, weight_of
 from .linear import Plan, measure_plan
+from .loss import LossHead
 
 OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
@@ -35,6 +36,7 @@ class Report:
     gemm: Plan
     packed_bytes: int = 0
     attention: str = ""  # its backend: the preferred one where the named one has it not
+    loss: str = ""  # the same of linear_cross_entropy; empty where the model has no `loss`
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -46,7 +48,8 @@ class Report:
         )
         lines = [
             f"swapped ({self.convention} model): {kinds}",
-            f"backends: {backends}, attention: {self.attention}",
+            f"backends: {backends}, attention: {self.attention}"
+            + (f", linear_cross_entropy: {self.loss}" if self.loss else ""),
             f"projections: {gemm}",
         ]
         if self.packed_bytes:
@@ -319,6 +322,10 @@ def accelerate(
         swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan, backend))
     else:
         report.left.append(("the output projection", "the model computes it in its own forward"))
+    if isinstance(getattr(model, "loss_head", None), LossHead):
+        swap("loss_head", "loss heads", lambda m: fused.FusedLossHead(backend))
+        named = where_it_has("linear_cross_entropy", backend)
+        report.loss = choose("linear_cross_entropy", device, named)
     report.swapped = dict(counts)
     report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
     if plan.packs:
