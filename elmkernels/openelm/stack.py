@@ -18,7 +18,7 @@ from ..backends import where_it_has
 from ..formats import Affine, Layer, Packed, Stack, Weight
 from ..ops.decode_step import MAX_BATCH
 from . import fused, linear
-from . import model as reference
+from . import layers as reference
 from .cache import KVCache
 from .model import OpenELM
 from .swap import is_accelerated
