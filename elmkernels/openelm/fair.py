@@ -48,9 +48,7 @@ class FairOpenELM(nn.Module):
             x = x + self._attend(i, _norm(x, layer.attn_norm), positions, rotation, seen)
             gate, up = layer.ffn.proj_1(_norm(x, layer.ffn_norm)).chunk(2, dim=-1)
             x = x + layer.ffn.proj_2(F.silu(gate) * up)
-        x = _norm(x[:, -1], model.norm)
-        head = model.token_embeddings if model.classifier is None else model.classifier
-        return F.linear(x, head.weight)
+        return model.project(_norm(x[:, -1], model.norm))
 
     def _attend(
         self,

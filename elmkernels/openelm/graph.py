@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..backends import COMPOSED, REFERENCE, choose
 from .cache import KVCache
-from .compressed import weight_of
-from .model import Context, OpenELM
+from .layers import Context
+from .model import OpenELM
 
 BUCKET = (
     256  # slots: so many keys at most are read in vain, a multiple of what masks are aligned to
@@ -63,10 +63,7 @@ def step(model: OpenELM, tokens: Tensor, window: Window) -> Tensor:
     x = model.token_embeddings(tokens[:, None])
     for layer in model.layers:
         x = layer(x, context)
-    x = model.norm(x)
-    if model.classifier is None:
-        return model.tied_head(x, weight_of(model.token_embeddings))[:, -1]
-    return model.classifier(x)[:, -1]
+    return model.project(model.norm(x))[:, -1]
 
 
 def bucket_of(length: int, max_length: int) -> int:
