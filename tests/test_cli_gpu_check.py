@@ -11,7 +11,7 @@ from elmkernels.openelm import chart, gpu_check, gpu_models, gpu_report
 from elmkernels.testing import CASES, op_stages
 from elmkernels.testing.stages import Clock
 
-QUICK = ["gpu-check", "--device", "cpu", "--quick", "--minutes", "1", "--out"]
+QUICK = ["gpu-check", "--device", "cpu", "--quick", "--out"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,9 +44,11 @@ def states(found: dict, stage: str) -> dict[str, str]:
 def rehearsal(tmp_path_factory) -> tuple[int, dict, str]:
     """The exit code, results.json and summary.md of one whole run."""
     folder = tmp_path_factory.mktemp("gpu-check")
-    code = main([*QUICK, str(folder)])
+    # Far more time than it takes, so that nothing is left out on a slow machine.
+    code = main([*QUICK, str(folder), "--minutes", "20"])
     if chart.available() is None:
-        assert (folder / "chart.png").read_bytes()[:4] == b"\x89PNG"
+        for name in ("models.png", "ops.png"):
+            assert (folder / name).read_bytes()[:4] == b"\x89PNG"
     return code, found_in(folder), (folder / "summary.md").read_text()
 
 
@@ -80,7 +82,7 @@ def test_every_op_has_its_parity(rehearsal):
         op for op, _ in op_stages.pairs(torch.device("cpu"))
     }
     for u in units.values():
-        assert sum(d["run"] for d in u["dtypes"].values()) == u["run"] <= u["wanted"]
+        assert sum(d["run"] for d in u["dtypes"].values()) == u["run"] == u["wanted"]
         assert 0 < max(d["worst"] for d in u["dtypes"].values()) <= 1
     watched = rehearsal[1]["stages"]["sanitizer"]["units"]["memcheck"]
     assert watched["tool"].startswith("absent") and watched["cases"][0].endswith("ok")

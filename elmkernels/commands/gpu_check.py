@@ -1,6 +1,6 @@
 """`elmkernels gpu-check`: all that one GPU can tell in a few minutes, stage by stage.
 
-Every stage's result is in DIR/results.json as it comes; DIR/summary.md and chart.png are made of
+Every stage's result is in DIR/results.json as it comes; DIR/summary.md and the charts are made of
 it at the end. `--continue` goes on from what is there.
 """
 
@@ -36,7 +36,7 @@ from ..openelm import chart, gpu_check, gpu_report
 from ..testing.stages import Clock, DeadDevice
 
 NAME = "gpu-check"
-MINUTES = 8
+MINUTES, QUICK_MINUTES = 8, 1
 
 
 def add_parser(commands: Any) -> None:
@@ -48,7 +48,8 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--out", metavar="DIR", default=argparse.SUPPRESS, help="results.json, summary.md, charts")
     add("--quick", action="store_true", default=argparse.SUPPRESS, help="tiny shapes: a rehearsal")
-    add("--minutes", type=positive, default=MINUTES, help=f"the whole budget (default {MINUTES})")
+    whole = f"the whole budget (default {MINUTES}, of --quick {QUICK_MINUTES})"
+    add("--minutes", type=positive, help=whole)
     add(
         "--stages",
         type=one_of(gpu_check.STAGES, "stages"),
@@ -104,7 +105,8 @@ def _check(args: argparse.Namespace) -> gpu_check.Check:
     if device.type == "cpu" and not quick:
         raise WrongInput("--device cpu is for the rehearsal alone: give --quick too")
     stages = tuple(args.stages or gpu_check.STAGES)
-    return gpu_check.Check(device, 60.0 * args.minutes, quick, stages)
+    minutes = args.minutes or (QUICK_MINUTES if quick else MINUTES)
+    return gpu_check.Check(device, 60.0 * minutes, quick, stages)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -65,9 +65,9 @@ def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None
     _write(figure, title, path)
 
 
-def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path) -> None:
-    """tasks: {"task", "rates": {runner: tokens a second}, "floor": those at the ceiling}, a panel
-    each; writes a PNG in one step, if there is one.
+def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: str) -> None:
+    """tasks: {"task", "rates": {name: units a second}, "ceiling": those at best}, a panel each;
+    writes a PNG in one step, if there is one.
     """
     from matplotlib.figure import Figure
 
@@ -85,12 +85,12 @@ def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path) -> None:
         bars = axis.barh(range(len(names)), rates, color=colors)
         labels = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
         axis.bar_label(bars, labels, padding=3, fontsize=7)
-        axis.axvline(task["floor"], color="#d62728", linewidth=1, linestyle="--")
+        axis.axvline(task["ceiling"], color="#d62728", linewidth=1, linestyle="--")
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.2 * max(task["floor"], *rates))
+        axis.set_xlim(0, 1.2 * max(task["ceiling"], *rates))
         axis.tick_params("x", labelsize=7)
-        axis.set_title(f"{task['task']}, tokens/s", fontsize=8)
+        axis.set_title(f"{task['task']}, {unit}", fontsize=8)
     _write(figure, title, path)
 
 

@@ -12,6 +12,7 @@ from .gpu_check import all_units
 Found = dict[str, Any]
 OURS = ("swapped", "swapped, graph")
 MOST = 12  # rows of what is named one by one
+MOST_PANELS = 24
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -197,12 +198,25 @@ def _percent(share: float) -> str:
 
 
 def draw(results: Found, folder: Path) -> list[str]:
-    """chart.png of the models' tasks; returns the names of what was drawn."""
-    tasks = [
-        {"task": name, "rates": u["tokens_per_second"], "floor": u["floor_tokens"]}
+    """models.png and ops.png; returns the names of those that there were figures for."""
+    where = all_units(results, "machine").get("facts", {}).get("gpu") or "a CPU, in small form"
+    models = [
+        {"task": name, "rates": u["tokens_per_second"], "ceiling": u["floor_tokens"]}
         for name, u in timed(results).items()
     ]
-    where = all_units(results, "machine").get("facts", {}).get("gpu") or "a CPU, in small form"
-    title = f"OpenELM on {where}, bfloat16; dashed: at the measured ceiling"
-    chart.draw_rates(title, tasks, folder / "chart.png")
-    return ["chart.png"] if tasks else []
+    ops = [_op_panel(name, u) for name, u in all_units(results, "ops").items() if "ratios" in u]
+    pictures = {
+        "models.png": (models, "tokens/s", "the measured ceiling"),
+        "ops.png": (ops[:MOST_PANELS], "GB/s", "a copy of as many bytes"),
+    }
+    for name, (tasks, unit, ceiling) in pictures.items():
+        title = f"elmkernels on {where}; dashed: {ceiling}"
+        chart.draw_rates(title, tasks, folder / name, unit)
+    return [name for name, (tasks, _, _) in pictures.items() if tasks]
+
+
+def _op_panel(name: str, u: Found) -> Found:
+    """An op's bytes a second by each way, as the least bytes that it must move take so long."""
+    taken = {"ours": u["time"], **u["rivals"]}
+    rates = {who: u["nbytes"] / t["median"] / 1e9 for who, t in taken.items()}
+    return {"task": name, "rates": rates, "ceiling": u["nbytes"] / u["copy"]["median"] / 1e9}

@@ -122,7 +122,7 @@ def bench_units(device: torch.device, quick: bool) -> list[Unit]:
     units = []
     for rows, dtype in ((1, torch.bfloat16),) if quick else BENCHES:
         for op, backend in chosen:
-            for case in bench_cases(op, (rows,)):
+            for case in bench_cases(op, (rows,), "270M" if quick else "1_1B"):
                 if dtype not in case.dtypes:
                     continue
                 for backward in passes(op):
