@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "compress",
     },
     "training": {"training", "openelm", "checks"},
+    "training.speed": {"openelm", "testing"},
     "commands": {
         "commands",
         "console",

@@ -44,7 +44,7 @@ def draw(title: str, results: dict[str, Sequence[dict[str, Any]]], path: Path) -
     for line, dtype in enumerate(filled):
         for column, task in enumerate(results[dtype]):
             _panel(axes[line][column], dtype, task)
-    _write(figure, title, path)
+    write(figure, title, path)
 
 
 def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
@@ -62,7 +62,7 @@ def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None
     for line, (name, tasks) in zip(axes, filled.items(), strict=True):
         for axis, task in zip(line, tasks, strict=False):
             _race_panel(axis, name, task)
-    _write(figure, title, path)
+    write(figure, title, path)
 
 
 def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: str) -> None:
@@ -91,7 +91,7 @@ def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: st
         axis.set_xlim(0, 1.2 * max(task["ceiling"], *rates))
         axis.tick_params("x", labelsize=7)
         axis.set_title(f"{task['task']}, {unit}", fontsize=8)
-    _write(figure, title, path)
+    write(figure, title, path)
 
 
 def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
     axis.set_xlabel("tokens/s", fontsize=8)
 
 
-def _write(figure: Any, title: str, path: Path) -> None:
+def write(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import SDPA, choose
 from ..testing.device import architectures, capability, datasheet, gpu_name, unfit
 from ..testing.stages import Clock, Found, LeftOut, Unit, first_line
 from . import olmo, speed, step_race
 from .config import OpenELMConfig
 from .generate import greedy
-from .gpu_runners import COMPILED_OLMO, OLMO, FairRunner, GraphRunner
+from .gpu_runners import COMPILED_FAIR, COMPILED_OLMO, OLMO, FairRunner, GraphRunner
 from .graph import GraphDecoder
 from .model import OpenELM
 from .proof import check_model, compare_tokens, free_bytes, twin
@@ -148,14 +148,23 @@ def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float,
 
 
 def _caches(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> float:
-    """About the bytes of four runners' caches, and of a prompt on its way through a layer."""
+    """About the bytes of five runners' caches, and of a prompt on its way through a layer."""
     tokens = task.prompts.shape[0] * (task.length + 128)
     cache = 2 * config.head_dim * sum(config.num_kv_heads) * tokens
     layer = (4 * max(config.ffn_dims) + 8 * config.model_dim) * tokens
-    return (4 * cache + layer) * dtype.itemsize
+    return (5 * cache + layer) * dtype.itemsize
 
 
 Makers = dict[str, Callable[[], Runner]]
+# About the seconds that torch.compile takes, which nothing can stop once it has begun.
+COMPILE_SECONDS = {COMPILED_FAIR: 60.0, COMPILED_OLMO: 40.0, "a training step": 60.0}
+
+
+def _lacks_time(models: Models, what: str, clock: Clock) -> str | None:
+    """Why there is no time for something, or None."""
+    needed = 0.0 if models.quick else COMPILE_SECONDS.get(what, 0.0)
+    left = clock.left()
+    return None if left > needed else f"no time: about {needed:.0f} s needed, {left:.0f} left"
 
 
 def _race(
@@ -174,11 +183,12 @@ def _race(
     if task.steps:
         captured = models.device.type == "cuda"
         rivals["graph"] = lambda: GraphRunner(swapped, captured)
+        rivals["graph with torch's attention"] = lambda: GraphRunner(swapped, captured, SDPA)
     runs, tokens, missing = {}, {}, {}
     found |= {"model": name, "ok": True, "missing": missing}
     for i, (key, make) in enumerate((makers | rivals | more(eager)).items()):
-        if i >= own and clock.left() <= 0:
-            missing[key] = "no time left"
+        if i >= own and (why := _lacks_time(models, key, clock)):
+            missing[key] = why
             continue
         try:
             runner = make()
@@ -272,7 +282,7 @@ def compiled_units(models: Models) -> list[Unit]:
     options = {"backend": "eager"} if models.quick else {"mode": "reduce-overhead"}
 
     def compiled(model: OpenELM) -> Makers:
-        return {"compiled": lambda: FairRunner(model, options)}
+        return {COMPILED_FAIR: lambda: FairRunner(model, options)}
 
     def with_olmo(model: OpenELM) -> Makers:
         shape = olmo.TINY if models.quick else olmo.SHAPE
@@ -298,6 +308,8 @@ def compiled_units(models: Models) -> list[Unit]:
 
 def _training_unit(models: Models, name: str, compiled: bool) -> Unit:
     def run(found: Found, clock: Clock) -> None:
+        if compiled and (why := _lacks_time(models, "a training step", clock)):
+            raise LeftOut(why)
         models.drop()
         config, tokens = models.config(name), models.sizes.training
         # Float32 weights and gradients of two models, and the logits a few times over.

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import SDPA
 from .fair import FairOpenELM
 from .graph import BUCKET, GraphDecoder
 from .model import OpenELM
+from .proof import twin
 from .runners import COMPILED, EAGER, OURS, Run, Runner, Task
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
+SDPA_GRAPH = f"{GRAPH}, {SDPA}"
 # Names of rivals that hold other weights: their tokens are not compared.
 OLMO, COMPILED_OLMO = "OLMo-1B eager", "OLMo-1B compiled"
 
@@ -69,10 +72,16 @@ class FairRunner(Runner):
 
 
 class GraphRunner(Runner):
-    """`GraphDecoder` of a swapped model; captured: False, as on a CPU, calls its step instead."""
+    """`GraphDecoder` of a swapped model; captured: False, as on a CPU, calls its step instead.
+    attention: the backend of that op, None for the model's own choice.
+    """
 
-    def __init__(self, model: OpenELM, captured: bool) -> None:
+    def __init__(self, model: OpenELM, captured: bool, attention: str | None = None) -> None:
         self.name, self.kind, self.facts = GRAPH, OURS, {}
+        if attention is not None:
+            self.name, model = f"{GRAPH}, {attention}", twin(model)
+            for layer in model.layers:
+                layer.attn.attention_backend = attention
         self.model, self.captured = model, captured
 
     def run(self, task: Task) -> Run:

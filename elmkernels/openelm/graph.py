@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import COMPOSED, REFERENCE, choose
+from ..backends import COMPOSED, REFERENCE
+from ..ops._attention_choice import attention_backend
 from .cache import KVCache
 from .layers import Context
 from .model import OpenELM
@@ -55,7 +56,8 @@ def step(model: OpenELM, tokens: Tensor, window: Window) -> Tensor:
     at = window.lengths[:, None]
     backend = getattr(model.layers[0].attn, "attention_backend", REFERENCE)
     sight: dict[str, Any] = {"key_mask": None, "offsets": window.lengths}
-    if choose("attention", tokens.device.type, backend) in COMPOSED:
+    kind, head_dim = tokens.device.type, model.config.head_dim
+    if attention_backend(kind, backend, "ragged", head_dim) in COMPOSED:
         # Torch's operations would copy the keys to blank what lies beyond; here it is finite.
         slots = torch.arange(window.bucket, device=tokens.device)
         sight = {"key_mask": slots <= at, "offsets": None}

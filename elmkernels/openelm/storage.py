@@ -169,7 +169,8 @@ def _sync_file(out: Any) -> None:
     os.fsync(out.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a crash of the machine."""
     if os.name != "posix":  # elsewhere a folder can't be opened, nor need its entries be synced
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -204,14 +205,14 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
     try:
         for name, write in writers.items():
             write(folder / temporary[name])
-        _sync_folder(folder)
+        sync_folder(folder)
         journal = folder / f".journal.{token}.elmkernels-tmp"
         write_json(journal, {"rename": {t: name for name, t in temporary.items()}, "remove": stale})
         os.replace(journal, folder / _JOURNAL)
     except BaseException:
         _remove_temporaries(folder, only=token)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
     _finish_renames(folder)
     _remove_temporaries(folder)
 
@@ -229,7 +230,7 @@ def _finish_renames(folder: Path) -> None:
             os.replace(folder / temporary, folder / name)
     for name in journal["remove"]:
         (folder / name).unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
     (folder / _JOURNAL).unlink(missing_ok=True)
 
 

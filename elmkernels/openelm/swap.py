@@ -242,14 +242,19 @@ def _examine(model: nn.Module, body: nn.Module, prefix: str) -> tuple[Convention
 
 
 def accelerate(
-    model: nn.Module, *, backend: str | None = None, pack_weights: bool = False
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    pack_weights: bool = False,
+    plan: Plan | None = None,
 ) -> Report:
     """Swap fused modules into an OpenELM model, in place; its Parameters stay the same objects.
 
     model: an `elmkernels.OpenELM`, or any model with the module layout of CoreNet or of Apple's
     Hugging Face code. backend: None for the best of each device at every call, or a name, which
     then never falls back. pack_weights: also let projections keep a packed copy of their weights
-    where that measures faster (more memory; see `openelm.linear`).
+    where that measures faster (more memory; see `openelm.linear`). plan: the projections' routines,
+    as an earlier Report's `gemm` says them, instead of measuring which are fastest here.
     Returns a Report. Raises ValueError, with the reason, for a model it doesn't know and for an
     unknown backend, RuntimeError for a backend that can't run here; the model is then unchanged.
     A model that is accelerated already is restored first.
@@ -263,7 +268,8 @@ def accelerate(
     weight = body.norm.weight  # an embedding may be compressed
     device = "cpu" if weight.device.type == "meta" else weight.device.type
     backends = {op: choose(op, device, backend) for op in OPS}
-    plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
+    if plan is None:
+        plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
     report.attention = choose("attention", device, where_it_has("attention", backend))
     if convention.foreign:

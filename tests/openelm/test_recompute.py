@@ -7,8 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm import recompute
-from elmkernels.openelm.model import next_token_loss
+from elmkernels.openelm import next_token_loss, recompute
 from elmkernels.openelm.tied import Tied
 
 CONFIG = OpenELMConfig(

@@ -1,0 +1,192 @@
+"""`elmkernels train`: a recipe, carried out; under torchrun by several processes.
+
+Exit codes: 0 the run reached its last step, 1 it failed (a loss that isn't finite, a checkpoint
+that couldn't be written), 2 wrong input, 130 ended by Ctrl-C and 143 by SIGTERM, saved in both
+cases.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from ..console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    REFUSALS,
+    WRONG,
+    WrongInput,
+    dump,
+    find_device,
+    note,
+    positive,
+    save,
+)
+from ..testing import fingerprint
+
+TERMINATED = 143
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+_CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train a model as a recipe says")
+    parser.allow_abbrev = False
+    add, absent = parser.add_argument, argparse.SUPPRESS
+    add("recipe", metavar="CONFIG", help="a YAML file (ours or CoreNet's), or a ready recipe: tiny")
+    add("--out", metavar="DIR", default=absent, help="everything goes there (default: runs/NAME)")
+    add("--resume", action="store_true", help="there must be a checkpoint in DIR to go on from")
+    add("--fresh", action="store_true", help="begin anew; an earlier run's files are set aside")
+    add(
+        "--from-step", type=positive, metavar="N", help="go on from that checkpoint, not the newest"
+    )
+    add("--steps", type=positive, metavar="N", help="stop after N in all; the schedule stays")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="replace a field of the recipe, such as engine.precision=bf16",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="train eager and swapped, and hold their curves against each other",
+    )
+    add("--device", default=absent, help="cpu or cuda (default: cuda where there is one)")
+    add("--json", action="store_true", default=absent, help="print JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit code."""
+    for name in ("dtype", "backend"):
+        if getattr(args, name):
+            field = {"dtype": "engine.precision", "backend": "engine.kernels"}[name]
+            raise WrongInput(f"train takes no --{name}: use --set {field}=NAME")
+    if args.fresh and (args.resume or args.from_step):
+        raise WrongInput("--fresh begins anew: it can't go with --resume or --from-step")
+    device = find_device(args.device)
+    # Late: the other commands needn't wait for torch.distributed.
+    from ..training import parallel, state
+    from ..training.loop import Failed
+
+    try:
+        with parallel.world(device) as world:
+            try:
+                return _run(args, world)
+            except parallel.Reported:
+                return WRONG
+            except (Failed, state.NotSaved) as error:
+                if world.first:
+                    note(f"error: {error}")
+                return FAILED
+            except REFUSALS as error:
+                if isinstance(error, RuntimeError) or not world.first:
+                    raise
+                raise WrongInput(str(error)) from error
+    except ValueError as error:
+        raise WrongInput(str(error)) from error
+
+
+def _run(args: argparse.Namespace, world: Any) -> int:
+    from ..training.run import AUTO, FRESH, RESUME, Start, train
+
+    def say(text: str) -> None:
+        if world.first:
+            note(text)
+
+    recipe, notes = world.together(lambda: read(args.recipe, args.set))
+    for line in notes:
+        say(line)
+    out = Path("runs") / Path(args.recipe).stem if args.out is None else Path(args.out)
+    if args.compare:
+        return _compare(args, recipe, out, world, say)
+    how = FRESH if args.fresh else RESUME if args.resume or args.from_step else AUTO
+    done = train(recipe, out, world, Start(how, args.from_step), args.steps, say)
+    if world.first:
+        print(dump(done) if args.json else _text(done))
+        if done["stopped"]:
+            where = f"saved in {done['checkpoint']}" if done["checkpoint"] else "nothing was saved"
+            note(f"stopped by {done['stopped']} after step {done['steps']}; {where}")
+    return _CODES[done["stopped"]]
+
+
+def read(source: str, changes: list[str]) -> tuple[Any, list[str]]:
+    """The recipe with the fields of --set replaced, and what is to be said about it."""
+    from ..training.recipe import from_mapping, load, merge, to_mapping
+
+    recipe, notes = load(source)
+    values = to_mapping(recipe)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set must be SECTION.FIELD=VALUE, got {change!r}")
+        *sections, field = name.strip().split(".")
+        if sections == ["model"] and isinstance(values["model"], str):
+            values["model"] = {"model_name": values["model"]}
+        over: Any = {field: _value(text, change)}
+        if sections == ["model"]:  # which `merge` replaces as a whole
+            over = values["model"] | over
+        for section in reversed(sections):
+            over = {section: over}
+        values = merge(values, over)
+    try:
+        return (from_mapping(values) if changes else recipe), notes
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"--set: {error}") from error
+
+
+def _value(text: str, change: str) -> Any:
+    """What YAML makes of a value."""
+    import yaml
+
+    if _EXPONENT.fullmatch(text.strip()):  # without a point it is a word to YAML 1.1
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {change}: the value must be YAML") from error
+
+
+def _text(done: dict[str, Any]) -> str:
+    """The summary as lines."""
+    lines = [f"step {done['steps']} of {done['of']}, {done['tokens']:,} tokens"]
+    if done["loss"] is not None:
+        lines.append(f"loss        {done['loss']:.4f}")
+    if done["evaluation"]:
+        found = done["evaluation"]
+        text = f"{found['loss']:.4f} (perplexity {found['perplexity']:.2f}, "
+        lines.append(f"evaluation  {text}{found['sequences']} sequences)")
+    if done["tokens_per_second"]:
+        lines.append(f"tokens/s    {done['tokens_per_second']:,.0f}")
+    if done["skipped"]:
+        lines.append(f"left out    {done['skipped']} updates that weren't finite")
+    for name in ("log", "checkpoint", "final", "average"):
+        if done[name]:
+            lines.append(f"{name:<12}{done[name]}")
+    return "\n".join(lines)
+
+
+def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: Any) -> int:
+    from ..openelm import chart
+    from ..training import compare
+
+    if world.size > 1:
+        raise WrongInput("--compare runs in one process")
+    if args.resume or args.from_step or args.fresh:
+        raise WrongInput("--compare always begins anew, without --resume, --from-step or --fresh")
+    steps = min(args.steps or recipe.schedule.steps, recipe.schedule.steps)
+    why = chart.available()
+    if why:
+        say(why)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongInput(str(error)) from error
+    results = {"machine": fingerprint(world.device)}
+    compare.compare(recipe, world, steps, results, say, lambda: save(out, results))
+    if not why:
+        compare.draw(results, out / "chart.png")
+    print(dump(results) if args.json else compare.text(results))
+    return OK if all(found["ok"] for found in results["precisions"].values()) else FAILED

@@ -1,0 +1,58 @@
+"""How fast a run is: tokens a second, and the share of the machine's peak that the model uses.
+
+MFU = floating-point operations of the model's matrix products / seconds / peak of all processes.
+Operations are those of whole causal sequences, also where documents are packed into them (their
+attention needs less, so MFU is a little too high there), and a layer that is recomputed in the
+backward pass counts once.
+"""
+
+import sys
+from functools import cache
+
+import torch
+
+from ..openelm.config import OpenELMConfig
+from ..openelm.speed import matmul_operations
+from ..testing.timing import matmul_ceiling
+
+# Dense bfloat16 operations a second as the makers state them; the first name that fits.
+_STATED = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A10", 125e12),
+    ("MI300X", 1307e12),
+)
+
+
+@cache
+def peak(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+    """Operations a second that one process could reach at best, and where the number is from."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        gpu = torch.cuda.get_device_name(device)
+        for name, stated in _STATED:
+            if name in gpu:
+                return stated, f"stated for {name}"
+    return matmul_ceiling(dtype, device), "a large matrix product, measured"
+
+
+def operations(config: OpenELMConfig, length: int) -> int:
+    """Of one sequence in a training step."""
+    return matmul_operations(config, length, length, training=True)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory that this process has had so far: on a GPU there, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
