@@ -180,6 +180,9 @@ def test_a_dead_device_is_left_to_another_process(tmp_path, monkeypatch, capsys)
     assert "another one goes on" in capsys.readouterr().err
 
 
+NO_GPU = "" if torch.cuda.is_available() else "sees no CUDA device"
+
+
 def refusal(capsys, *argv: str) -> str:
     assert main(["gpu-check", *argv]) == 2
     captured = capsys.readouterr()
@@ -196,7 +199,7 @@ def refusal(capsys, *argv: str) -> str:
         (["--device", "cpu", "--quick", "--out", "{}", "--stages", "all"], "machine"),
         (["--device", "cpu", "--quick", "--out", "{}", "--dtype", "bf16"], "--dtype"),
         (["--device", "cpu", "--quick", "--out", "{}", "--continue"], "results.json"),
-        (["--device", "cuda:99", "--out", "{}"], "cuda:99"),
+        (["--device", "cuda:99", "--out", "{}"], NO_GPU or "cuda:99"),
         (["--device", "cpu", "--quick", "--out", __file__], Path(__file__).name),
     ],
     ids=lambda x: " ".join(x[2:]) if isinstance(x, list) else "",
@@ -213,9 +216,9 @@ def test_going_on_with_another_run_s_results_is_refused(capsys, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["", "quick"])
-def test_no_gpu_is_one_line_with_the_rehearsal(capsys, tmp_path, quick):
-    text = refusal(capsys, "--out", str(tmp_path), *quick)
+@pytest.mark.parametrize("more", ["--json", "--quick", "--device=cuda"])
+def test_no_gpu_is_one_line_with_the_rehearsal(capsys, tmp_path, more):
+    text = refusal(capsys, "--out", str(tmp_path), more)
     assert torch.__version__ in text and "compute capability 8.0" in text
     assert "--device cpu --quick" in text
     assert not list(tmp_path.iterdir())
@@ -260,7 +263,14 @@ def test_losses_are_named_beside_the_wins():
     stage = {"seconds": 1.0, "left_out": {}}
     found = {"complete": True, "stages": {"ops": stage | {"units": {"swiglu c": op}}}}
     found["stages"]["models"] = stage | {"units": {"1_1B decode": model}}
+    facts = {"state": "done", "gpu": "NVIDIA H100 80GB HBM3", "torch": "2.13", "cuda": "13.0"}
+    facts |= {"capability": "9.0", "memory": {"total": 80 << 30}, "built_for": ["80", "90"]}
+    facts["backends"] = {"triton": None, "avx2": "runs on cpu"}
+    found["stages"]["machine"] = stage | {"units": {"facts": facts}}
     text = gpu_report.summary(found)
+    assert "On NVIDIA H100 80GB HBM3; torch 2.13" in text and "rehearsal" not in text
+    assert "Compute capability 9.0, 80 GiB, CUDA 13.0; the CUDA library is built for 80, 90" in text
+    assert "- avx2: runs on cpu" in text and "- triton" not in text
     assert "- swiglu c: liger 0.90x" in text and "eager 2.00x" not in text
     assert "- 1_1B decode: compiled, swapped, graph is 0.80x" in text
     assert "| 1_1B decode | eager | 10 | 8.00x | 6% | 160 | 200 |" in text

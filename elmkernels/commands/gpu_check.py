@@ -97,7 +97,8 @@ def run(args: argparse.Namespace, version: str) -> int:
 
 def _check(args: argparse.Namespace) -> gpu_check.Check:
     quick = bool(args.quick)
-    if args.device is None and not torch.cuda.is_available():
+    wanted = "cuda" if args.device is None else args.device
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise WrongInput(gpu_check.no_gpu())
     device = find_device(args.device)
     if device.type == "cuda" and device.index is None:

@@ -9,6 +9,7 @@ Shapes are fixed too: a step attends to a *bucket*, the first 256, 512, 768, ...
 and masks what is not filled. There is one capture for each bucket that is reached.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,12 +98,12 @@ class GraphDecoder:
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.chosen = torch.zeros(batch, max_length + 1, dtype=torch.int64, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._replays: dict[int, Callable[[], None]] = {}
 
     @property
     def captures(self) -> list[int]:
         """The buckets whose step was captured."""
-        return sorted(self._graphs)
+        return sorted(self._replays)
 
     @torch.inference_mode()
     def prompt(self, input_ids: Tensor) -> Tensor:
@@ -134,9 +135,9 @@ class GraphDecoder:
         if not self.captured:
             self._body(Window(self.cache, bucket, self.lengths))
             return
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(bucket)
-        self._graphs[bucket].replay()
+        if bucket not in self._replays:
+            self._replays[bucket] = self._capture(bucket)
+        self._replays[bucket]()
 
     def _body(self, window: Window) -> None:
         """What is captured: a step, and its result where the next one finds it."""
@@ -144,20 +145,30 @@ class GraphDecoder:
         self.lengths.add_(1)
         self.chosen.scatter_(1, self.lengths[:, None], self.tokens[:, None])
 
-    def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
-        window = Window(self.cache, bucket, self.lengths)
+    def _capture(self, bucket: int) -> Callable[[], None]:
         state = self.tokens.clone(), self.lengths.clone()
-        device = self.tokens.device
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):  # each writes what the first replay writes again
-                    self._body(window)
-                    self.tokens.copy_(state[0])
-                    self.lengths.copy_(state[1])
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._body(window)
-        return graph
+
+        def restore() -> None:  # what a warm-up wrote to the cache the first replay writes again
+            self.tokens.copy_(state[0])
+            self.lengths.copy_(state[1])
+
+        window = Window(self.cache, bucket, self.lengths)
+        return capture(lambda: self._body(window), restore, self.tokens.device)
+
+
+def capture(
+    body: Callable[[], None], restore: Callable[[], None], device: torch.device
+) -> Callable[[], None]:
+    """What replays a body that was run WARM_UPS times, and undone by restore each time."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                body()
+                restore()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            body()
+    return graph.replay

@@ -20,6 +20,7 @@ from .stages import Clock, Found, LeftOut, Unit, first_line
 GOLDEN = 0.6180339887498949  # i * GOLDEN mod 1 visits any list evenly, however early one stops
 MOST_ERRORS = 3
 SANITIZER = "compute-sanitizer"
+FOUND = 9  # the exit code that it is asked for where it finds an error
 LEAST_SECONDS = 30.0  # below which no watched process gets to its first case
 # What is measured first: rows and dtypes of most weight; torch.compile has its turn in COMPILED.
 BENCHES = (
@@ -87,13 +88,15 @@ def sanitizer_units(device: torch.device, quick: bool) -> list[Unit]:
 
 def _memcheck(names: list[str], device: torch.device, found: Found, clock: Clock) -> None:
     tool = shutil.which(SANITIZER) if device.type == "cuda" else None
-    watch = [] if tool is None else [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    watch = [] if tool is None else [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
     found["tool"] = tool or f"absent: {SANITIZER} is not on PATH, or this is no GPU"
     command = [*watch, sys.executable, "-m", "elmkernels.testing.few", "--device", str(device)]
     command += ["--cases", "1" if device.type == "cpu" else "2", *names]
     limit = max(LEAST_SECONDS, clock.left())
     code, out, err = run_apart(command, limit)
     found |= {"code": code, "cases": out.splitlines()[-60:], "ok": code == 0}
+    if watch and code not in (0, 1, FOUND):
+        raise LeftOut(f"{SANITIZER} ended with {code}: {(err or out).strip()[-300:]}")
     if code:
         raise RuntimeError(f"exit code {code}: {(err or out)[-600:]}")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
+from elmkernels.openelm import graph
 from elmkernels.openelm.fair import FairOpenELM
 from elmkernels.openelm.generate import greedy
 from elmkernels.openelm.gpu_models import TINY, agreement
@@ -53,6 +54,27 @@ def test_the_same_tokens_as_without_fixed_shapes(model, prompts, expected, backe
     assert decoder.lengths.tolist() == [decoder.cache.length] * 2
     decoder.rewind(LENGTH + 2, expected[:, 2])
     assert torch.equal(decoder.decode(4), expected[:, 3:7])
+
+
+def test_one_capture_for_each_bucket_leaves_no_trace(model, prompts, expected, monkeypatch):
+    """All but the capture itself: warm-ups are undone, and a bucket's replay is kept."""
+    made = []
+
+    def pretended(body, restore, device):
+        made.append(device)
+        for _ in range(graph.WARM_UPS):
+            body()
+            restore()
+        return body
+
+    monkeypatch.setattr(graph, "capture", pretended)
+    decoder = GraphDecoder(swapped(model, None), 2, 400, captured=False)
+    decoder.captured = True
+    for _ in range(2):
+        first = decoder.prompt(prompts)
+        got = torch.cat((first[:, None], decoder.decode(STEPS - 1)), dim=1)
+        assert torch.equal(got, expected)
+    assert decoder.captures == [256, 400] and len(made) == 2
 
 
 def test_what_lies_beyond_the_tokens_is_not_seen(model, prompts, expected):
