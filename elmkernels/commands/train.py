@@ -1,7 +1,7 @@
 """`elmkernels train`: a recipe, carried out; under torchrun by several processes.
 
-Exit codes: 0 the run reached its last step, 1 it failed (a loss that isn't finite, a checkpoint
-that couldn't be written), 2 wrong input, 130 ended by Ctrl-C and 143 by SIGTERM, saved in both
+Exit codes: 0 the run reached its last step, 1 it failed (a loss that isn't finite, a full
+disk), 2 wrong input, 130 ended by Ctrl-C and 143 by SIGTERM, saved in both
 cases.
 """
 
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise WrongInput("--fresh begins anew: it can't go with --resume or --from-step")
     device = find_device(args.device)
     # Late: the other commands needn't wait for torch.distributed.
-    from ..training import parallel, state
+    from ..training import parallel
+    from ..training.journal import NotSaved
     from ..training.loop import Failed
 
     try:
@@ -77,15 +78,16 @@ def run(args: argparse.Namespace) -> int:
                 return _run(args, world)
             except parallel.Reported:
                 return WRONG
-            except (Failed, state.NotSaved) as error:
+            except (Failed, NotSaved) as error:
                 if world.first:
                     note(f"error: {error}")
                 return FAILED
             except REFUSALS as error:
-                if isinstance(error, RuntimeError) or not world.first:
+                if isinstance(error, RuntimeError):
                     raise
-                raise WrongInput(str(error)) from error
-    except ValueError as error:
+                who = "" if world.first else f"process {world.rank}: "
+                raise WrongInput(f"{who}{error}") from error
+    except ValueError as error:  # of the device: there is no world yet
         raise WrongInput(str(error)) from error
 
 

@@ -14,6 +14,10 @@ from typing import Any
 FILE = "train.jsonl"
 
 
+class NotSaved(OSError):
+    """Something of a run that couldn't be written; what was written before is as it was."""
+
+
 class Journal:
     """Writes; one process of a run has it. total: steps of the run, for the bar."""
 
@@ -35,8 +39,11 @@ class Journal:
     def event(self, event: str, step: int, **values: Any) -> None:
         """Append one line and, of numbers, points of TensorBoard's curves."""
         line = {"event": event, "step": step, **values}
-        self._file.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise NotSaved(f"{self.path} can't be written: {error}") from error
         if self._board is not None and event in ("step", "evaluation"):
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -67,7 +74,10 @@ class Journal:
             self._bar.close()
         if self._board is not None:
             self._board.close()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # what can't be written was told by `event`
+            return
 
 
 def _plain(value: Any) -> Any:

@@ -68,6 +68,13 @@ def first_model(recipe: Recipe, config: OpenELMConfig) -> OpenELM:
     return model
 
 
+def check_share(recipe: Recipe, world: World) -> None:
+    """Raises ValueError where a step can't be dealt out evenly."""
+    if recipe.batch.sequences % world.size:
+        expected = f"a multiple of the {world.size} processes"
+        checks.fail("batch.sequences", expected, recipe.batch.sequences)
+
+
 class Trainer:
     """One process's part of a run. sequences: what is trained on; held_out: what evaluations see.
 
@@ -83,9 +90,7 @@ class Trainer:
         held_out: Sequences | None = None,
         plan: Plan | None = None,
     ) -> None:
-        if recipe.batch.sequences % world.size:
-            expected = f"a multiple of the {world.size} processes"
-            checks.fail("batch.sequences", expected, recipe.batch.sequences)
+        check_share(recipe, world)
         self.recipe, self.out, self.world = recipe, out, world
         self.sequences, self.held_out = sequences, held_out
         self.config = model_config(recipe)
@@ -97,7 +102,10 @@ class Trainer:
             backend = engine.kernels if isinstance(engine.kernels, str) else None
             if plan is None and world.device.type == "cpu":
                 plan = world.together(lambda: measure_plan(torch.float32))
-            self.swapped = accelerate(self.model, backend=backend, plan=plan)
+            try:
+                self.swapped = accelerate(self.model, backend=backend, plan=plan)
+            except RuntimeError as error:  # that backend can't run here
+                raise ValueError(f"engine.kernels: {error}") from error
         self.bf16 = engine.precision == "bf16"
         self.inner = LossOf(self.model, loss.z_loss, loss.label_smoothing)
         self.module = wrap(self.inner, engine.parallel, self.bf16, world)
@@ -211,7 +219,7 @@ class Trainer:
         """Steps up to number `until`, with what the recipe wants beside them. Gives the signal that
         ended it before (every process has then saved), None for none.
 
-        Raises Failed for a loss or gradients that aren't finite, state.NotSaved.
+        Raises Failed for a loss or gradients that aren't finite, journal.NotSaved.
         """
         keep, row, clock = self.recipe.keep, 0, _Clock(self)
         with signals(self.world.size == 1) as caught:

@@ -20,7 +20,7 @@ from ..openelm.linear import Plan
 from ..openelm.model import OpenELM
 from . import data, state, tokenizers
 from .journal import FILE, Journal
-from .loop import Trainer
+from .loop import Trainer, check_share
 from .packing import Sequences
 from .parallel import World
 from .recipe import Recipe, model_config, to_mapping
@@ -54,12 +54,10 @@ def train(
 
     Gives a summary, whose `stopped` is the name of a signal that ended the run early, else None.
     Raises ValueError, TypeError, FileNotFoundError, ImportError or OSError for what can't be begun,
-    loop.Failed and state.NotSaved for what ended it; `Reported` in processes other than the first.
+    loop.Failed and journal.NotSaved for what ended it; `Reported` in the other processes.
     """
     out, config = Path(out), model_config(recipe)
-    if recipe.batch.sequences % world.size:
-        expected = f"a multiple of the {world.size} processes"
-        checks.fail("batch.sequences", expected, recipe.batch.sequences)
+    world.together(lambda: check_share(recipe, world))
     chosen = world.together(lambda: _begin(recipe, config, out, start, say))
     cache = cache or out / "data"
     sequences = _sequences(recipe, cache, "train", world, say)

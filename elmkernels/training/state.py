@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from ..openelm.config import OpenELMConfig
 from ..openelm.storage import read_json, sync_folder, write_json
+from .journal import NotSaved
 from .parallel import World
 
 FACTS = "trainer.json"
@@ -45,10 +46,6 @@ _ORDER = ("data", "seed")
 
 class Broken(ValueError):
     """A checkpoint that is not as it was written."""
-
-
-class NotSaved(OSError):
-    """A checkpoint that couldn't be written; those before it are as they were."""
 
 
 def path_of(out: Path, step: int) -> Path:
@@ -297,15 +294,22 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], "torch": torch.__version__, "os": os.name}
 
 
-def publish(target: Path, write: Any) -> None:
-    """Make target the folder that `write(folder)` fills, in place of the one that is there."""
+def publish(target: Path, write: Callable[[Path], None]) -> None:
+    """Make target the folder that `write(folder)` fills, in place of the one that is there.
+
+    Raises NotSaved; the one that is there then stays.
+    """
     partial = target.with_name(f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old")
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
+    try:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise NotSaved(f"{target} can't be written: {error}") from error
     shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._attention_tiles import (
     Block,
+    indices,
     load_rows,
     place,
     plan,
@@ -37,6 +38,8 @@ from .common import AMD, NVIDIA, arch, guard, units, vec_of
 _QUERIES = "reasoned: q, dout and the sum of a row stay in registers"
 _KEYS = "reasoned: two sums a key stay in registers, fewer rows pass by"
 _SHORT = "compiled: with 64 keys, sm_80 keeps no register, sm_90 spills"
+_HALF = "compiled: with 64 rows sm_80 spills registers"
+_LANES = "compiled: with 64 keys the masks of gfx942 take more than its scalar registers"
 _LARGE = "compiled: no spills; 128 KB of shared memory"
 _FEW = "compiled: with 64 rows, 129 KB of shared memory, where consumer cards have 99"
 _WIDE = "compiled: with 64 rows sm_90 spills registers"
@@ -50,7 +53,7 @@ BACKWARD_Q = {
         Block(("sm_90",), 128, None, 128, 8, _LARGE, keys=64, stages=2),
         Block(NVIDIA, 128, None, 64, 4, _SHORT, keys=32, stages=2),
         Block(NVIDIA, None, None, 32, 8, _WIDE, keys=32, stages=1),
-        Block(AMD, 64, None, 128, 4, _QUERIES, keys=64, stages=1),
+        Block(AMD, 64, None, 128, 4, _LANES, keys=32, stages=1),
         Block(AMD, 128, None, 64, 4, _QUERIES, keys=64, stages=1),
         Block(AMD, None, None, 32, 4, _QUERIES, keys=32, stages=1),
     ),
@@ -63,6 +66,7 @@ BACKWARD_Q = {
 }
 BACKWARD_K = {
     2: (
+        Block(("sm_80",), 64, None, 32, 8, _HALF, keys=128, stages=2),
         Block(NVIDIA, 64, None, 64, 8, _KEYS, keys=128, stages=2),
         Block(("sm_80", "sm_90"), 128, None, 64, 8, _KEYS, keys=64, stages=2),
         Block(NVIDIA, 128, None, 32, 8, _FEW, keys=64, stages=2),
@@ -102,7 +106,7 @@ def _add_dq(
     s = tl.dot(q, tl.trans(keys), input_precision="ieee")
     p = tl.exp2(s * c - level[:, None])
     if EDGE:
-        p = tl.where(there[None, :] & ((n + at)[None, :] < limit[:, None]), p, 0.0)
+        p = tl.where(indices(n, there, key_mask, BLOCK_N)[None, :] < limit[:, None], p, 0.0)
     dp = tl.dot(dout, tl.trans(values), input_precision="ieee")
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
@@ -177,7 +181,7 @@ def _bwd_q(
 
 @triton.jit
 def _add_dk_dv(
-    keys, values, q, dout, lse, delta, dk, dv, row, count, lq, there, n, first, c, q1, q2, g1, g2,
+    keys, values, q, dout, lse, delta, dk, dv, row, count, lq, index, first, c, q1, q2, g1, g2,
     EDGE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +199,7 @@ def _add_dk_dv(
     s = tl.dot(keys, tl.trans(queries), input_precision="ieee")
     p = tl.exp2(s * c - level[None, :])
     if EDGE:
-        p = tl.where(there[:, None] & (n[:, None] <= (first + rows // GROUP)[None, :]), p, 0.0)
+        p = tl.where(index[:, None] <= (first + rows // GROUP)[None, :], p, 0.0)
     dv = tl.dot(p.to(slopes.dtype), slopes, dv, input_precision="ieee")
     dp = tl.dot(values, tl.trans(slopes), input_precision="ieee")
     ds = p * (dp - dots[None, :])
@@ -238,8 +242,8 @@ def _bwd_k(
     q_heads = kv_heads * GROUP
     lse_at = (batch * q_heads + head * GROUP) * lq + start
     wide_lq = tl.cast(lq, tl.int64)
-    n = key + tl.arange(0, BLOCK_N)
     there = real_keys(key, tl.minimum(first + length, keys), key_mask, m1, BLOCK_N)
+    index = indices(key, there, key_mask, BLOCK_N)
     within = tl.arange(0, BLOCK_N)
     key_rows = load_rows(k, within * k1, there, HEAD_DIM, BLOCK_D)
     value_rows = load_rows(v, within * v1, there, HEAD_DIM, BLOCK_D)
@@ -255,20 +259,21 @@ def _bwd_k(
     for row in range(begin, whole, BLOCK_M):
         dk_rows, dv_rows = _add_dk_dv(
             key_rows, value_rows, q, dout, lse + lse_at, delta + lse_at, dk_rows, dv_rows, row,
-            count, wide_lq, there, n, first, c, q1, q2, g1, g2,
+            count, wide_lq, index, first, c, q1, q2, g1, g2,
             True, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
     if key_mask is None:
         for row in range(whole, count, BLOCK_M):
             dk_rows, dv_rows = _add_dk_dv(
                 key_rows, value_rows, q, dout, lse + lse_at, delta + lse_at, dk_rows, dv_rows, row,
-                count, wide_lq, there, n, first, c, q1, q2, g1, g2,
+                count, wide_lq, index, first, c, q1, q2, g1, g2,
                 False, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M,
             )  # fmt: skip
     at = ((batch * lk + start + key) * kv_heads + head) * HEAD_DIM
     step = within.to(tl.int64) * kv_heads * HEAD_DIM
-    store_rows(dk + at, step, dk_rows * scale, n < keys, HEAD_DIM, BLOCK_D)
-    store_rows(dv + at, step, dv_rows, n < keys, HEAD_DIM, BLOCK_D)
+    written = key + within < keys
+    store_rows(dk + at, step, dk_rows * scale, written, HEAD_DIM, BLOCK_D)
+    store_rows(dv + at, step, dv_rows, written, HEAD_DIM, BLOCK_D)
 
 
 def attention_bwd(

@@ -125,6 +125,15 @@ def real_keys(first, end, key_mask, m1, BLOCK_N: tl.constexpr):
     return there
 
 
+@triton.jit
+def indices(first, there, key_mask, BLOCK_N: tl.constexpr):
+    """The keys' indices, but of padding one that no query sees: one comparison then says all."""
+    n = first + tl.arange(0, BLOCK_N)
+    if key_mask is not None:
+        n = tl.where(there, n, 2**31 - 1)
+    return n
+
+
 def sight_of(
     key_mask: Tensor | None, offsets: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[tuple, tuple[int, int, int], int | None]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ._attention_bwd import attention_bwd
 from ._attention_tiles import (
     Block,
+    indices,
     load_rows,
     place,
     plan,
@@ -46,9 +47,10 @@ COMBINED_ROWS = 16
 _TOKEN = "reasoned: the smallest tile of queries, and deep loads: the keys' bytes are all"
 _FEW = "reasoned: a tile that few tokens fill"
 _MANY = "reasoned: 128 rows, 32 a warp, read each key as seldom as registers allow"
-_EIGHT = "compiled: with 4 warps sm_90 spills registers, on sm_100 they would only just do"
+_EIGHT = "compiled: with 4 warps sm_90 spills registers, with 3 stages sm_100"
 _SHORT = "compiled: with 64 keys sm_80 spills registers"
 _CONSUMER = "compiled: 97 KB of shared memory, as consumer cards of this architecture have 99"
+_LANES = "compiled: with 64 keys the masks of gfx942 take more than its scalar registers"
 _WIDE = "reasoned: half the rows, as a row takes twice the registers"
 _SINGLE = "compiled: without matrix units for float32 products are unrolled, and more spills"
 _FIRST = ("sm_80",)
@@ -60,8 +62,9 @@ FORWARD = {
         Block(NVIDIA, None, 16, 16, 4, _TOKEN, keys=16, stages=3),
         Block(NVIDIA, 64, 64, 64, 4, _FEW, keys=64, stages=2),
         Block(NVIDIA, 128, 64, 64, 4, _FEW, keys=32, stages=3),
-        Block(_FIRST, 64, None, 128, 4, _MANY, keys=64, stages=3),
-        Block(NVIDIA, 64, None, 128, 8, _EIGHT, keys=64, stages=3),
+        Block(_FIRST, 64, None, 128, 4, _SHORT, keys=32, stages=3),
+        Block(("sm_90",), 64, None, 128, 8, _EIGHT, keys=64, stages=3),
+        Block(NVIDIA, 64, None, 128, 8, _EIGHT, keys=64, stages=2),
         Block(_FIRST, 128, None, 128, 8, _SHORT, keys=32, stages=3),
         Block(("sm_90",), 128, None, 128, 8, _MANY, keys=64, stages=3),
         Block(NVIDIA, 128, None, 128, 8, _CONSUMER, keys=64, stages=2),
@@ -70,6 +73,7 @@ FORWARD = {
         Block(AMD, 128, 16, 16, 4, _TOKEN, keys=64, stages=2),
         Block(AMD, None, 16, 16, 4, _TOKEN, keys=32, stages=2),
         Block(AMD, 64, 64, 64, 4, _FEW, keys=32, stages=2),
+        Block(AMD, 64, None, 128, 4, _LANES, keys=32, stages=2),
         Block(AMD, 128, None, 128, 4, _MANY, keys=64, stages=2),
         Block(AMD, None, None, 64, 4, _WIDE, keys=32, stages=1),
     ),
@@ -110,7 +114,8 @@ def _attend(
         values = load_rows(v + n * v1, at * v1, None, HEAD_DIM, BLOCK_D)
     s = tl.dot(q, tl.trans(keys), input_precision="ieee")
     if EDGE:
-        s = tl.where(there[None, :] & ((n + at)[None, :] < limit[:, None]), s, float("-inf"))
+        index = indices(n, there, key_mask, BLOCK_N)
+        s = tl.where(index[None, :] < limit[:, None], s, float("-inf"))
     grown = tl.maximum(top, tl.max(s, 1) * c)
     shift = grown
     if SOME_SEE_NOTHING:
@@ -187,7 +192,8 @@ def _fwd(
             True, SPLIT or key_mask is not None, HEAD_DIM, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    total = tl.where(seen, total, 1.0)
+    acc = acc / total[:, None]
     level = tl.where(seen, top + tl.log2(total), float("-inf"))
     q_heads = kv_heads * GROUP
     if SPLIT:
@@ -229,7 +235,8 @@ def _combine(
         total = total * fade + weight
         top = grown
     seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    total = tl.where(seen, total, 1.0)
+    acc = acc / total[:, None]
     store_rows(out, row * HEAD_DIM, acc, live, HEAD_DIM, BLOCK_D)
     tl.store(lse + level_at, tl.where(seen, top + tl.log2(total), float("-inf")), mask=live)
 

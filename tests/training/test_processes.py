@@ -80,11 +80,21 @@ def test_another_number_of_processes_goes_on(alone, tmp_path, parallel):
     assert_same_models(tmp_path, expected)
 
 
-def test_bf16_of_fsdp_stays_near(alone, tmp_path):
+def test_recomputed_layers(alone, tmp_path):
     recipe, expected = alone
-    torchrun(launch(recipe, tmp_path, *FSDP, "--set", "engine.precision=bf16"))
+    how = ("--set", "engine.checkpoint_activations=true")
+    torchrun(launch(recipe, tmp_path, *FSDP, *how))
+    assert_same_curve(tmp_path, expected)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_bf16_stays_near(alone, tmp_path, parallel):
+    recipe, expected = alone
+    how = ("--set", f"engine.parallel={parallel}", "--set", "engine.precision=bf16")
+    torchrun(launch(recipe, tmp_path, *how))
     found, curve = losses(tmp_path), losses(expected)
     assert all(found[step] == pytest.approx(curve[step], rel=0.02) for step in curve)
+    assert found != curve
 
 
 def test_one_process_is_killed_and_the_command_is_given_again(alone, tmp_path):
@@ -132,15 +142,16 @@ def test_sigterm_to_torchrun_saves(tmp_path):
 def test_errors_are_one_line_of_one_process(alone, tmp_path):
     recipe, _ = alone
     for change, message in (
-        ("batch.sequences=9", "batch.sequences must be a multiple of batch.micro 2, got 9"),
-        ("data.train=/nowhere", "data.train: /nowhere is no file"),
+        (("data.train=/nowhere",), "data.train: /nowhere is no file"),
+        (
+            ("batch.sequences=3", "batch.micro=1"),
+            "batch.sequences must be a multiple of the 2 processes, got 3",
+        ),
     ):
-        done = torchrun(launch(recipe, tmp_path, "--set", change), code=1)
+        options = [word for field in change for word in ("--set", field)]
+        done = torchrun(launch(recipe, tmp_path, *options), code=1)
         lines = [line for line in done.stderr.splitlines() if line.startswith("elmkernels: error")]
         assert len(lines) == 1 and message in lines[0]
-    change = ("--set", "batch.sequences=3", "--set", "batch.micro=1")
-    done = torchrun(launch(recipe, tmp_path, *change), code=1)
-    assert "batch.sequences must be a multiple of the 2 processes, got 3" in done.stderr
 
 
 def test_a_full_disk_of_several_processes(alone, tmp_path):

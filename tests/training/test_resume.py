@@ -114,6 +114,24 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, capsys):
     assert same_weights(out, tmp_path / "whole")
 
 
+def test_a_full_disk_at_the_end(tmp_path, capsys):
+    """The model of an earlier end stays."""
+    resource = pytest.importorskip("resource")
+    recipe, out = write_recipe(tmp_path, keep={"checkpoint_every": 0}), tmp_path / "out"
+    train(recipe, out, "--steps", "1")
+    before = weights(out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size, what in ((20_000, "final"), (4_000, "train.jsonl")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            line = refusal(capsys, recipe, "--out", out, code=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert f"{out / what} can't be written: " in line and os.strerror(errno.EFBIG) in line
+        assert all(torch.equal(before[name], weight) for name, weight in weights(out).items())
+    assert not list(out.glob(".*"))
+
+
 def test_killed_while_saving(tmp_path, monkeypatch):
     """What a killed save leaves is no checkpoint, and the next save removes it."""
     recipe, out = write_recipe(tmp_path), tmp_path / "out"

@@ -5,8 +5,10 @@ import torch
 
 from elmkernels import ops, reference
 from elmkernels.backends import BACKENDS
+from elmkernels.testing.attention_cases import attention_case
 from elmkernels.testing.cases import Case, _qk_case, grad
 from elmkernels.testing.parity import assert_parity
+from elmkernels.triton import attention
 from elmkernels.triton import qk_norm_rope as kernels
 
 HALF = torch.float16
@@ -50,6 +52,67 @@ def test_weight_gradients_are_the_same_bits_every_time(op):
         return torch.autograd.grad(out, w, randn(*out.shape))[0]
 
     assert torch.equal(gradients(), gradients())
+
+
+def attention_gradients(q, k, v, dout, **sight):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = ops.attention(*leaves, backend="triton", **sight)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+@pytest.mark.parametrize("lq", [1, 40])
+def test_attention_and_its_gradients_are_the_same_bits_every_time(lq):
+    q, k, v = randn(2, lq, 6, 32), randn(2, 300, 2, 32), randn(2, 300, 2, 32).flip(1)
+    offsets = torch.tensor([260, 100])
+    first, second = (attention_gradients(q, k, v, q.flip(1), offsets=offsets) for _ in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("lq", range(1, 9))
+@pytest.mark.parametrize("ragged", [False, True])
+def test_attention_of_few_queries_splits_the_keys(lq, ragged, monkeypatch):
+    """Into parts that some rows, or all, leave empty; the results are the sum's all the same."""
+    monkeypatch.setattr(attention, "splits_of", lambda *_: 4)
+    offsets = [0, 7, 97] if ragged else None
+    case = attention_case("split", 6, 2, 20, lq, 97 + lq, 3, offsets=offsets)
+    for dtype in (HALF, torch.float32):
+        assert_parity("attention", case, dtype, "triton")
+
+
+def test_split_keys_of_padded_rows(monkeypatch):
+    monkeypatch.setattr(attention, "splits_of", lambda *_: 5)
+    case = attention_case("split", 8, 2, 64, 2, 200, 3, padding=[0, 150, 198])
+    assert_parity("attention", case, HALF, "triton")
+
+
+def test_padding_is_never_read():
+    q, k, v = randn(2, 5, 4, 16), randn(2, 40, 2, 16), randn(2, 40, 2, 16)
+    real = torch.arange(40) % 3 != torch.tensor([[0], [1]])
+    clean = attention_gradients(q, k, v, q.flip(1), key_mask=real)
+    for t in (k, v):
+        t[~real] = float("nan")
+    got = attention_gradients(q, k, v, q.flip(1), key_mask=real)
+    assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
+
+
+@pytest.mark.parametrize("where", [-7, 2**40])
+def test_offsets_and_documents_that_point_outside_read_nothing_there(where):
+    q, k = randn(1, 4, 2, 16), randn(1, 9, 1, 16)
+    out, lse = attention.attention_fwd(q, k, k, None, torch.tensor([where]), None, 0.25)
+    attention.attention_bwd(q, q, k, k, out, lse, None, torch.tensor([where]), None, 0.25)
+    ends = torch.tensor([0, where, 9])
+    q = randn(1, 9, 2, 16)
+    attention.attention_fwd(q, k, k, None, None, ends, 0.25)
+
+
+def test_attention_over_tokens_farther_apart_than_int32_can_say():
+    apart = 2**31 + 64
+    memory = torch.empty(apart + 64, dtype=HALF)  # never touched between its two tokens
+    x = memory.as_strided((1, 2, 2, 32), (0, apart, 32, 1))
+    x.copy_(randn(1, 2, 2, 32))
+    far = attention_gradients(x, x, x, x)
+    near = attention_gradients(*(x.contiguous() for _ in "qkvg"))
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
 
 
 def test_rows_farther_apart_than_int32_can_say():

@@ -11,16 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from compiling import TARGETS, compile_for, need_cuobjdump, spills  # noqa: E402
 
 from elmkernels.openelm.config import VARIANTS, OpenELMConfig  # noqa: E402
 from elmkernels.triton import (  # noqa: E402
@@ -32,16 +30,9 @@ from elmkernels.triton import (  # noqa: E402
     swiglu,
 )
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 MODELS = [OpenELMConfig.from_name(name) for name in VARIANTS]
 FEW, MANY = 8, 1 << 16
 SHARED_LIMIT = 32 * 1024
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 FP32 = ("partial", "dq_partial", "dk_partial", "table", "dloss", "losses")
 INT64 = ("positions", "slots", "targets")
@@ -87,14 +78,8 @@ class Build:
         return found
 
     def compile(self, arch: str):
-        signature = self.signature()
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(self.kernel.arg_names)
-            if signature[name].startswith("*")
-        }
-        source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
-        return triton.compile(source, target=TARGETS[arch], options={"num_warps": self.warps})
+        constants = dict(self.constants)
+        return compile_for(arch, self.kernel, self.signature(), constants, num_warps=self.warps)
 
 
 def _norms(op: str, arch: str, vec: int) -> Iterator[tuple]:
@@ -179,27 +164,10 @@ def builds(op: str, arch: str) -> list[Build]:
     return list(found)
 
 
-def spills(compiled, arch: str, folder: Path) -> str | None:
-    """What a compiled kernel keeps in local memory for want of registers, or None."""
-    if arch == "gfx942":
-        counts = re.findall(r"\.[vs]gpr_spill_count: *(\d+)", compiled.asm["amdgcn"])
-        assert counts, "the assembly states no spill counts"
-        return None if set(counts) == {"0"} else f"spills {counts}"
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    shown = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-    ).stdout
-    used = re.search(r"REG:\d+ STACK:(\d+).* LOCAL:(\d+)", shown)
-    assert used, shown
-    return None if used.groups() == ("0", "0") else used.group(0)
-
-
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("op", KERNELS)
 def test_compiles_without_spills(op, arch, tmp_path):
-    if arch != "gfx942" and not CUOBJDUMP.is_file():
-        pytest.skip("this Triton comes without cuobjdump")
+    need_cuobjdump(arch)
     failures = []
     kernels = set()
     for build in builds(op, arch):

@@ -15,7 +15,9 @@ import pytest
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
-OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy")
+OPS = (
+    "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear_cross_entropy",
+)  # fmt: skip
 
 
 def run(*arguments: str) -> None:
