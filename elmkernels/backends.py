@@ -124,7 +124,7 @@ HAS_ONLY: dict[str, tuple[str, ...]] = {
         "swiglu",
         "attention",
         "linear_cross_entropy",
-    ),  # fmt: skip
+    ),
     SDPA: ("attention",),
 }
 # Backends that are torch's own operations, not raw kernels.
