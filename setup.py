@@ -89,6 +89,8 @@ class BuildKernels(build_ext):
             except BuildError as error:
                 report[name] = str(error)
             print(f"elmkernels: {name}: {report[name]}")
+        if report["cuda"] == "built":
+            report["cuda architectures"] = ", ".join(CUDA_ARCHITECTURES)
         (package / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
 
     def compile(self, name: str, work: Path, library: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from . import __version__
 from .backends import BACKENDS, REFERENCE, build_report, choose, defined
-from .commands import bench_generate, bench_train, convert, generate, train
+from .commands import bench_generate, bench_train, convert, generate, gpu_check, train
 from .commands.model import chosen_model
 from .console import (
     FAILED,
@@ -69,7 +69,8 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of random weights and tokens (default 0)")
     add("--pack-weights", action="store_true", default=None, help="see accelerate")
     commands = parser.add_subparsers(
-        dest="command", metavar="generate | info | parity | bench | convert | train"
+        dest="command",
+        metavar="generate | info | parity | bench | convert | train | gpu-check",
     )
     absent = argparse.SUPPRESS
     generate.add_parser(commands)
@@ -83,6 +84,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.allow_abbrev = False
         add_shared(command, absent)
     convert.add_parser(commands)
+    gpu_check.add_parser(commands)
     train.add_parser(commands)
     for command in (parity, bench):
         command.add_argument("ops", nargs="*", metavar="op", help=", ".join(CASES))
@@ -291,6 +293,8 @@ def _run(argv: list[str] | None) -> int:
             raise WrongInput(f"{option} belongs to the main job, not to {args.command}")
     if args.command in ("convert", "train"):
         return (convert if args.command == "convert" else train).run(args)
+    if args.command == gpu_check.NAME:
+        return gpu_check.run(args, __version__)
     return _info(args) if args.command == "info" else _op_job(args)
 
 

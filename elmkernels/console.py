@@ -171,18 +171,24 @@ def dump(results: dict[str, Any]) -> str:
     return json.dumps(plain(results), indent=1, allow_nan=False)
 
 
-def save(folder: Path | None, results: dict[str, Any]) -> None:
-    """results.json, under another name until it is whole."""
-    if folder is None:
-        return
-    temporary = folder / f".results.json.{os.getpid()}.tmp"
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under another name until it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(dump(results) + "\n")
-        os.replace(temporary, folder / "results.json")
-    except OSError as error:
-        raise WrongInput(f"results can't be written: {error}") from error
+        temporary.write_text(text)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(folder: Path | None, results: dict[str, Any]) -> None:
+    """results.json, whole or not at all."""
+    if folder is None:
+        return
+    try:
+        replace_text(folder / "results.json", dump(results) + "\n")
+    except OSError as error:
+        raise WrongInput(f"results can't be written: {error}") from error
 
 
 def note(text: str) -> None:

@@ -13,6 +13,8 @@ COLORS = {
     "swapped": "#1f77b4",
     "compiled": "#c9a227",
     "ours": "#1f77b4",
+    "swapped, graph": "#0b4a7a",
+    "fair eager": "#66717d",
     "llama.cpp": "#8c564b",
 }
 
@@ -60,6 +62,35 @@ def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None
     for line, (name, tasks) in zip(axes, filled.items(), strict=True):
         for axis, task in zip(line, tasks, strict=False):
             _race_panel(axis, name, task)
+    write(figure, title, path)
+
+
+def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: str) -> None:
+    """tasks: {"task", "rates": {name: units a second}, "ceiling": those at best}, a panel each;
+    writes a PNG in one step, if there is one.
+    """
+    from matplotlib.figure import Figure
+
+    if not tasks:
+        return
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.1 * lines + 0.4), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        names, rates = list(task["rates"]), list(task["rates"].values())
+        colors = [COLORS.get(name, "#888888") for name in names]
+        bars = axis.barh(range(len(names)), rates, color=colors)
+        labels = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
+        axis.bar_label(bars, labels, padding=3, fontsize=7)
+        axis.axvline(task["ceiling"], color="#d62728", linewidth=1, linestyle="--")
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.2 * max(task["ceiling"], *rates))
+        axis.tick_params("x", labelsize=7)
+        axis.set_title(f"{task['task']}, {unit}", fontsize=8)
     write(figure, title, path)
 
 

@@ -315,8 +315,19 @@ def _compare_greedy(
     reference: OpenELM, swapped: OpenELM, prompt: Tensor, steps: int, allowed: float
 ) -> Greedy:
     expected, got = (greedy(model, prompt, steps) for model in (reference, swapped))
+    return compare_tokens(reference, prompt, expected, got, allowed)
+
+
+@torch.inference_mode()
+def compare_tokens(
+    reference: OpenELM, prompt: Tensor, expected: Tensor, got: Tensor, allowed: float
+) -> Greedy:
+    """Tokens [batch, steps] after prompts [batch, length], held to the reference's own up to a tie:
+    allowed is by how much its logits of two tied tokens may differ.
+    """
+    rows, steps = expected.shape
     equal, gap = steps, 0.0
-    for row in range(prompt.shape[0]):
+    for row in range(rows):
         apart = (expected[row] != got[row]).nonzero()
         if not len(apart):
             continue
@@ -325,4 +336,4 @@ def _compare_greedy(
         before = torch.cat((prompt[row], expected[row, :at]))[None]
         logits = reference(before, logits_to_keep=1)[0, -1].double()
         gap = max(gap, float(logits[expected[row, at]] - logits[got[row, at]]))
-    return Greedy(steps, prompt.shape[0], equal, gap, allowed)
+    return Greedy(steps, rows, equal, gap, allowed)

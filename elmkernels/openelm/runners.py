@@ -100,7 +100,9 @@ class TorchRunner(Runner):
         batch, length = prompts.shape
         # One slot to spare: a full cache is contiguous, for which torch.compile compiles again.
         room = min(task.length + 1, model.config.rope_max_length)
-        cache = KVCache(model.config, batch, room, dtype=model.activation_dtype)
+        cache = KVCache(
+            model.config, batch, room, dtype=model.activation_dtype, device=prompts.device
+        )
         call = self._compiled(steps) if self.kind == COMPILED else model
 
         @torch.inference_mode()

@@ -218,7 +218,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text, numbers to three digits, without the columns that are empty."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in names if any(row.get(name) is not None for row in rows)]
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells = [[cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells), 0) for i, c in enumerate(columns)]
     right = [any(isinstance(row.get(c), int | float) for row in rows) for c in columns]
 
@@ -231,7 +231,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([line(columns), *map(line, cells)])
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value in a table: numbers to three digits, nothing for None."""
     if value is None:
         return ""
     if not isinstance(value, float):

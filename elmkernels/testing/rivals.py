@@ -44,6 +44,14 @@ def _eager_add_rms_norm(args: tuple, kwargs: dict) -> Callable:
     return add_rms_norm
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of heads x [..., heads, head_dim]; cos and sin [..., 1, head_dim], the
+    sine's first half negated."""
+    wide = x.float()
+    rolled = wide.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(wide * cos, rolled, sin).to(x.dtype)
+
+
 def _eager_qk_norm_rope(args: tuple, kwargs: dict) -> Callable:
     """cos and sin are gathered beforehand, as a model does once for all of its layers. A rotation
     is then three passes: by a rolled copy and a sine whose first half is negated."""
@@ -51,16 +59,13 @@ def _eager_qk_norm_rope(args: tuple, kwargs: dict) -> Callable:
     cos, sin = table[positions].unsqueeze(-2).chunk(2, dim=-1)
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-    def rotate(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        normed = x if weight is None else F.rms_norm(x, weight.shape, weight, eps)
-        wide = normed.float()
-        rolled = wide.roll(x.shape[-1] // 2, dims=-1)
-        return torch.addcmul(wide * cos, rolled, sin).to(x.dtype)
+    def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        return rotate(x if weight is None else F.rms_norm(x, weight.shape, weight, eps), cos, sin)
 
     def qk_norm_rope(qkv, q_weight, k_weight, positions, q_heads, kv_heads, table, eps=1e-6):
         heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1))
         q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=-2)
-        return rotate(q, q_weight, eps), rotate(k, k_weight, eps), v
+        return normed(q, q_weight, eps), normed(k, k_weight, eps), v
 
     return qk_norm_rope
 

@@ -1,0 +1,84 @@
+"""OpenELM as one would write it for speed with torch's own operations: a rival, not a reference.
+
+F.rms_norm, one rotation with cos and sin gathered once for all layers, SDPA that shares key/value
+heads, and a preallocated cache of rotated keys: fair to eager PyTorch and to `torch.compile`, for
+which shapes and addresses are fixed. It rounds where those operations do, not where OpenELM does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..testing.rivals import rotate
+from .model import OpenELM
+
+
+class FairOpenELM(nn.Module):
+    """The weights of a reference model, which are shared, with a cache of `max_length` tokens of
+    `batch` rows. Raises ValueError for a model of another shape than the released ones.
+    """
+
+    def __init__(self, model: OpenELM, batch: int, max_length: int) -> None:
+        super().__init__()
+        config, weight = model.config, model.norm.weight
+        if not (config.normalize_qk_projections and config.ffn_with_glu):
+            raise ValueError("model must have QK norms and a gated feed-forward, got one without")
+        model._place_rope_table(weight.device)
+        self.model, self.head_dim = model, config.head_dim
+        cos, sin = model.rope_table[:max_length].chunk(2, dim=-1)
+        # Buffers: torch.compile takes their addresses as fixed.
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
+        slots = torch.arange(max_length, device=weight.device)
+        self.register_buffer("slots", slots, persistent=False)
+        for i, heads in enumerate(config.num_kv_heads):
+            for which in "kv":
+                cache = weight.new_zeros(batch, heads, max_length, config.head_dim)
+                self.register_buffer(f"{which}_{i}", cache.detach(), persistent=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: int | None = None) -> Tensor:
+        """tokens [batch, length] at positions [length], which rise by one -> the logits of the
+        last, [batch, vocab_size]. One token sees the cache's first `seen` slots, or by a mask all
+        up to its own where that is None; a prompt starts at 0 and sees itself alone.
+        """
+        model = self.model
+        rotation = self.cos[positions, None], self.sin[positions, None]
+        x = model.token_embeddings(tokens)
+        for i, layer in enumerate(model.layers):
+            x = x + self._attend(i, _norm(x, layer.attn_norm), positions, rotation, seen)
+            gate, up = layer.ffn.proj_1(_norm(x, layer.ffn_norm)).chunk(2, dim=-1)
+            x = x + layer.ffn.proj_2(F.silu(gate) * up)
+        return model.project(_norm(x[:, -1], model.norm))
+
+    def _attend(
+        self,
+        i: int,
+        x: Tensor,
+        positions: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        seen: int | None,
+    ) -> Tensor:
+        attn = self.model.layers[i].attn
+        q_heads, kv_heads, (batch, length) = attn.q_heads, attn.kv_heads, x.shape[:2]
+        heads = attn.qkv_proj(x).unflatten(-1, (q_heads + 2 * kv_heads, -1))
+        q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=-2)
+        q = rotate(_norm(q, attn.q_norm), *rotation).transpose(1, 2)
+        k = rotate(_norm(k, attn.k_norm), *rotation).transpose(1, 2)
+        v = v.transpose(1, 2)
+        keys, values = getattr(self, f"k_{i}"), getattr(self, f"v_{i}")
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, v)
+        if length > 1:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            # A group's query heads as the rows of one matrix: no key is repeated in memory.
+            q = q.reshape(batch, kv_heads, -1, self.head_dim)
+            mask = None if seen is not None else (self.slots <= positions)[None, None, None]
+            keys, values = keys[:, :, :seen], values[:, :, :seen]
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            out = out.reshape(batch, q_heads, 1, self.head_dim)
+        return attn.out_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+def _norm(x: Tensor, norm: nn.Module) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)

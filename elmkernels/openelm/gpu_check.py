@@ -1,0 +1,110 @@
+"""Everything that a GPU can tell of this package in a few minutes, stage by stage.
+
+On a CPU the same calls run in small form. Results are one dict of plain values; see
+`testing.stages` for what is kept when a stage fails or is stopped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..backends import build_report, choose, defined
+from ..testing import device as devices
+from ..testing import op_stages
+from ..testing.stages import FAILED, Clock, Found, Stage, Unit, run_stages
+from ..testing.timing import fingerprint
+from .gpu_models import Models, compiled_units, generation_units, model_units
+
+STAGES = ("machine", "parity", "sanitizer", "generation", "ops", "models", "compiled")
+SHARES = dict(zip(STAGES, (2, 20, 7, 13, 17, 22, 19), strict=True))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What to run: on which device, in how many seconds, in small form or not, which stages."""
+
+    device: torch.device
+    seconds: float
+    quick: bool = False
+    stages: tuple[str, ...] = STAGES
+    seed: int = 0
+
+
+def no_gpu() -> str:
+    """What was found instead of a GPU, and what is needed."""
+    built = torch.version.cuda
+    found = f"torch {torch.__version__} sees no CUDA device"
+    found += "" if built else " (this build of torch has no CUDA)"
+    return (
+        f"{found}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer and a CUDA "
+        "build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
+    )
+
+
+def start(check: Check) -> Found:
+    """The results before anything is done."""
+    return {
+        "complete": False,
+        "command": "gpu-check",
+        "device": str(check.device),
+        "quick": check.quick,
+        "seconds": check.seconds,
+        "stages": {},
+    }
+
+
+def plan(check: Check) -> list[Stage]:
+    """The stages that were asked for, in their order."""
+    device, quick = check.device, check.quick
+    models = Models(device, quick, check.seed)
+    units: dict[str, tuple[Callable, bool]] = {
+        "machine": (lambda: [Unit("facts", partial(_machine, device))], False),
+        "parity": (lambda: op_stages.parity_units(device, quick), True),
+        "sanitizer": (lambda: op_stages.sanitizer_units(device, quick), False),
+        "generation": (lambda: generation_units(models), False),
+        "ops": (lambda: op_stages.bench_units(device, quick), False),
+        "models": (lambda: model_units(models), False),
+        "compiled": (lambda: compiled_units(models), False),
+    }
+    return [Stage(n, SHARES[n], *units[n]) for n in STAGES if n in check.stages]
+
+
+def steps(check: Check) -> int:
+    """How often `run` says what comes next, where there is time for all of it."""
+    return sum(1 + len(stage.units()) for stage in plan(check))
+
+
+def run(
+    check: Check,
+    results: Found,
+    say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill `results`; raises `testing.stages.DeadDevice` where only another process can go on."""
+    lives = partial(devices.lives, check.device)
+    run_stages(plan(check), results, Clock(check.seconds), say, keep, lives)
+
+
+def passed(results: Found) -> bool:
+    """Whether nothing that was run failed, in parity or otherwise."""
+    units = [u for stage in results["stages"].values() for u in stage["units"].values()]
+    return all(u["state"] != FAILED and u.get("ok", True) for u in units)
+
+
+def _machine(device: torch.device, found: Found, clock: Clock) -> None:
+    capability, built = devices.capability(device), devices.architectures()
+    found |= fingerprint(device) | devices.facts(device)
+    found["built"] = build_report()
+    found["built_for"] = built
+    found["backends"] = devices.backends_of(device)
+    found["ops"] = {op: choose(op, device.type, None) for op in defined()}
+    if capability is not None:
+        found["covered"] = devices.runs_on(capability, built) if built else None
+
+
+def all_units(results: dict[str, Any], stage: str) -> dict[str, Found]:
+    """A stage's units by name; none where it hasn't begun."""
+    return results["stages"].get(stage, {}).get("units", {})

@@ -1,0 +1,224 @@
+"""What a GPU check found, as markdown and as pictures: wins and losses in one table."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..testing.bench import cell
+from ..testing.stages import DONE, FAILED
+from . import chart
+from .gpu_check import all_units
+from .gpu_runners import GRAPH, SDPA_GRAPH
+from .speed import SWAPPED
+
+Found = dict[str, Any]
+OURS = (SWAPPED, GRAPH, SDPA_GRAPH)
+MOST = 12  # rows of what is named one by one
+MOST_PANELS = 24
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a markdown table, without the columns that are empty."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(row.get(column)).replace("|", "/") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary(results: Found) -> str:
+    """The whole report; a part that hasn't run yet is absent."""
+    parts = [_head(results), _states(results)]
+    parts += [part(results) for part in (_parity, _generation, _ops, _models, _left_out)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(results: Found) -> str:
+    m = all_units(results, "machine").get("facts", {})
+    lines = ["# GPU check", ""]
+    if not results["complete"]:
+        lines += ["**Stopped early: what follows is what was done by then.**", ""]
+    where = m.get("gpu") or f"a CPU ({m.get('cpu', 'unknown')}): a rehearsal, no figure of a GPU"
+    lines.append(f"On {where}; torch {m.get('torch')}, triton {m.get('triton')}.")
+    if "memory" in m:
+        lines.append(
+            f"Compute capability {m['capability']}, {m['memory']['total'] / 2**30:.0f} GiB, CUDA "
+            f"{m['cuda']}; the CUDA library is built for {', '.join(m['built_for']) or 'unknown'}."
+        )
+    lines += [f"- {n}: {why}" for n, why in m.get("backends", {}).items() if why]
+    return "\n".join(lines)
+
+
+def _states(results: Found) -> str:
+    rows = []
+    for name, stage in results["stages"].items():
+        units = stage["units"].values()
+        rows.append(
+            {
+                "stage": name,
+                "seconds": stage["seconds"],
+                "done": sum(u["state"] == DONE for u in units),
+                "parity failed": sum(u.get("ok") is False for u in units),
+                "raised": sum(u["state"] == FAILED for u in units),
+                "left out": len(stage["left_out"]),
+            }
+        )
+    errors = [
+        f"- {stage}, {name}: {u.get('error', u['state'])}"
+        for stage, found in results["stages"].items()
+        for name, u in found["units"].items()
+        if u["state"] != DONE
+    ]
+    return "\n".join(["## Stages", "", markdown(rows), *([""] if errors else []), *errors])
+
+
+def _parity(results: Found) -> str:
+    rows, failed = [], []
+    for unit in all_units(results, "parity").values():
+        for dtype, d in unit.get("dtypes", {}).items():
+            line = {"op": unit["op"], "backend": unit["backend"], "dtype": dtype}
+            line |= {"cases": d["run"], "failed": d["failed"]}
+            rows.append(line | {"largest share of what is allowed": d["worst"]})
+        failed += unit.get("failed", [])
+    if not rows:
+        return ""
+    wanted = sum(u.get("wanted", 0) for u in all_units(results, "parity").values())
+    lines = ["## Parity", "", f"{sum(r['cases'] for r in rows)} of {wanted} cases.", ""]
+    lines.append(markdown(rows))
+    if failed:
+        lines += ["", f"Failed ({len(failed)}):", "", markdown(failed[:MOST])]
+    watched = all_units(results, "sanitizer").get("memcheck", {})
+    if "tool" in watched:
+        code = watched.get("code")
+        lines += ["", f"memcheck: {watched['tool']}; exit code {code} of the few cases."]
+    return "\n".join(lines)
+
+
+def _generation(results: Found) -> str:
+    rows = []
+    for name, u in all_units(results, "generation").items():
+        if "parity" not in u:
+            continue
+        tokens, graph = u["parity"]["greedy"], u.get("graph")
+        row = {"model": name, "parity": "ok" if u["parity"]["ok"] else "FAILED"}
+        row["tokens equal"] = f"{tokens['equal']} of {tokens['steps']}"
+        if graph is not None:
+            how = "captured" if graph["captured"] else "not captured"
+            verdict = "" if graph["ok"] else ", FAILED"
+            row["by graph"] = f"{graph['equal']} of {graph['steps']} ({how}){verdict}"
+        rows.append(row | {"decode_step": u["decode_step"]})
+    return "\n".join(["## Generation", "", markdown(rows)]) if rows else ""
+
+
+def _ops(results: Found) -> str:
+    rows, lost = [], []
+    for name, u in all_units(results, "ops").items():
+        if "ratios" not in u:
+            continue
+        row = {"op": u["op"] + (" fwd+bwd" if u["backward"] else ""), "case": u["case"]}
+        row |= {"dtype": u["dtype"], "backend": u["backend"], "us": u["time"]["median"] * 1e6}
+        row |= {"GB/s": u["bandwidth"] / 1e9, "of copy": _percent(u["of_copy"])}
+        share = u["of_datasheet_flops"] or u["of_datasheet"]
+        row |= {"of datasheet": None if share is None else _percent(share)}
+        row |= {f"x {rival}": ratio for rival, ratio in u["ratios"].items()}
+        calls = u["calls"].get(u["backend"])
+        row["call us"] = None if calls is None else calls["median"] * 1e6
+        rows.append(row | {"parity": "ok" if u["parity"] else "FAILED"})
+        lost += [f"{name}: {rival} {x:.2f}x" for rival, x in u["ratios"].items() if x < 1]
+    if not rows:
+        return ""
+    note = "Times of the work itself (graphs over rotated buffers on a GPU); `x` is how many times "
+    lines = ["## Ops", "", note + "faster than the rival.", "", markdown(rows), ""]
+    return "\n".join(lines + _losses(lost))
+
+
+def timed(results: Found) -> dict[str, Found]:
+    """The units of whole models that were measured."""
+    both = all_units(results, "models") | all_units(results, "compiled")
+    return {name: u for name, u in both.items() if "times" in u}
+
+
+def _models(results: Found) -> str:
+    rows, lost, absent = [], [], []
+    for name, u in timed(results).items():
+        rates = u["tokens_per_second"]
+        mine = {n: rates[n] for n in OURS if n in rates}
+        best = max(mine, key=mine.get)
+        for i, (who, rate) in enumerate(rates.items()):
+            ratio = mine[best] / rate
+            row = {"task": "" if i else name, "runner": who, "tokens/s": rate}
+            row["ours is"] = "" if who in OURS else f"{ratio:.2f}x"
+            row["of floor"] = "" if "OLMo" in who else _percent(rate / u["floor_tokens"])
+            row["floor"] = None if i else u["floor_tokens"]
+            row["datasheet floor"] = None if i else u["datasheet_tokens"]
+            agree = u.get("agree", {}).get(who)
+            row["tokens equal"] = None if agree is None else f"{agree} of {u['tokens_each']}"
+            rows.append(row)
+            if who not in OURS and ratio < 1:
+                lost.append(f"{name}: {who}, {best} is {ratio:.2f}x")
+        absent += [f"- {name}: {who}: {why}" for who, why in u["missing"].items()]
+    if not rows:
+        return ""
+    note = (
+        "bfloat16, random weights; `ours is`: how many times faster the best of "
+        f"{', '.join(map(repr, OURS))} is. Floors in tokens/s: the least bytes or operations of "
+        "the task at the speed measured in the same rounds, and at what the maker promises. "
+        "OLMo-1B holds other weights: another work a token."
+    )
+    lines = ["## Models", "", note, "", markdown(rows), "", *_losses(lost)]
+    return "\n".join(lines + (["", "Missing:", "", *absent] if absent else []))
+
+
+def _losses(lost: Sequence[str]) -> list[str]:
+    if not lost:
+        return ["Losses: none."]
+    return [f"Losses ({len(lost)}), below 1 ours is slower:", "", *(f"- {text}" for text in lost)]
+
+
+def _left_out(results: Found) -> str:
+    found = [
+        f"- {stage}: {', '.join(names[:MOST])}{_more(names)}: {why}"
+        for stage, entry in results["stages"].items()
+        for why, names in _by_reason(entry["left_out"].items())
+    ]
+    return "\n".join(["## Left out", "", *found]) if found else ""
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, list[str]]]:
+    reasons: dict[str, list[str]] = {}
+    for name, why in pairs:
+        reasons.setdefault(why, []).append(name)
+    return reasons.items()
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - MOST} more" if len(names) > MOST else ""
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def draw(results: Found, folder: Path) -> list[str]:
+    """models.png and ops.png; returns the names of those that there were figures for."""
+    where = all_units(results, "machine").get("facts", {}).get("gpu") or "a CPU, in small form"
+    models = [
+        {"task": name, "rates": u["tokens_per_second"], "ceiling": u["floor_tokens"]}
+        for name, u in timed(results).items()
+    ]
+    ops = [_op_panel(name, u) for name, u in all_units(results, "ops").items() if "ratios" in u]
+    pictures = {
+        "models.png": (models, "tokens/s", "the measured ceiling"),
+        "ops.png": (ops[:MOST_PANELS], "GB/s", "a copy of as many bytes"),
+    }
+    for name, (tasks, unit, ceiling) in pictures.items():
+        title = f"elmkernels on {where}; dashed: {ceiling}"
+        chart.draw_rates(title, tasks, folder / name, unit)
+    return [name for name, (tasks, _, _) in pictures.items() if tasks]
+
+
+def _op_panel(name: str, u: Found) -> Found:
+    """An op's bytes a second by each way, as the least bytes that it must move take so long."""
+    taken = {"ours": u["time"], **u["rivals"]}
+    rates = {who: u["nbytes"] / t["median"] / 1e9 for who, t in taken.items()}
+    return {"task": name, "rates": rates, "ceiling": u["nbytes"] / u["copy"]["median"] / 1e9}

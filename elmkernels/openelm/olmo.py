@@ -1,0 +1,112 @@
+"""A model of OLMo-1B's shape, from transformers: what OpenELM's paper compares its speed with.
+
+Random weights: speed doesn't depend on them. OLMo's norms have no weights, its heads are not
+shared, its feed-forward is gated. transformers is imported late and is no dependency.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .runners import COMPILED, EAGER, Run, Runner, Task
+
+SHAPE = {
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,  # its own 2048 would leave no room after a prompt of 2048
+    "tie_word_embeddings": True,
+}
+TINY = SHAPE | {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def missing() -> str | None:
+    """Why there can be no such model here, or None."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed (pip install transformers)"
+    return None
+
+
+def build(shape: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """OlmoForCausalLM with random weights. Raises ImportError where transformers is not."""
+    if why := missing():
+        raise ImportError(why)
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    with torch.device(device):
+        model = OlmoForCausalLM(OlmoConfig(**shape, pad_token_id=0, eos_token_id=None))
+    return model.to(dtype).eval()
+
+
+class OlmoRunner(Runner):
+    """Greedy tokens by the model's own forward and transformers' static cache; options: those of
+    `torch.compile`, None for eager.
+    """
+
+    def __init__(self, name: str, model: Any, options: dict[str, Any] | None) -> None:
+        self.name, self.model, self.options = name, model, options
+        self.kind, self.facts = EAGER if options is None else COMPILED, {}
+        config, weight = model.config, model.get_input_embeddings().weight
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+        layer_bytes = 2 * config.hidden_size * weight.itemsize
+        self.cache_token_bytes = config.num_hidden_layers * layer_bytes
+
+    def run(self, task: Task) -> Run:
+        """The decoding of a task, after its prompt."""
+        from transformers import StaticCache
+
+        length, steps = task.prompts.shape[1], task.steps
+        prompts = task.prompts % self.model.config.vocab_size
+        cache = StaticCache(config=self.model.config, max_cache_len=task.length + 1)
+        first = self._logits(self.model, prompts, cache, torch.arange(length)).argmax(-1)
+        call = self._compiled()
+        start = torch.tensor([length], device=prompts.device)
+
+        @torch.inference_mode()
+        def decode() -> list[list[int]]:
+            rewind(cache, length)
+            at, chosen = start.clone(), [first]
+            for _ in range(steps):
+                logits = self._logits(call, chosen[-1][:, None], cache, at)
+                chosen.append(logits.argmax(-1))
+                at += 1
+            return torch.stack(chosen, 1).tolist()
+
+        return decode
+
+    def _compiled(self) -> Callable:
+        if self.options is None:
+            return self.model
+        return torch.compile(self.model, **self.options)
+
+    @torch.inference_mode()
+    def _logits(self, call: Callable, ids: Tensor, cache: Any, at: Tensor) -> Tensor:
+        at = at.to(ids.device)[None].expand(ids.shape)
+        if self.options is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+        out = call(
+            input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1].clone()
+
+
+def rewind(cache: Any, length: int) -> None:
+    """Make a static cache go on after `length` tokens: what lies beyond is masked. Raises
+    RuntimeError for a transformers whose cache doesn't count its tokens in a tensor.
+    """
+    for layer in cache.layers:
+        counted = getattr(layer, "cumulative_length", None)
+        if not isinstance(counted, Tensor):
+            raise RuntimeError("transformers is too old: its static cache can't be rewound")
+        counted.fill_(length)

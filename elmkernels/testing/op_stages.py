@@ -1,0 +1,158 @@
+"""Ops as units of a check under a clock: parity, memory errors, time beside rivals."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import torch
+
+from ..backends import REFERENCE
+from .bench import bench_op, passes
+from .cases import CASES, bench_cases
+from .device import backends_of, datasheet, gpu_name
+from .parity import DTYPES, Record, check_parity, plan
+from .stages import Clock, Found, LeftOut, Unit, first_line
+
+GOLDEN = 0.6180339887498949  # i * GOLDEN mod 1 visits any list evenly, however early one stops
+MOST_ERRORS = 3
+SANITIZER = "compute-sanitizer"
+FOUND = 9  # the exit code that it is asked for where it finds an error
+LEAST_SECONDS = 30.0  # below which no watched process gets to its first case
+# What is measured first: rows and dtypes of most weight; torch.compile has its turn in COMPILED.
+BENCHES = (
+    (4096, torch.bfloat16), (1, torch.bfloat16), (512, torch.bfloat16), (4096, torch.float32),
+    (64, torch.bfloat16), (8, torch.bfloat16), (1, torch.float32), (512, torch.float32),
+)  # fmt: skip
+COMPILED = BENCHES[:2]
+
+
+def pairs(device: torch.device, quick: bool = False) -> list[tuple[str, str]]:
+    """(op, backend) of all that runs on a device; quick: of each op the preferred one alone."""
+    usable = {name for name, why in backends_of(device).items() if why is None}
+    found = [(op, b) for op, b in plan(None, None, device) if b in usable]
+    first = {op: b for op, b in reversed(found)}
+    return [(op, b) for op, b in found if not quick or first[op] == b]
+
+
+def evenly(items: list) -> list:
+    """The same items in an order of which any beginning is spread over all of them."""
+    order = sorted(range(len(items)), key=lambda i: i * GOLDEN % 1)
+    return [items[i] for i in order]
+
+
+def parity_units(device: torch.device, quick: bool) -> list[Unit]:
+    """Each op on each backend: forward and backward, in every dtype."""
+    return [Unit(f"{op} {b}", partial(_parity, op, b, device)) for op, b in pairs(device, quick)]
+
+
+def _parity(op: str, backend: str, device: torch.device, found: Found, clock: Clock) -> None:
+    """As many cases as there is time for, one at least; a case that raises doesn't end it."""
+    todo = [(c, d) for c in evenly(CASES[op]) for d in DTYPES.values() if d in c.dtypes]
+    dtypes: dict[str, dict] = {}
+    found |= {"op": op, "backend": backend, "wanted": len(todo), "run": 0, "ok": False}
+    found |= {"failed": [], "raised": {}, "dtypes": dtypes}
+    for case, dtype in todo:
+        if found["run"] and clock.left() <= 0:
+            break
+        found["run"] += 1
+        try:
+            _count(check_parity(op, case, dtype, backend, device), found)
+        except Exception as error:  # compilers and drivers raise anything
+            found["raised"][f"{case.name} {dtype}"] = first_line(error)
+            if len(found["raised"]) >= MOST_ERRORS:
+                break
+    if found["raised"]:
+        raise RuntimeError(f"{len(found['raised'])} of {found['run']} cases raised")
+    found["ok"] = not found["failed"]
+
+
+def _count(record: Record, found: Found) -> None:
+    row = found["dtypes"].setdefault(record.dtype, {"run": 0, "failed": 0, "worst": 0.0})
+    row["run"] += 1
+    row["failed"] += not record.ok
+    row["worst"] = max(row["worst"], record.worst.used)
+    if not record.ok:
+        found["failed"].append(record.row())
+
+
+def sanitizer_units(device: torch.device, quick: bool) -> list[Unit]:
+    """A few small cases of each op in a process of their own, watched where the tool is there."""
+    ops = dict.fromkeys(op for op, _ in pairs(device))
+    names = list(ops)[:1] if quick else list(ops)
+    return [Unit("memcheck", partial(_memcheck, names, device))]
+
+
+def _memcheck(names: list[str], device: torch.device, found: Found, clock: Clock) -> None:
+    tool = shutil.which(SANITIZER) if device.type == "cuda" else None
+    watch = [] if tool is None else [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
+    found["tool"] = tool or f"absent: {SANITIZER} is not on PATH, or this is no GPU"
+    command = [*watch, sys.executable, "-m", "elmkernels.testing.few", "--device", str(device)]
+    command += ["--cases", "1" if device.type == "cpu" else "2", *names]
+    limit = max(LEAST_SECONDS, clock.left())
+    code, out, err = run_apart(command, limit)
+    found |= {"code": code, "cases": out.splitlines()[-60:], "ok": code == 0}
+    if watch and code not in (0, 1, FOUND):
+        raise LeftOut(f"{SANITIZER} ended with {code}: {(err or out).strip()[-300:]}")
+    if code:
+        raise RuntimeError(f"exit code {code}: {(err or out)[-600:]}")
+
+
+def run_apart(command: list[str], seconds: float) -> tuple[int, str, str]:
+    """A command's exit code and what it printed. Raises LeftOut where it takes longer; then, as
+    where this process is interrupted, whatever it started is ended with it.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise LeftOut(f"not done after {seconds:.0f} s") from error
+        raise
+    return process.returncode, out, err
+
+
+def bench_units(device: torch.device, quick: bool) -> list[Unit]:
+    """Forward and forward + backward beside the rivals, the most telling rows first."""
+    chosen = [p for p in pairs(device, quick) if p[1] != REFERENCE and p[0] != "decode_step"]
+    units = []
+    for rows, dtype in ((1, torch.bfloat16),) if quick else BENCHES:
+        for op, backend in chosen:
+            for case in bench_cases(op, (rows,), "270M" if quick else "1_1B"):
+                if dtype not in case.dtypes:
+                    continue
+                for backward in passes(op):
+                    name = str(dtype).removeprefix("torch.")
+                    what = f"{op}{' fwd+bwd' if backward else ''} {case.name} {name} {backend}"
+                    compiled = not quick and (rows, dtype) in COMPILED
+                    args = (op, case, dtype, backend, backward, device, compiled)
+                    units.append(Unit(what, partial(_bench, *args)))
+    return units
+
+
+def _bench(op, case, dtype, backend, backward, device, compiled, found: Found, clock: Clock):
+    options = {"min_time": 0.05, "rounds": 7} if device.type == "cuda" else {"min_time": 0.01}
+    try:
+        record = bench_op(op, case, dtype, backend, backward, device, compiled=compiled, **options)
+    except RuntimeError as error:
+        if not compiled:
+            raise
+        # A rival that can be called may yet not be captured: ours is measured without it.
+        record = bench_op(op, case, dtype, backend, backward, device, compiled=False, **options)
+        record.missing["compiled"] = first_line(error)
+    found |= record.json()
+    promised = datasheet(gpu_name(device))
+    found |= {"bandwidth": record.bandwidth, "of_copy": record.of_copy, "ok": record.parity}
+    found["ratios"] = {name: record.speedup(name) for name in record.rivals}
+    found["of_datasheet"] = None if promised is None else record.bandwidth / promised.bandwidth
+    found["of_datasheet_flops"] = (
+        None if promised is None or not record.flops or dtype == torch.float32
+        else record.flops / record.time.median / promised.bf16
+    )  # fmt: skip

@@ -1,0 +1,146 @@
+"""Work in stages under a clock: what fails is recorded and the rest goes on.
+
+A stage has a share of the time and is made of units. What a stage leaves of its time goes to the
+later ones; a unit that finds none left is named as left out. Results are one dict of plain values,
+kept after every unit, from which a later run can go on.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DONE, FAILED, RUNNING, INTERRUPTED = "done", "failed", "running", "interrupted"
+
+
+class LeftOut(Exception):
+    """Why a unit can't be done here: what was found and what is needed."""
+
+
+class DeadDevice(Exception):
+    """A kernel broke the device for this process: whatever follows needs another one."""
+
+
+class Clock:
+    """Seconds that are left of a number of them. now: what tells the time."""
+
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.now, self.end = now, now() + seconds
+
+    def left(self) -> float:
+        return self.end - self.now()
+
+    def part(self, seconds: float) -> "Clock":
+        """A clock of at most `seconds` of these."""
+        return Clock(max(0.0, min(seconds, self.left())), self.now)
+
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """run fills a dict, kept even where it fails, within about the time of its clock."""
+
+    name: str
+    run: Callable[[Found, Clock], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """share: of the time, beside the other stages'. units: asked for when the stage begins.
+    split: each unit gets its part of the time; else the first may take all of it.
+    """
+
+    name: str
+    share: float
+    units: Callable[[], Sequence[Unit]]
+    split: bool = False
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    results: Found,
+    clock: Clock,
+    say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[], None] = lambda: None,
+    lives: Callable[[], bool] = lambda: True,
+) -> None:
+    """Fill results["stages"]; what is there already is not done again. say is told what comes next,
+    keep is called after each unit, lives says whether the device still works after a failure.
+    Raises DeadDevice where it doesn't.
+    """
+    kept = results.setdefault("stages", {})
+    for i, stage in enumerate(stages):
+        share = stage.share / sum(s.share for s in stages[i:])
+        found = kept.setdefault(stage.name, {"seconds": 0.0, "units": {}, "left_out": {}})
+        given = clock.left() * share
+        _run_stage(stage, found, clock.part(given), say, keep, lives)
+    results["complete"] = True
+
+
+def _run_stage(
+    stage: Stage, found: Found, clock: Clock, say: Callable, keep: Callable, lives: Callable
+) -> None:
+    given = max(0.0, clock.left())
+    say(f"{stage.name} ({given:.0f} s)")
+    units = list(stage.units())
+    todo = [u for u in units if not _settled(found["units"].get(u.name))]
+    todo = [u for u in todo if u.name not in found["left_out"]]
+    begin = clock.now()
+    try:
+        for i, unit in enumerate(todo):
+            if clock.left() <= 0:
+                found["left_out"][unit.name] = f"no time: the stage had {given:.0f} s"
+                continue
+            say(f"{stage.name}: {unit.name}")
+            part = clock.part(clock.left() / (len(todo) - i)) if stage.split else clock
+            _run_unit(unit, found, part)
+            keep()
+            broken = found["units"].get(unit.name, {}).get("state") == FAILED and not lives()
+            if broken:
+                raise DeadDevice(f"{stage.name}: {unit.name}")
+    finally:
+        found["seconds"] += clock.now() - begin
+        keep()
+
+
+def _settled(unit: Found | None) -> bool:
+    """Whether a unit is not to be run again: one found as running ended its process."""
+    if unit is None or unit["state"] == INTERRUPTED:
+        return False
+    if unit["state"] == RUNNING:
+        unit |= {"state": FAILED, "error": "the process ended in it"}
+    return True
+
+
+def _run_unit(unit: Unit, stage: Found, clock: Clock) -> None:
+    found: Found = {"state": RUNNING}
+    stage["units"][unit.name] = found
+    begin = clock.now()
+    try:
+        unit.run(found, clock)
+        found["state"] = DONE
+    except LeftOut as why:
+        del stage["units"][unit.name]
+        stage["left_out"][unit.name] = str(why)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        del stage["units"][unit.name]
+        stage["left_out"][unit.name] = f"out of memory: {first_line(error)}"
+    except Exception as error:  # a check's job is to find what nobody expected
+        where = traceback.format_exception(error)[-6:]
+        found |= {"state": FAILED, "error": first_line(error), "trace": "".join(where)}
+    except BaseException:
+        found["state"] = INTERRUPTED
+        raise
+    finally:
+        found["seconds"] = clock.now() - begin
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line of at most 300 characters, with its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
