@@ -107,6 +107,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": (*_INSTRUCTION_SETS, SDPA),
     "cuda": ("triton", "cuda", SDPA),
 }
+# Where an op's order is another: attention of a prompt; for other calls see ops/_attention_choice.
+OF_AN_OP: dict[tuple[str, str], tuple[str, ...]] = {("attention", "cuda"): (SDPA, "triton")}
 
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _CHOICE: dict[tuple[str, str, str | None], str] = {}
@@ -115,7 +117,14 @@ _OPS: dict[str, tuple[str, ...]] = {}
 # The ops a backend has, where it doesn't have all of them.
 HAS_ONLY: dict[str, tuple[str, ...]] = {
     "cuda": ("rms_norm", "add_rms_norm"),
-    "triton": ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy"),
+    "triton": (
+        "rms_norm",
+        "add_rms_norm",
+        "qk_norm_rope",
+        "swiglu",
+        "attention",
+        "linear_cross_entropy",
+    ),  # fmt: skip
     SDPA: ("attention",),
 }
 # Backends that are torch's own operations, not raw kernels.
@@ -161,7 +170,8 @@ def _late(op: str, name: str) -> Callable:
 
 
 def _decide(op: str) -> None:
-    for device, names in PREFERENCE.items():
+    for device in PREFERENCE:
+        names = OF_AN_OP.get((op, device), PREFERENCE[device])
         usable = [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
         _CHOICE[op, device, None] = (usable + [REFERENCE])[0]
     for backend in BACKENDS.values():
@@ -175,12 +185,17 @@ def kernel(name: str, backend: str) -> Callable:
     return _KERNELS[name, backend]
 
 
-def choose(op: str, device: str, backend: str | None) -> str:
-    """The backend an op takes on a device type: the preferred one, or the one the caller named.
+def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = ()) -> str:
+    """The backend an op takes on a device type: the one the caller named, or the first of `order`
+    that can run it here, or the preferred one.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that
     can't run the op here: a named backend never falls back to another.
     """
+    if backend is None:
+        for name in order:
+            if (op, device, name) in _CHOICE:
+                return name
     chosen = _CHOICE.get((op, device, backend))
     if chosen is None:
         _refuse(op, device, backend)

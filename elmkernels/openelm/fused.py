@@ -19,7 +19,8 @@ from ..reference import rope_table
 from . import recompute
 from .documents import in_one_row
 from .layers import Context
-from .loss import LossHead
+from .loss import LossHead, plain_weight
+from .tied import Tied
 
 
 def _projected(x: Tensor) -> torch.dtype:
@@ -84,6 +85,19 @@ class FusedLossHead(LossHead):
     def __init__(self, backend: str | None) -> None:
         super().__init__()
         self.backend = where_it_has("linear_cross_entropy", backend)
+
+    def tied(self, embedding: nn.Module) -> Tied | None:
+        weight = plain_weight(embedding)
+        if (
+            weight is None
+            or not (weight.requires_grad and torch.is_grad_enabled())
+            or torch.compiler.is_compiling()  # its graph has no room for a gradient that waits
+            or embedding.sparse
+            or embedding.scale_grad_by_freq
+            or embedding.max_norm is not None
+        ):
+            return None
+        return Tied(weight, embedding.padding_idx)
 
     def forward(self, hidden, targets, weight, project, **options) -> Tensor:
         if weight is None:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ..reference import cross_entropy
 from .linear import Linear
+from .tied import Tied
 
 
 class LossHead(nn.Module):
@@ -15,6 +16,10 @@ class LossHead(nn.Module):
     weight: what the projection multiplies by, None where it is more than a product with a plain
     matrix; project: hidden states to logits. options: of `reference.cross_entropy`.
     """
+
+    def tied(self, embedding: nn.Module) -> Tied | None:
+        """How embedding and projection share one gradient, where they do (see `tied`)."""
+        return None
 
     def forward(
         self,

@@ -7,7 +7,7 @@
 Modules and parameters have CoreNet's names (see `layers`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -148,7 +148,10 @@ class OpenELM(nn.Module):
         to batch * length, where documents end in the rows one after another; every row begins one.
         Positions restart in each document, and its tokens see no other.
         """
-        x, new = self._hidden(input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens)
+        x, new = self._hidden(
+            input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
+            self.token_embeddings,
+        )  # fmt: skip
         logits = self.project(x)
         if cache is not None:  # last of all: what fails before leaves the cache as it was
             cache.advance(new)
@@ -164,7 +167,10 @@ class OpenELM(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """What `forward` projects to logits, [batch, length, model_dim], of the same arguments."""
-        x, new = self._hidden(input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens)
+        x, new = self._hidden(
+            input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
+            self.token_embeddings,
+        )  # fmt: skip
         if cache is not None:
             cache.advance(new)
         return x
@@ -197,10 +203,13 @@ class OpenELM(nn.Module):
             raise ValueError(
                 f"targets must be {list(input_ids.shape)} like input_ids, got {list(targets.shape)}"
             )
-        hidden = self.hidden_states(input_ids, attention_mask, cu_seqlens=cu_seqlens)
+        tied = self.loss_head.tied(self.token_embeddings) if self.classifier is None else None
+        embed = self.token_embeddings if tied is None else tied.embed
+        hidden, _ = self._hidden(input_ids, attention_mask, None, 0, None, cu_seqlens, embed)
         head = self.token_embeddings if self.classifier is None else self.classifier
+        weight = plain_weight(head) if tied is None else tied.projection()
         return self.loss_head(
-            hidden, targets, plain_weight(head), self.project, ignore_index=ignore_index,
+            hidden, targets, weight, self.project, ignore_index=ignore_index,
             z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction,
         )  # fmt: skip
 
@@ -212,13 +221,14 @@ class OpenELM(nn.Module):
         logits_to_keep: int,
         counts: Sequence[int] | None,
         cu_seqlens: Tensor | None,
+        embed: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, int | list[int]]:
         """The last hidden states, and how many tokens are new to a cache, of each row or of all."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
         context = self._context(input_ids, attention_mask, cache, cu_seqlens)
         counts = self._check_counts(counts, input_ids, attention_mask, cache)
-        x = self.token_embeddings(input_ids)
+        x = embed(input_ids)
         recomputed = self._recomputed() if cache is None and torch.is_grad_enabled() else ()
         again = context._replace(checkpointed=True)
         for i, layer in enumerate(self.layers):

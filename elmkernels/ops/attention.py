@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import PREFERENCE, REFERENCE, SDPA, choose, define, kernel
+from ..backends import PREFERENCE, REFERENCE, SDPA, define, kernel
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_packed, like, within
+from ._attention_choice import attention_backend, kind_of
 from ._sdpa import by_sdpa
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
@@ -143,7 +144,8 @@ def attention(
     """
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)
-    backend = choose("attention", q.device.type, backend)
+    kind = kind_of(q.shape[1], k.shape[1], key_mask, offsets, cu_seqlens)
+    backend = attention_backend(q.device.type, backend, kind, q.shape[3])
     plain = key_mask is None and offsets is None and cu_seqlens is None
     if not plain or scale is not None:
         _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)

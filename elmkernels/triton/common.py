@@ -133,6 +133,19 @@ def rows_of(*tensors: Tensor, multiple: int) -> Rows:
     return Rows(tensors, count, 1, vec, (1, 1), [(t.shape[-1] // vec, 0, 0) for t in tensors])
 
 
+def vec_of(width: int, *tensors: Tensor) -> int:
+    """Elements in 16 bytes where `width` and every stride but the last divide by them, else 1."""
+    vec = 16 // tensors[0].element_size()
+    if width % vec or any(s % vec for t in tensors for s in t.stride()[:-1]):
+        return 1
+    return vec
+
+
+def units(t: Tensor, vec: int) -> tuple[int, ...]:
+    """All strides but the last, in units of `vec` elements."""
+    return tuple(s // vec for s in t.stride()[:-1])
+
+
 @triton.jit
 def row_offset(row, d1, d2, s0, s1, s2, VEC: tl.constexpr, RANK: tl.constexpr):
     """Where int64 rows start in a tensor of RANK leading dimensions [any, d1, d2]."""

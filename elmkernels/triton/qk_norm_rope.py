@@ -25,7 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import AMD, NVIDIA, Tile, arch, guard, multiprocessors, pick, sum_partials
+from .common import (
+    AMD,
+    NVIDIA,
+    Tile,
+    arch,
+    guard,
+    multiprocessors,
+    pick,
+    sum_partials,
+    units,
+    vec_of,
+)
 
 _FEW = "reasoned: many one-warp programs, one or two 16-byte loads of each half a thread"
 _MANY = "reasoned: 2048 elements a program, one 16-byte load of each half a thread"
@@ -65,18 +76,6 @@ def plan(table: tuple[Tile, ...], head_dim: int, rows: int, arch: str) -> tuple[
     tile = pick(table, arch, head_dim, rows)
     half = head_dim // 2
     return {"HALF": half, "BLOCK": triton.next_power_of_2(half), "ROWS": tile.tile}, tile
-
-
-def _vec(head_dim: int, *tensors: Tensor) -> int:
-    """Elements in 16 bytes where head_dim and every stride but the last divide by them, else 1."""
-    vec = 16 // tensors[0].element_size()
-    if head_dim % vec or any(s % vec for t in tensors for s in t.stride()[:-1]):
-        return 1
-    return vec
-
-
-def _units(t: Tensor, vec: int) -> tuple[int, ...]:
-    return tuple(s // vec for s in t.stride()[:-1])
 
 
 @triton.jit
@@ -183,15 +182,15 @@ def _launch_fwd(
     if rows == 0:
         return q
     constants, tile = plan(FORWARD, head_dim, rows, arch(qkv.device))
-    vec = _vec(head_dim, qkv, k) if v is None else _vec(head_dim, qkv, k, v)
+    vec = vec_of(head_dim, qkv, k) if v is None else vec_of(head_dim, qkv, k, v)
     norm = q_weight is not None
     with guard(qkv):
         _fwd[(triton.cdiv(rows, tile.tile),)](
             qkv, q_weight.contiguous() if norm else None, k_weight.contiguous() if norm else None,
             positions, table.contiguous(), slots, q, k, v,
             rows, heads, length, q_heads, kv_heads, table.shape[0], k.shape[1],
-            *_units(qkv, vec), *positions.stride(), *((0, 0) if v is None else slots.stride()),
-            *_units(k, vec), *((0, 0, 0) if v is None else _units(v, vec)), eps,
+            *units(qkv, vec), *positions.stride(), *((0, 0) if v is None else slots.stride()),
+            *units(k, vec), *((0, 0, 0) if v is None else units(v, vec)), eps,
             NORM=norm, CACHE=v is not None, VEC=vec, **constants, num_warps=tile.warps,
         )  # fmt: skip
     return q
@@ -311,7 +310,7 @@ def qk_norm_rope_bwd(
     rows = qkv.shape[0] * qkv.shape[1] * heads
     constants, tile = plan(BACKWARD, head_dim, rows, arch(qkv.device))
     programs = min(triton.cdiv(rows, tile.tile), tile.per_sm * multiprocessors(qkv.device))
-    vec = _vec(head_dim, qkv, dq, dk, dv)
+    vec = vec_of(head_dim, qkv, dq, dk, dv)
     partials = [
         torch.empty(programs, head_dim, dtype=torch.float32, device=qkv.device) if norm else None
         for _ in "qk"
@@ -321,8 +320,8 @@ def qk_norm_rope_bwd(
             dq, dk, dv, qkv, q_weight.contiguous() if norm else None,
             k_weight.contiguous() if norm else None, positions, rope_table.contiguous(), dqkv,
             *partials, rows, heads, qkv.shape[1], q_heads, kv_heads, rope_table.shape[0],
-            *_units(qkv, vec), *positions.stride(),
-            *_units(dq, vec), *_units(dk, vec), *_units(dv, vec), eps,
+            *units(qkv, vec), *positions.stride(),
+            *units(dq, vec), *units(dk, vec), *units(dv, vec), eps,
             NORM=norm, VEC=vec, **constants, num_warps=tile.warps,
         )  # fmt: skip
         if not norm:

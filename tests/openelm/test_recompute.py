@@ -7,8 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm import recompute
-from elmkernels.openelm.model import next_token_loss
+from elmkernels.openelm import next_token_loss, recompute
 from elmkernels.openelm.tied import Tied
 
 CONFIG = OpenELMConfig(
@@ -144,3 +143,21 @@ def test_an_embedding_alone_has_a_gradient():
     weight = torch.randn(7, 12, requires_grad=True)
     (got,) = torch.autograd.grad(Tied(weight).embed(torch.tensor([2, 2, 5])).sum(), weight)
     assert torch.equal(got.sum(1), torch.tensor([0.0, 0, 24, 0, 0, 12, 0]))
+
+
+@AUTOCAST
+def test_the_loss_of_a_tied_model_makes_the_embedding_one_gradient(monkeypatch, autocast):
+    made = []
+    projection = Tied.projection
+    monkeypatch.setattr(Tied, "projection", lambda tied: made.append(1) or projection(tied))
+    results = []
+    for tied in (True, False):
+        model = swapped()
+        if not tied:
+            model.loss_head.tied = lambda embedding: None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model.loss(IDS, IDS.roll(-1, 1)).backward()
+        results.append({n: p.grad for n, p in model.named_parameters()})
+    assert len(made) == 1
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-5, atol=1e-7)

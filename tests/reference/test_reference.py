@@ -16,6 +16,9 @@ def normal(*shape, seed=0, dtype=TORCH):
     return torch.randn(*shape, generator=generator, dtype=TORCH).to(dtype)
 
 
+TARGETS = torch.tensor([[0, 6, -100], [3, 3, -100]])
+
+
 def leaf(*shape, seed=0):
     return normal(*shape, seed=seed).requires_grad_()
 
@@ -46,6 +49,16 @@ CALLS = {
     "attention packed": (
         lambda q, k, v: reference.attention(q, k, v, cu_seqlens=torch.tensor([0, 3, 3, 5])),
         lambda: (leaf(1, 5, 4, 6), leaf(1, 5, 2, 6, seed=1), leaf(1, 5, 2, 6, seed=2)),
+    ),
+    "linear_cross_entropy": (
+        lambda h, w: reference.linear_cross_entropy(
+            h, w, TARGETS, z_loss=0.1, label_smoothing=0.2, reduction="none"
+        ),
+        lambda: (leaf(2, 3, 5), leaf(7, 5, seed=1)),
+    ),
+    "linear_cross_entropy mean": (
+        lambda h, w: reference.linear_cross_entropy(h, w, TARGETS, z_loss=0.1),
+        lambda: (leaf(2, 3, 5), leaf(7, 5, seed=1)),
     ),
     "attention chunk": (
         reference.attention,
@@ -183,3 +196,33 @@ def test_attention_of_packed_documents(scale):
     parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
     expected = [by_loops(*part, scale=scale) for part in parts]
     torch.testing.assert_close(got, torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_linear_cross_entropy_is_its_formula(smoothing):
+    """A token at a time: CoreNet's z-loss, and the label smoothing of F.cross_entropy."""
+    hidden, weight, z = normal(6, 5), normal(7, 5, seed=1), 0.01
+    losses = []
+    for h, target in zip(hidden, TARGETS.flatten().tolist(), strict=True):
+        logits = (weight @ h).tolist()
+        lse = math.log(sum(math.exp(x) for x in logits))
+        wanted = (1 - smoothing) * (logits[target] if target >= 0 else 0.0)
+        wanted += smoothing * sum(logits) / 7
+        losses.append(lse - wanted + z * lse**2 if target >= 0 else 0.0)
+    options = {"z_loss": z, "label_smoothing": smoothing}
+    flat = TARGETS.flatten()
+    for reduction, expected in (("none", losses), ("sum", sum(losses)), ("mean", sum(losses) / 4)):
+        got = reference.linear_cross_entropy(hidden, weight, flat, reduction=reduction, **options)
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=TORCH))
+    plain = reference.linear_cross_entropy(hidden, weight, flat, label_smoothing=smoothing)
+    torch.testing.assert_close(
+        plain, torch.nn.functional.cross_entropy(hidden @ weight.T, flat, label_smoothing=smoothing)
+    )
+
+
+def test_the_mean_of_no_targets_is_0():
+    hidden, weight = leaf(2, 5), leaf(7, 5, seed=1)
+    loss = reference.linear_cross_entropy(hidden, weight, torch.tensor([-100, -100]), z_loss=0.1)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0
+    assert not any(g.any() for g in grads)

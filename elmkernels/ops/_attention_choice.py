@@ -1,0 +1,67 @@
+"""Which backend an attention call takes where the caller names none.
+
+On a CPU backends.PREFERENCE decides alone. On a GPU it depends on the call: torch's own attention
+has hand-written kernels, but only where no mask has to be built and no document to be waited for.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..backends import SDPA, choose
+from ..checks import fail
+
+TRITON = "triton"
+TRITON_HEAD_DIM = 256  # the largest whose tiles fit registers and shared memory
+
+
+class Preference(NamedTuple):
+    """Backends in order, and on what grounds."""
+
+    order: tuple[str, ...]
+    grounds: str
+
+
+_DENSE = "reasoned, not measured: SDPA needs a dense mask, with which it takes its slower kernels"
+_LOOP = "reasoned, not measured: SDPA needs the lengths on the host and a launch for each document"
+_FLASH = "reasoned, not measured: SDPA runs flash attention written for the architecture"
+
+ON_GPU: dict[str, Preference] = {
+    "documents": Preference((TRITON, SDPA), _LOOP),
+    "padded": Preference((TRITON, SDPA), _DENSE),
+    "ragged": Preference((TRITON, SDPA), _DENSE),
+    "chunk": Preference((TRITON, SDPA), _DENSE),
+    "token": Preference((SDPA, TRITON), _FLASH),
+    "prompt": Preference((SDPA, TRITON), _FLASH),
+}
+
+
+def kind_of(
+    lq: int,
+    lk: int,
+    key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> str:
+    """The row of ON_GPU that a call falls under."""
+    if cu_seqlens is not None:
+        return "documents"
+    if key_mask is not None:
+        return "padded"
+    if offsets is not None:
+        return "ragged"
+    if lq == 1:
+        return "token"
+    return "prompt" if lq == lk else "chunk"
+
+
+def attention_backend(device: str, named: str | None, kind: str, head_dim: int) -> str:
+    """The backend of a call: the named one, or the first that can run it here. Triton has no
+    kernels for heads of more than TRITON_HEAD_DIM: ValueError where it is named for them.
+    """
+    fits = head_dim <= TRITON_HEAD_DIM
+    order = ON_GPU[kind].order if device == "cuda" else ()
+    chosen = choose("attention", device, named, order if fits else (SDPA,))
+    if chosen == TRITON and not fits:
+        fail("q", f"of a head_dim up to {TRITON_HEAD_DIM} for backend {TRITON!r}", head_dim)
+    return chosen
