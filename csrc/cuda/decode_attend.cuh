@@ -14,8 +14,8 @@ struct Job {
   T *new_keys, *new_values;              // the new token's places, null where another item has them
   const T *keys, *values;                // the first of its keys and values
   const float* rotation;
-  T* out;           // [group, head_dim]
-  float* partials;  // of the group's first query head, for its first split
+  T* out;                           // [group, head_dim]
+  float* partials;                  // of the group's first query head, for its first split
   int partial_step, split, splits;  // floats from a query head to the next
   int group, count, head_dim;       // keys
   int q_row, k_row, v_row;          // in heads
@@ -119,7 +119,7 @@ DECODE_CALL void prepare(Block block) {
   });
 }
 
-// Scores of the item's keys, times log2(e): eight lanes a key, four keys a warp.
+// Scores of the item's keys, times log2(e): some lanes to every key.
 template <class T>
 DECODE_CALL void score(Block block) {
   constexpr int kParts = kLanes * kWarps / kKeys;
@@ -222,14 +222,13 @@ DECODE_CALL void hand_over(Block block, int g0) {
     for (int i = thread; i < heads * d; i += kBlock) {
       const int g = i / d, c = i % d, head = g0 + g;
       float total = 0.0f;
-      for (int part = 0; part < parts; ++part)
-        total += bench.totals[(part * kHeads + g) * d + c];
+      for (int part = 0; part < parts; ++part) total += bench.totals[(part * kHeads + g) * d + c];
       if (job.splits == 1) {
         job.out[head * d + c] = narrow<T>(total / bench.sums[head]);
         continue;
       }
-      float* to = job.partials + static_cast<int64_t>(head) * job.partial_step +
-                  job.split * (d + 2);
+      float* to =
+          job.partials + static_cast<int64_t>(head) * job.partial_step + job.split * (d + 2);
       to[c] = total;
       if (c != 0) continue;
       to[d] = bench.tops[head];

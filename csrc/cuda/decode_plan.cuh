@@ -13,11 +13,12 @@
 
 namespace decode {
 
-constexpr int kLanes = 32, kWarps = 16, kBlock = kLanes * kWarps;
+// 255 registers a thread: its loads in flight are what a block of more threads would have.
+constexpr int kLanes = 32, kWarps = 8, kBlock = kLanes * kWarps;
 constexpr int kMaxRows = 4;      // sequences that share one pass over a weight
 constexpr int kMaxLayers = 128;  // their places in the cache are parameters of the kernel
 constexpr int kRound = 256;      // rows of a weight between two combinations of their sums
-constexpr int kKeys = 64;        // keys of one item of attention: four a warp
+constexpr int kKeys = 64;        // keys of one item of attention
 constexpr int kHeads = 4;        // query heads that share one pass over values
 constexpr int kPadding = 128;    // columns of a row of inputs in shared memory, as a multiple
 constexpr int64_t kLine = 128;   // of the caches, in bytes
@@ -105,7 +106,8 @@ DECODE_BOTH constexpr int64_t unit_bytes(Form form) {
   return form == Form::Packed ? kLanes / 8 * kSegmentBytes : kLanes * 16;
 }
 DECODE_BOTH int64_t row_length(const Weight& w) {
-  if (w.form == Form::Packed) return round_up(w.k, kSegmentColumns) / kSegmentColumns * kSegmentBytes;
+  if (w.form == Form::Packed)
+    return round_up(w.k, kSegmentColumns) / kSegmentColumns * kSegmentBytes;
   return w.k * 16 / chunk_columns(w.form);
 }
 
@@ -194,7 +196,7 @@ DECODE_BOTH constexpr int64_t project_floats(int rows) {
   return kTaskBytes / 4 + rows * (kRound + 2 * kWarps + kWarps) + 16;
 }
 DECODE_BOTH constexpr int64_t value_parts(int64_t head_dim) {
-  return largest(1, smallest(16, kBlock / head_dim));
+  return largest(1, smallest(8, kBlock / head_dim));
 }
 DECODE_BOTH constexpr int64_t attend_floats(int64_t group, int64_t head_dim) {
   return kTaskBytes / 4 + (2 * group + 2) * head_dim + group * (kKeys + 2) +
@@ -202,13 +204,14 @@ DECODE_BOTH constexpr int64_t attend_floats(int64_t group, int64_t head_dim) {
 }
 DECODE_BOTH constexpr int64_t shared_bytes(int rows, int64_t widest, int64_t qkv_width,
                                            int64_t head_dim, int64_t element_size) {
-  const int64_t project = project_floats(rows) * 4 + rows * round_up(widest, kPadding) * element_size;
+  const int64_t project =
+      project_floats(rows) * 4 + rows * round_up(widest, kPadding) * element_size;
   const int64_t attend = attend_floats(qkv_width / head_dim - 2, head_dim) * 4;
   return largest(project, qkv_width ? attend : 0);
 }
 
-// A row of inputs lies in shared memory by slots of 16 bytes. Lanes read every first, second, fourth
-// or eighth of them: exchanged like this within each eight, these are in different banks.
+// A row of inputs lies in shared memory by slots of 16 bytes. Lanes read every first, second,
+// fourth or eighth of them: exchanged like this within each eight, these are in different banks.
 template <class T>
 DECODE_BOTH constexpr int slot_place(int slot) {
   return (slot ^ (slot >> 3 & 7)) * static_cast<int>(16 / sizeof(T));

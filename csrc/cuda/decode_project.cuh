@@ -43,8 +43,8 @@ struct Step {
   }
 };
 
-// A projection phase: its weight, its inputs (hidden numbers through a norm, or rows of scratch) and
-// its output.
+// A projection phase: its weight, its inputs (hidden numbers through a norm, or rows of scratch)
+// and its output.
 template <class T>
 struct Task {
   Weight weight;
@@ -54,7 +54,8 @@ struct Task {
   T* out;
   int64_t out_stride, outputs;
   int grid;
-  bool paired, added, activated;  // the gate's rows and its values' rows; a residual; SwiGLU or SiLU
+  bool paired, added,
+      activated;  // the gate's rows and its values' rows; a residual; SwiGLU or SiLU
 
   DECODE_DEVICE Rows round(int block, int64_t from) const {
     return round_of(rows_of(outputs, paired, block, grid), from);
@@ -116,9 +117,7 @@ struct Desk {
   uint32_t* exponents;            // [16], shifted to their place in a float
   T* inputs;                      // [B, stride()]
 
-  DECODE_DEVICE int stride() const {
-    return static_cast<int>(round_up(task->weight.k, kPadding));
-  }
+  DECODE_DEVICE int stride() const { return static_cast<int>(round_up(task->weight.k, kPadding)); }
 
   DECODE_DEVICE explicit Desk(uint8_t* shared) {
     static_assert(sizeof(Task<T>) <= kTaskBytes);
@@ -160,8 +159,7 @@ DECODE_CALL void place_inputs(Block block, const Step<T>& s, int first, int rows
     }
     if (t.weight.form == Form::Packed && warp.index == 0)
       warp.each([&](int lane) {
-        if (lane < 16)
-          desk.exponents[lane] = static_cast<uint32_t>(t.weight.exponents[lane]) << 23;
+        if (lane < 16) desk.exponents[lane] = static_cast<uint32_t>(t.weight.exponents[lane]) << 23;
       });
   });
   if (t.norm == nullptr) return;
@@ -239,9 +237,8 @@ DECODE_CALL void stream(Block block, Warp warp, int64_t from) {
     for (int j = 0; j < depth; ++j) {
       if (from + j < last) {
         const int64_t row = rows.row(ahead.row);
-        warp.each([&](int lane) {
-          load_chunk(lanes[lane].next[j], w, aligned, row, ahead.unit, lane);
-        });
+        warp.each(
+            [&](int lane) { load_chunk(lanes[lane].next[j], w, aligned, row, ahead.unit, lane); });
         ahead.step(units);
       }
     }
@@ -380,7 +377,7 @@ DECODE_CALL void project(Block block, const Step<T>& s, Phase phase, int layer) 
 // What each warp will read first of a coming projection, and its norm, on their way to the
 // second-level cache: asked for before a barrier, they arrive while it is waited for. Of 270M that
 // is all of a projection, and 17 MB on 132 multiprocessors at the most.
-constexpr int64_t kAhead = 16;  // units
+constexpr int64_t kAhead = 32;  // units
 
 template <class T>
 DECODE_CALL void prefetch_task(Block block, const Step<T>& s, Phase phase, int layer) {

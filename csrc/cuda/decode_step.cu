@@ -1,5 +1,5 @@
-// decode_step on CUDA: one token of each sequence through a whole decoder, in one cooperative launch
-// of a block a multiprocessor. Not measured on a GPU.
+// decode_step on CUDA: one token of each sequence through a whole decoder, in one cooperative
+// launch of a block a multiprocessor. Not measured on a GPU.
 //
 // The floor is the bytes: every weight once a token for up to four sequences, and the keys and
 // values so far. In bfloat16 (271.5M and 1079.9M weights) that is 0.54 GB for 270M, 162 us at an
@@ -7,9 +7,9 @@
 // and 2,222 tokens/s. The cache adds 33 MB (270M) or 78 MB (1_1B) a sequence of 2048.
 //
 // A layer is five phases with a barrier after each: 81 barriers a token of 270M, 141 of 1_1B. At an
-// assumed 1 to 1.7 us each, with its phase's ramp, that is 81 to 138 us and 141 to 240 us. What hides
-// of it is what prefetch_task() asks for before each barrier, so that memory doesn't wait with the
-// blocks.
+// assumed 1 to 1.7 us each, with its phase's ramp, that is 81 to 138 us and 141 to 240 us. What
+// hides of it is what prefetch_task() asks for before each barrier, so that memory doesn't wait
+// with the blocks.
 //
 // Layer-wise scaling is in the table of layers (elmkernels/ops/decode_step.py), which lies on the
 // device; the schedule is arithmetic over it (decode_plan.cuh). Numbers are rounded where the
@@ -75,8 +75,10 @@ void launch(Step<T>& step, int64_t shared, cudaStream_t stream) {
 // The most sequences, up to kMaxRows, that share a pass over the weights in the shared memory.
 template <class T>
 void launch(Step<T>& step, const Tensor& arena, cudaStream_t stream) {
+  constexpr int64_t kStatic = 128;  // more than the kernel has beside its dynamic memory
   const int64_t room = attribute(arena, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                 "asking for the size of shared memory");
+                                 "asking for the size of shared memory") -
+                       kStatic;
   const int64_t widest = std::max({step.dim, step.qkv_width, step.ffn_dim});
   const auto bytes = [&](int rows) {
     return decode::shared_bytes(rows, widest, step.qkv_width, step.head_dim, sizeof(T));

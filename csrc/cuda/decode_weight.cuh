@@ -16,9 +16,9 @@ DECODE_DEVICE float element_at(const uint8_t* data, int64_t i, Element element) 
 // escape, whose place in its chunk counts as zero.
 constexpr uint32_t kEscape = 15;
 
-// The words of a chunk are its bytes, and behind those of an affine one scale and bias. `run` is how
-// many neighbouring columns one unpack() gives, `depth` how many chunks a lane loads before it needs
-// the first of them: as many as its registers hold twice.
+// The words of a chunk are its bytes, and behind those of an affine one scale and bias. `run` is
+// how many neighbouring columns one unpack() gives, `depth` how many chunks a lane loads before it
+// needs the first of them: as many as its registers hold twice.
 template <Form F>
 struct Chunk {
   static constexpr bool affine = F == Form::Affine8 || F == Form::Affine4;
@@ -26,7 +26,7 @@ struct Chunk {
   static constexpr int columns = chunk_columns(F);
   static constexpr int run = F == Form::Float ? 4 : 8;
   static constexpr int runs = columns / run;
-  static constexpr int depth = words == 4 ? 4 : 2;
+  static constexpr int depth = words == 4 ? 6 : 3;
   static constexpr int run_step = F == Form::Packed ? 64 : run;
   uint32_t w[words];
 };
@@ -86,7 +86,8 @@ DECODE_DEVICE void load_chunk(Chunk<F>& chunk, const Weight& w, bool aligned, in
 
 // The weights of run `r` of a chunk.
 template <Form F, int N>
-DECODE_DEVICE void unpack(const Chunk<F>& chunk, int r, const uint32_t* exponents, float (&out)[N]) {
+DECODE_DEVICE void unpack(const Chunk<F>& chunk, int r, const uint32_t* exponents,
+                          float (&out)[N]) {
   if constexpr (F == Form::Float) {
 #pragma unroll
     for (int i = 0; i < N; ++i) out[i] = float_of(chunk.w[i]);
@@ -139,8 +140,8 @@ DECODE_DEVICE float dense_at(const Weight& w, int64_t row, int64_t column) {
     }
     default: {
       const int64_t at = row * (w.k / w.group) + column / w.group;
-      const uint32_t q = w.form == Form::Affine8 ? data[column]
-                                                 : data[column / 2] >> 4 * (column % 2) & 15;
+      const uint32_t q =
+          w.form == Form::Affine8 ? data[column] : data[column / 2] >> 4 * (column % 2) & 15;
       return twice_rounded(element_at(w.scales, at, w.element), static_cast<float>(q),
                            element_at(w.biases, at, w.element));
     }

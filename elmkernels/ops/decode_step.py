@@ -37,8 +37,9 @@ define(
 
 
 def _fields(weight: Weight) -> list[int]:
-    """A weight as csrc/cpu/decode_step.cpp reads it: form, n, k, bytes a row, data; element type,
-    scales, biases, group; exponents, escapes' starts, columns, values.
+    """A weight as csrc/cpu/decode_step.cpp and csrc/cuda/decode_plan.cuh read it: form, n, k,
+    bytes a row, data; element type, scales, biases, group; exponents, escapes' starts, columns,
+    values.
     """
     data, *rest, _ = parts(weight)
     n, k = weight.shape
@@ -133,7 +134,7 @@ def decode_step(
     slot) positions[b] and sees the positions before. arena: its keys and values, in the dtype of
     the norms. Weights may be plain, `Affine` or `Packed`. Returns [batch, vocab_size].
     Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
-    The CUDA kernel can't raise for a token or position out of range, since nobody waits for it: that
+    The CUDA kernel can't raise for a token or position out of range, as nobody waits for it: that
     row's logits are NaN, and nothing is written to its keys and values.
     No gradients: call it with weights that need none, or under torch.no_grad().
     """

@@ -96,3 +96,8 @@ extern "C" int simulate(const Call* call) {
 }
 
 extern "C" int64_t count_barriers(int64_t layers) { return barriers_of(static_cast<int>(layers)); }
+
+extern "C" int64_t count_shared_bytes(int64_t rows, int64_t widest, int64_t qkv_width,
+                                      int64_t head_dim, int64_t element_size) {
+  return shared_bytes(static_cast<int>(rows), widest, qkv_width, head_dim, element_size);
+}
