@@ -68,22 +68,18 @@ struct Decoder {
     embedding = weight_from(row);
     head = weight_from(row + kWeightFields);
     norm = pointer(row[4 * kWeightFields]);
-    dim = head.k;
   }
 };
 
 // What the members of the team share: one row for each sequence.
 template <class T>
 struct State {
-  int64_t batch, qkv_width = 0, q_width = 0, ffn = 0;
+  int64_t batch, qkv_width, ffn, q_width = 0;  // of the widest layers
   std::vector<T> hidden, qkv, attended, gated;
 
-  State(const Decoder<T>& decoder, int64_t batch) : batch(batch) {
-    for (const Layer<T>& layer : decoder.layers) {
-      qkv_width = std::max(qkv_width, layer.qkv_proj.n);
-      q_width = std::max(q_width, layer.out_proj.k);
-      ffn = std::max(ffn, layer.proj_2.k);
-    }
+  State(const Decoder<T>& decoder, int64_t batch, int64_t qkv_width, int64_t ffn)
+      : batch(batch), qkv_width(qkv_width), ffn(ffn) {
+    for (const Layer<T>& layer : decoder.layers) q_width = std::max(q_width, layer.out_proj.k);
     hidden.resize(batch * decoder.dim);
     qkv.resize(batch * qkv_width);
     attended.resize(batch * q_width);
@@ -266,7 +262,8 @@ void check_within(const char* name, const Tensor& index, int64_t limit, const ch
 
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
                        Tensor arena, const Tensor& offsets, const Tensor& rope_table,
-                       int64_t max_length, int64_t vocab_size, bool gated, double eps) {
+                       int64_t max_length, int64_t vocab_size, bool gated, double eps,
+                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim) {
   const int64_t batch = tokens.size(0);
   Tensor logits = output(arena, {batch, vocab_size});
   with_dtype(arena, [&](auto t) {
@@ -275,12 +272,13 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     decoder.rope_table = data<const float>(rope_table);
     decoder.head_dim = rope_table.size(1);
     decoder.max_length = max_length;
+    decoder.dim = model_dim;
     decoder.gated = gated;
     decoder.eps = static_cast<float>(eps);
     check_within("tokens", tokens, decoder.embedding.n, "the vocabulary");
     check_within("positions", positions, rope_table.size(0), "rope_table's length");
     check_within("positions", positions, max_length, "the cache's max_length");
-    State<T> state(decoder, batch);
+    State<T> state(decoder, batch, qkv_width, ffn_dim);
     for (int64_t b = 0; b < batch; ++b)
       dense_row(decoder.embedding, data<const int64_t>(tokens)[b],
                 state.hidden.data() + b * decoder.dim);

@@ -1,10 +1,11 @@
 """decode_step: one token of each sequence through a whole decoder, in one call.
 
-The layers are rows of a table of pointers and sizes, so that layer-wise scaling is data. A CPU
-kernel runs all of them in one parallel region and reads every weight once for the whole batch. It
+The layers are rows of a table of pointers and sizes, so that layer-wise scaling is data. A kernel
+runs all of them in one parallel region or one launch and reads every weight once for the batch. It
 rounds where the reference does: at the output of every norm, projection, rotation and addition.
 """
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +27,8 @@ define(
     "decode_step",
     fwd=(
         "(Tensor table, Tensor tokens, Tensor positions, Tensor(a!) arena, Tensor offsets, "
-        "Tensor rope_table, int max_length, int vocab_size, bool gated, float eps) -> Tensor",
+        "Tensor rope_table, int max_length, int vocab_size, bool gated, float eps, int model_dim, "
+        "int qkv_width, int ffn_dim) -> Tensor",
         lambda table, tokens, positions, arena, offsets, rope_table, max_length, vocab_size, *_: (
             arena.new_empty((tokens.shape[0], vocab_size))
         ),
@@ -35,8 +37,9 @@ define(
 
 
 def _fields(weight: Weight) -> list[int]:
-    """A weight as csrc/cpu/decode_step.cpp reads it: form, n, k, bytes a row, data; element type,
-    scales, biases, group; exponents, escapes' starts, columns, values.
+    """A weight as csrc/cpu/decode_step.cpp and csrc/cuda/decode_plan.cuh read it: form, n, k,
+    bytes a row, data; element type, scales, biases, group; exponents, escapes' starts, columns,
+    values.
     """
     data, *rest, _ = parts(weight)
     n, k = weight.shape
@@ -51,8 +54,17 @@ def _fields(weight: Weight) -> list[int]:
     return [form, n, k, row_bytes, data.data_ptr(), element, scales, biases, group, *packed]
 
 
-def _table(stack: Stack) -> Tensor:
-    """int64 [layers + 1, fields]: a row for each layer, then embedding, head and last norm."""
+class _Table(NamedTuple):
+    """int64 [layers + 1, fields]: a row for each layer, then embedding, head and last norm. It is
+    where the weights are: a GPU's kernel reads it there, and is launched by the widest layers.
+    """
+
+    rows: Tensor
+    qkv_width: int
+    ffn_dim: int
+
+
+def _table(stack: Stack) -> _Table:
 
     def pointer(x: Tensor | None) -> int:
         return 0 if x is None else x.data_ptr()
@@ -67,15 +79,20 @@ def _table(stack: Stack) -> Tensor:
     last = _fields(stack.embedding) + _fields(stack.head)
     last += [0] * (width - 6 - len(last)) + [pointer(stack.norm)]
     rows.append(last + [0] * (width - len(last)))
-    return torch.tensor(rows, dtype=torch.int64)
+    device, layers = stack.norm.device, stack.layers
+    return _Table(
+        torch.tensor(rows, dtype=torch.int64).to(device),
+        max((layer.qkv_proj.shape[0] for layer in layers), default=0),
+        max((layer.proj_2.shape[1] for layer in layers), default=0),
+    )
 
 
 # Tables of stacks that were checked, by identity: a Stack is immutable. Weak, since a table keeps
 # addresses: it must go with the weights that they are of.
-_TABLES: WeakKeyDictionary[Stack, Tensor] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[Stack, _Table] = WeakKeyDictionary()
 
 
-def table_of(stack: Stack) -> Tensor:
+def table_of(stack: Stack) -> _Table:
     """The checked table of a stack, made once for each."""
     table = _TABLES.get(stack)
     if table is None:
@@ -117,6 +134,8 @@ def decode_step(
     slot) positions[b] and sees the positions before. arena: its keys and values, in the dtype of
     the norms. Weights may be plain, `Affine` or `Packed`. Returns [batch, vocab_size].
     Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    The CUDA kernel can't raise for a token or position out of range, as nobody waits for it: that
+    row's logits are NaN, and nothing is written to its keys and values.
     No gradients: call it with weights that need none, or under torch.no_grad().
     """
     tensor("arena.data", arena.data)
@@ -134,8 +153,9 @@ def decode_step(
         within("positions", positions, stack.rope_table.shape[0], "rope_table's length")
         within("positions", positions, arena.max_length, "the cache's max_length")
         return reference.decode_step(stack, tokens, positions, arena)
+    table = table_of(stack)
     return kernel("decode_step_fwd", backend)(
-        table_of(stack),
+        table.rows,
         tokens.contiguous(),
         positions.contiguous(),
         arena.data,
@@ -145,4 +165,7 @@ def decode_step(
         stack.vocab_size,
         stack.gated,
         stack.eps,
+        stack.model_dim,
+        table.qkv_width,
+        table.ffn_dim,
     )

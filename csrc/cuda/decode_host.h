@@ -1,0 +1,144 @@
+// What decode_lanes.cuh needs of a GPU, on a host: dtypes as bits, and a block whose threads run
+// one after the other. Only the check of the kernel without a GPU includes it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "decode_plan.cuh"
+
+namespace decode {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float half_of(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                     : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                                    : std::ldexp(static_cast<float>(mantissa), -24);
+  return bits & 0x8000 ? -size : size;
+}
+inline float wide(float x) { return x; }
+inline float wide(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline float wide(fp16 x) { return half_of(x.bits); }
+
+template <class T>
+T narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 narrow<bf16>(float x) {
+  const uint32_t bits = bits_of(x);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline fp16 narrow<fp16>(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::fabs(x);
+  if (std::isnan(x)) return {0x7fff};
+  if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+  return {static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units))};
+}
+template <class T>
+inline float rounded(float x) {
+  return wide(narrow<T>(x));
+}
+inline float twice_rounded(float a, float b, float c) { return a * b + c; }
+
+template <int N, class T>
+inline void load(float (&out)[N], const T* from) {
+  for (int j = 0; j < N; ++j) out[j] = wide(from[j]);
+}
+template <class T>
+inline T fresh(const T* p) {
+  return *p;
+}
+template <int N>
+inline void load_once(uint32_t (&w)[N], const uint8_t* from) {
+  std::memcpy(w, from, sizeof(w));
+}
+// Reading it shows an address outside of a weight, under a checker of addresses at least.
+inline void prefetch(const void* p) { (void)*static_cast<const volatile uint8_t*>(p); }
+
+template <class X>
+struct PerLane {
+  X all[kLanes];
+  X& operator[](int lane) { return all[lane]; }
+};
+
+template <int N>
+struct Floats;
+
+struct Warp {
+  int index;
+
+  template <class Fn>
+  void each(Fn&& fn) {
+    for (int lane = 0; lane < kLanes; ++lane) fn(lane);
+  }
+  template <int Width, int N>
+  void sum(PerLane<Floats<N>>& x) {
+    exchange<Width>(x, [](float a, float b) { return a + b; });
+  }
+  void maximum(PerLane<Floats<1>>& x) {
+    exchange<kLanes>(x, [](float a, float b) { return std::fmax(a, b); });
+  }
+
+ private:
+  template <int Width, int N, class Fn>
+  void exchange(PerLane<Floats<N>>& x, Fn&& fn) {
+    for (int step = Width / 2; step > 0; step /= 2) {
+      const PerLane<Floats<N>> before = x;
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int i = 0; i < N; ++i)
+          x.all[lane].v[i] = fn(before.all[lane].v[i], before.all[lane ^ step].v[i]);
+    }
+  }
+};
+
+struct Block {
+  int index;
+  uint8_t* memory;
+  bool reversed = false;  // threads and warps run from the last to the first
+
+  uint8_t* shared() const { return memory; }
+
+  template <class Fn>
+  void threads(Fn&& fn) {
+    for (int i = 0; i < kBlock; ++i) fn(reversed ? kBlock - 1 - i : i);
+  }
+  template <class Fn>
+  void warps(Fn&& fn) {
+    for (int i = 0; i < kWarps; ++i) fn(Warp{reversed ? kWarps - 1 - i : i});
+  }
+  bool last_of(uint32_t* count, uint32_t expected) {
+    const bool last = ++*count == expected;
+    if (last) *count = 0;
+    return last;
+  }
+};
+
+}  // namespace decode

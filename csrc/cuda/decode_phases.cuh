@@ -1,0 +1,49 @@
+// The phases of decode_step in their order. Between two of them every block must have ended the
+// first: that is the kernel's barrier.
+#pragma once
+
+#include "decode_attend.cuh"
+
+namespace decode {
+
+// The embedding's rows, dense, as the first hidden numbers.
+template <class T>
+DECODE_CALL void embed(Block block, const Step<T>& s) {
+  const Weight w = weight_at(s.fields(s.layers));
+  for (int64_t row = block.index; row < s.batch; row += s.grid) {
+    T* to = s.hidden() + row * s.dim;
+    const bool known = s.in_range(static_cast<int>(row));
+    const int64_t token = s.tokens[row];
+    block.threads([&](int thread) {
+      for (int64_t c = thread; c < s.dim; c += kBlock)
+        to[c] = narrow<T>(known ? dense_at(w, token, c) : NAN);
+    });
+    if (w.form != Form::Packed || !known) continue;
+    block.threads([&](int thread) {
+      const int32_t last = w.escape_starts[token + 1];
+      for (int32_t e = w.escape_starts[token] + thread; e < last; e += kBlock)
+        to[w.escape_columns[e]] =
+            narrow<T>(float_of(static_cast<uint32_t>(w.escape_values[e]) << 16));
+    });
+  }
+}
+
+template <int B, class T>
+DECODE_DEVICE void run_phase(Block& block, const Step<T>& s, int index) {
+  const Phase phase = phase_at(index, s.layers);
+  const int layer = phase == Phase::Head ? s.layers : layer_at(index);
+  if (phase == Phase::Embed) {
+    embed(block, s);
+  } else if (phase == Phase::Attend) {
+    attend(block, s, layer);
+  } else {
+    project<B>(block, s, phase, layer);
+  }
+  // Attention reads no weight: those of what comes after it were asked for before it.
+  if (phase == Phase::Head || phase == Phase::Attend) return;
+  const int next = index + (phase == Phase::Qkv ? 2 : 1);
+  const Phase then = phase_at(next, s.layers);
+  prefetch_task(block, s, then, then == Phase::Head ? s.layers : layer_at(next));
+}
+
+}  // namespace decode

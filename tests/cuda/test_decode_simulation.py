@@ -1,0 +1,270 @@
+"""decode_step's CUDA sources, compiled for the host and held to the reference: no GPU needed.
+
+The phases, the schedule and the arithmetic are the very functions of the kernel. Blocks run one
+after the other in any order, scratch and shared memory begin as NaN, and a barrier that is taken
+away must show.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from elmkernels.compress import quantize_weight
+from elmkernels.formats import Affine, Arena, Stack
+from elmkernels.ops.decode_step import table_of
+from elmkernels.testing import CASES
+from elmkernels.testing.decoder_cases import FORMS, arena, decoder, dtypes_of
+from elmkernels.testing.draw import Draw, make, models
+from elmkernels.testing.parity import compare, specification, with_written
+
+ROOT = Path(__file__).parents[2]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
+POSITIONS = (3, 200, 0, 131)
+FAULTS = ("", "written beyond shared memory", "written beyond scratch", "counts are left")
+POINTERS = ("table", "tokens", "positions", "offsets", "arena", "logits", "rope_table")
+NUMBERS = (
+    "layers", "batch", "rope_length", "max_length", "vocab_size", "dim", "head_dim", "qkv_width",
+    "ffn_dim", "dtype", "gated", "grid", "rows", "order", "seed", "missing",
+)  # fmt: skip
+
+
+class Call(ctypes.Structure):
+    """What decode_simulation.cpp takes."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in NUMBERS),
+        ("eps", ctypes.c_double),
+    ]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    cxx = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    if cxx is None:
+        pytest.skip("no C++ compiler was found")
+    built = tmp_path_factory.mktemp("simulation") / "decode.so"
+    command = [
+        cxx, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
+        "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{ROOT / 'csrc' / 'cuda'}",
+        str(Path(__file__).with_name("decode_simulation.cpp")), "-o", str(built),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = ctypes.CDLL(str(built))
+    found.count_barriers.argtypes = [ctypes.c_int64]
+    found.count_shared_bytes.argtypes = [ctypes.c_int64] * 5
+    found.count_barriers.restype = found.count_shared_bytes.restype = ctypes.c_int64
+    return found
+
+
+def simulated(library, grid=5, rows=4, order="forward", seed=0, missing=-1, shift=0):
+    """decode_step by the CUDA sources on `grid` blocks, `rows` sequences to a pass over a weight.
+    missing: the barrier that is left out. shift: of where the last layer's values begin."""
+
+    def step(stack: Stack, tokens: Tensor, positions: Tensor, cache: Arena) -> Tensor:
+        table, offsets = table_of(stack), cache.offsets.clone()
+        if len(offsets):
+            offsets[-1, 1] += shift
+        logits = cache.data.new_full((len(tokens), stack.vocab_size), torch.nan)
+        tensors = (
+            table.rows, tokens, positions, offsets, cache.data, logits, stack.rope_table,
+        )  # fmt: skip
+        call = Call(
+            *(t.data_ptr() for t in tensors),
+            len(stack.layers), len(tokens), len(stack.rope_table), cache.max_length,
+            stack.vocab_size, stack.model_dim, stack.head_dim, table.qkv_width, table.ffn_dim,
+            DTYPES[cache.data.dtype], stack.gated, grid, rows, ORDERS[order], seed, missing,
+            stack.eps,
+        )  # fmt: skip
+        found = library.simulate(ctypes.byref(call))
+        assert found == 0, FAULTS[found]
+        return logits
+
+    return step
+
+
+def comparisons(step, stack, tokens, positions, cache):
+    """Logits, and the keys and values written, beside truth and yardstick."""
+    run = specification("decode_step")
+
+    def of(dtype):
+        return cache._replace(data=cache.data.to(dtype, copy=True))
+
+    call = (stack, tokens, positions)
+    truth, yardstick = run(*call, of(torch.float64)), run(*call, of(cache.data.dtype))
+    got = with_written(step)(*call, of(cache.data.dtype))
+    return [
+        compare(*three, what)
+        for three, what in zip(
+            zip(truth, yardstick, got, strict=True), ("logits", "keys and values"), strict=True
+        )
+    ]
+
+
+def assert_parity(step, *call):
+    for found in comparisons(step, *call):
+        assert found.ok, f"{found.what}: {found.reason}"
+
+
+def draw(dtype, seed=0):
+    return Draw(dtype, torch.device("cpu"), torch.Generator().manual_seed(seed))
+
+
+def decoding(form, dtype, positions=POSITIONS, **sizes):
+    d = draw(dtype)
+    stack = decoder(d, form, **sizes)
+    tokens = torch.randint(0, stack.vocab_size, (len(positions),), generator=d.generator)
+    return stack, tokens, torch.tensor(positions), arena(d, stack, len(positions), 210)
+
+
+# The op answers a batch of none by itself.
+SOME = [case for case in CASES["decode_step"] if case.name != "no_batch"]
+PARITY_CASES = [(case, dtype) for case in SOME for dtype in case.dtypes]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), PARITY_CASES, ids=lambda x: str(x).removeprefix("torch.")
+)
+def test_every_case_has_parity(library, case, dtype):
+    """Those of the CPU kernels; the number of blocks is none that divides anything."""
+    (stack, tokens, positions, cache), _ = make(case, dtype, "cpu", 0)
+    assert_parity(simulated(library, 13, order="shuffled"), stack, tokens, positions, cache)
+
+
+every_form = pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(form, dtype) for form in FORMS for dtype in dtypes_of(form)],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+
+
+@every_form
+def test_the_order_of_blocks_and_the_batch_change_no_bit(library, form, dtype):
+    stack, tokens, positions, cache = decoding(form, dtype)
+    kept = cache._replace(data=cache.data.clone())
+    expected = simulated(library)(stack, tokens, positions, kept)
+    for batch, order in ((1, "shuffled"), (2, "reversed"), (3, "forward"), (4, "shuffled")):
+        rows = slice(4 - batch, 4)
+        own = arena(draw(dtype), stack, batch, cache.max_length)
+        for i, layer in enumerate(stack.layers):
+            views = (c.views(i, layer.kv_heads) for c in (own, cache))
+            for mine, all_rows in zip(*views, strict=True):
+                mine.copy_(all_rows[rows])
+        for passes in (1, 4):
+            again = own._replace(data=own.data.clone())
+            step = simulated(library, rows=passes, order=order, seed=batch)
+            assert torch.equal(step(stack, tokens[rows], positions[rows], again), expected[rows])
+            for i, layer in enumerate(stack.layers):
+                views = (c.views(i, layer.kv_heads) for c in (again, kept))
+                for mine, theirs in zip(*views, strict=True):
+                    at = torch.arange(batch), positions[rows]
+                    assert torch.equal(mine[at], theirs[rows][at])
+
+
+@pytest.mark.parametrize("grid", [1, 2, 7, 132, 300])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_number_of_blocks_has_parity(library, form, grid):
+    """Also more of them than a weight has rows."""
+    assert_parity(simulated(library, grid), *decoding(form, torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", ["plain", "affine4_64", "packed"])
+def test_a_layer_of_270m_has_parity(library, form):
+    config = models()["270M"]
+    layer = config.num_transformer_layers // 2
+    sizes = {
+        "model_dim": config.model_dim,
+        "head_dim": config.head_dim,
+        "heads": ((config.num_query_heads[layer], config.num_kv_heads[layer]),),
+        "ffn_dims": (config.ffn_dims[layer],),
+    }
+    assert_parity(simulated(library, 132), *decoding(form, torch.bfloat16, (130, 9), **sizes))
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_of_another_dtype_have_parity(library, bits, scales):
+    stack, *rest = decoding("plain", torch.bfloat16)
+
+    def other(w):
+        return quantize_weight(w.to(scales), bits) if w is not None and w.dim() == 2 else w
+
+    layers = tuple(
+        layer._replace(**{n: other(getattr(layer, n)) for n in ("qkv_proj", "proj_1", "proj_2")})
+        for layer in stack.layers
+    )
+    stack = Stack(**{**vars(stack), "layers": layers, "head": other(stack.head)})
+    assert isinstance(stack.head, Affine)
+    assert_parity(simulated(library), stack, *rest)
+
+
+@pytest.mark.parametrize("what", ["token", "position"])
+@pytest.mark.parametrize("bad", [-1, 210, 2**40])
+def test_an_index_outside_gives_nan_for_its_row_alone(library, what, bad):
+    stack, tokens, positions, cache = decoding("plain", torch.bfloat16)
+    kept = cache._replace(data=cache.data.clone())
+    expected = simulated(library)(stack, tokens, positions, kept)
+    wrong = {"token": tokens.clone(), "position": positions.clone()}
+    wrong[what][1] = bad
+    before = cache.data.clone()
+    got = simulated(library)(stack, *wrong.values(), cache)
+    assert got[1].isnan().all()
+    others = [0, 2, 3]
+    assert torch.equal(got[others], expected[others])
+    for i, layer in enumerate(stack.layers):
+        old = cache._replace(data=before).views(i, layer.kv_heads)
+        for after, start in zip(cache.views(i, layer.kv_heads), old, strict=True):
+            assert torch.equal(after[1], start[1])
+
+
+def test_what_lies_beyond_the_positions_is_neither_read_nor_written(library):
+    stack, tokens, positions, cache = decoding("plain", torch.bfloat16)
+    poisoned = cache._replace(data=torch.full_like(cache.data, torch.nan))
+    for i, layer in enumerate(stack.layers):
+        pairs = zip(poisoned.views(i, layer.kv_heads), cache.views(i, layer.kv_heads), strict=True)
+        for bad, good in pairs:
+            for b, p in enumerate(positions.tolist()):
+                bad[b, :p] = good[b, :p]
+    unwritten = poisoned.data.isnan().sum()
+    expected = simulated(library)(stack, tokens, positions, cache)
+    assert torch.equal(simulated(library)(stack, tokens, positions, poisoned), expected)
+    written = sum(2 * layer.kv_heads for layer in stack.layers) * stack.head_dim * len(tokens)
+    assert unwritten - poisoned.data.isnan().sum() == written
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_missing_barrier_shows(library, order):
+    call = decoding("plain", torch.float32)
+    barriers = library.count_barriers(len(call[0].layers))
+    assert barriers == 5 * len(call[0].layers) + 1
+    for barrier in range(barriers):
+        step = simulated(library, 5, order=order, missing=barrier)
+        found = comparisons(step, *call)
+        assert not all(c.ok for c in found), f"nothing shows without barrier {barrier}"
+
+
+@pytest.mark.parametrize("shift", [1, -64])
+def test_a_shifted_offset_shows(library, shift):
+    found = comparisons(simulated(library, shift=shift), *decoding("plain", torch.float32))
+    assert not all(c.ok for c in found)
+
+
+@pytest.mark.parametrize("name", models())
+@pytest.mark.parametrize(("rows", "size"), [(4, 2), (1, 4)])
+def test_every_model_fits_the_shared_memory_of_an_a100(library, name, rows, size):
+    config = models()[name]
+    heads = max(
+        q + 2 * kv for q, kv in zip(config.num_query_heads, config.num_kv_heads, strict=True)
+    )
+    width = heads * config.head_dim
+    widest = max(config.model_dim, width, *config.ffn_dims)
+    assert (
+        library.count_shared_bytes(rows, widest, width, config.head_dim, size) <= 163 * 1024 - 128
+    )
