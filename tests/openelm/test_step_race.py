@@ -1,0 +1,75 @@
+"""The race of training steps: what it times is the same loss, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from elmkernels import OpenELM, OpenELMConfig, accelerate
+from elmkernels.__main__ import main
+from elmkernels.openelm import speed, step_race
+
+CONFIG = OpenELMConfig(
+    num_transformer_layers=2,
+    model_dim=64,
+    head_dim=32,
+    num_gqa_groups=2,
+    vocab_size=101,
+    ffn_dim_divisor=32,
+    qkv_multipliers=(0.5, 1.0),
+    ffn_multipliers=(0.5, 2.0),
+    normalize_qk_projections=True,
+    share_input_output_layers=True,
+)
+
+
+def test_a_race_measures_both_models_on_the_same_loss():
+    sizes = step_race.Sizes(tokens=16, batch=2, rounds=3)
+    race = step_race.StepRace(CONFIG, ("bf16", "fp32"), sizes, compiled=False)
+    results, said, kept = step_race.start(race), [], []
+    step_race.run(race, results, said.append, said.append, lambda: kept.append(1))
+    assert results["complete"] and results["parity"]
+    assert len(kept) >= 2 * len(race.precisions)
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
+        found = results["precisions"][precision]
+        losses = found["losses"]
+        assert set(losses) == {speed.EAGER, speed.SWAPPED}
+        assert math.isclose(*losses.values(), rel_tol=tolerance)
+        assert found["tokens"] == 32
+        assert found["ratio"][speed.EAGER] > 0
+        for peaks in found["peak"].values():
+            assert set(peaks) == {"first", "next"}
+            assert all(bytes is not None and bytes >= 0 for bytes in peaks.values())
+
+
+def test_a_step_leaves_no_gradient_and_has_the_z_loss():
+    model = OpenELM(CONFIG, seed=0)
+    accelerate(model)
+    ids = torch.arange(34).view(2, 17)
+    loss = step_race._step(model, ids, "fp32")()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    logits = OpenELM(CONFIG, seed=0)(ids[:, :-1])
+    lse = logits.logsumexp(-1)
+    nll = lse - logits.gather(-1, ids[:, 1:, None])[..., 0]
+    expected = (nll + step_race.Z_LOSS * lse.square()).mean()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "train", "--tokens", "0"], "must be a positive integer, got '0'"),
+        (["bench", "train", "--formats", "int8"], "--formats belongs to bench generate"),
+        (["bench", "rms_norm", "--tokens", "4"], "--tokens belongs to bench train"),
+        (["bench", "generate", "--tokens", "4"], "--tokens belongs to bench train"),
+        (["bench", "train", "--dtype", "fp16"], "must be bf16 or fp32 for bench train, got fp16"),
+        (["bench", "train", "--checkpoint", "x"], "--model, not --checkpoint"),
+        (["bench", "train", "--model", "7B"], "--model must be one of"),
+        (["bench", "train", "--backend", "sdpa"], "sdpa"),
+    ],
+)
+def test_wrong_options_are_named_in_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
