@@ -232,8 +232,11 @@ def _cache(model: OpenELM, length: int, device: torch.device) -> KVCache:
 def measure_tasks(
     name: str, tokens: int, tasks: dict[str, Callable], work: float, bound: str,
     dtype: torch.dtype, ids: Tensor, rounds: int, quick: bool, peaks: bool = True,
+    limit: float = STAGE_SECONDS,
 ) -> Measured:  # fmt: skip
-    """Tasks that take turns, beside the probes of what bounds them; peaks: watch memory here."""
+    """Tasks that take turns, beside the probes of what bounds them; peaks: watch memory here.
+    limit: seconds, roughly; fewer rounds rather than more of them.
+    """
     device = ids.device
     seconds = 0.0
     for run in tasks.values():  # also warms up: libraries choose their kernels, pools fill
@@ -243,7 +246,7 @@ def measure_tasks(
         synchronize(device)
         seconds += time.perf_counter() - start
     highest = {model: peak(run, device) if peaks else None for model, run in tasks.items()}
-    affordable = int(STAGE_SECONDS / seconds) - 3
+    affordable = int(limit / seconds) - 3
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
     probes = PROBES[bound](dtype, device, quick)
     rivals = tasks | {f"probe {way}": _repeated(call) for way, (call, _) in probes.items()}
