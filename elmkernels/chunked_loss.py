@@ -12,11 +12,11 @@ from .backends import kernel
 from .checks import within
 
 # Bytes of a chunk of logits. Adding a chunk's share into dweight is free in float32 on a CPU, where
-# the product itself adds; in bfloat16 it costs 12% of that product with 512 rows. A GPU's are
-# reasoned.
+# the product itself adds; in bfloat16 it is a pass of its own, the dearer
+# the fewer rows a chunk has. A GPU's are reasoned.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 # Elements of weight in one product where a block that lies in a cache is worth having: MKL makes
-# logits of 256 rows 5% faster so, and a block of dweight is added while it is there.
+# logits of few rows faster so, and a block of dweight is added while it is there.
 BLOCK = {"cpu": 5 << 19, "cuda": 1 << 26}
 # Bytes of the parts that a float32 dweight is summed in, if its own dtype is another: each is freed
 # as soon as it is rounded, which the C library does at once only above 32 MB.
