@@ -28,6 +28,7 @@ from ..console import (
 from ..formats import BITS, GROUP_SIZES
 from ..openelm import OpenELM, Stream, accelerate, stream
 from ..openelm.config import VARIANTS
+from ..openelm.decoding import WAYS
 from ..openelm.sampling import Sampling
 from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
 from .model import chosen_model
@@ -68,6 +69,11 @@ def add_parser(commands: Any) -> None:
     add("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale, by --bits")
     add("--pack", action="store_true", help="bfloat16 weights in 12 bits, without loss")
     add("--eager", action="store_true", help="the reference model, without the kernels")
+    add(
+        "--decoding",
+        choices=WAYS,
+        help="how a GPU decodes (default: the faster of one-launch and graph, measured)",
+    )
     add("--stream", action="store_true", help="print the text as it comes (one prompt)")
 
 
@@ -99,7 +105,14 @@ def run(args: argparse.Namespace) -> int:
         checked(lambda: accelerate(model, backend=backend))
     stops = stops if args.stop is not None else [s for s in stops if s < model.config.vocab_size]
     writing = checked(
-        lambda: stream(model, prompts, args.max_new_tokens, stop_tokens=stops, **options)
+        lambda: stream(
+            model,
+            prompts,
+            args.max_new_tokens,
+            stop_tokens=stops,
+            decoding=args.decoding,
+            **options,
+        )  # fmt: skip
     )
     live = _Live(tokenizer, prompts[0]) if args.stream else None
     seconds = _write(writing, live)
@@ -256,6 +269,7 @@ def _results(
     tokens = sum(map(len, prompts))
     return {
         "rows": rows,
+        "decoding": writing.decoding,
         "prompt_tokens": tokens,
         "prompt_seconds": seconds[0],
         "prompt_tokens_per_second": tokens / seconds[0] if seconds[0] else None,
@@ -280,5 +294,6 @@ def _summary(found: dict[str, Any]) -> str:
 
     return (
         f"prompt: {found['prompt_tokens']} tokens{rate(found['prompt_tokens_per_second'])}, "
-        f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}"
+        f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}, "
+        f"decoded by {found['decoding']}"
     )

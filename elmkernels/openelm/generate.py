@@ -1,8 +1,9 @@
 """Generating tokens: `generate` gives results, `stream` tokens as they come, `greedy` a tensor.
 
 A prompt goes through the model in chunks, so that its activations never take more memory than a
-chunk's, then every step decodes one token a row (`stack.next_logits`). Rows may have prompts of
-different lengths: the cache holds each at its own positions.
+chunk's, then every step decodes one token a row: by `stack.next_logits`, or on a GPU by a
+`Decoder`, which doesn't wait for it. Rows may have prompts of different lengths: the cache holds
+each at its own positions.
 
 A `Session` keeps its cache: a prompt that begins like what a row holds pays for the rest alone.
 An interruption (Ctrl-C) ends a stream, and nothing is lost: `Stream.rows` has what was
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .decoding import CALLS, Decoder, wanted
 from .model import OpenELM
+from .prompts import Prompts, check_lengths, prompt_ids, stop_set
 from .sampling import Sampler, Sampling, is_integer
 from .stack import next_logits
 
 CHUNK = 512
-Prompts = Tensor | Sequence[Sequence[int] | Tensor]
 
 
 @dataclass
@@ -40,11 +42,21 @@ class Session:
     """A cache for `batch` rows, and the ids in it: ids[b][: cache.rows[b]].
 
     max_length: the most tokens a row can hold, rope_max_length if None. It belongs to the weights
-    that filled it: `reset()` where they change. Raises what `KVCache` raises.
+    that filled it: `reset()` where they change. decoding: "one-launch", "graph" or "calls" (see
+    `decoding`), None for the fastest; a CPU has "calls" alone. What a session has captured serves
+    all its generations, so on a GPU keep one.
+    Raises what `KVCache` and `decoding.Decoder` raise.
     """
 
-    def __init__(self, model: OpenELM, batch: int = 1, max_length: int | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: OpenELM,
+        batch: int = 1,
+        max_length: int | None = None,
+        *,
+        decoding: str | None = None,
+    ) -> None:
+        self.model, self.decoding = model, decoding
         self.cache = KVCache(
             model.config,
             batch,
@@ -56,6 +68,25 @@ class Session:
         # interruption leaves a token in the cache whose id isn't here.
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self._current: Stream | None = None
+        self._decoder: Decoder | None = None
+        if decoding not in (None, CALLS):
+            self._decoder = Decoder(model, self.cache, decoding)
+
+    def decoder(self) -> Decoder | None:
+        """What decodes without waiting for the device, as the model is now; None: calls do."""
+        if self.decoding == CALLS:
+            return None
+        if self.decoding is None and not wanted(self.model, self.cache):
+            return None
+        if self._decoder is None:
+            self._decoder = Decoder(self.model, self.cache)
+        return self._decoder
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the cache (see `KVCache.nbytes`) and of what was captured, on a GPU."""
+        graphs = 0 if self._decoder is None else self._decoder.nbytes
+        return {"cache": self.cache.nbytes, "graphs": graphs}
 
     def reset(self) -> None:
         """Forget everything; a stream that has not ended can't go on."""
@@ -93,19 +124,23 @@ class Session:
         the logits after each row's last, [batch, vocab_size].
         """
         logits: Tensor | None = None
-        cache, device = self.cache, self.cache.device
+        cache, device, decoder = self.cache, self.cache.device, self.decoder()
         while True:
             rows = cache.rows
             missing = [len(ids) - held for ids, held in zip(self.ids, rows, strict=True)]
             # Rows are padded to one width, which must fit after each of them.
             width = min(chunk, max(missing), cache.max_length - max(rows))
             counts = [min(n, width) for n in missing]
+            padded = None if decoder is None else decoder.width_for(width)
             parts = [
-                ids[held : held + n] + [0] * (width - n)
+                ids[held : held + n] + [0] * ((padded or width) - n)
                 for ids, held, n in zip(self.ids, rows, counts, strict=True)
             ]
             ids = torch.tensor(parts, dtype=torch.int64, device=device)
-            if width == 1 and min(counts) == 1:
+            if padded is not None:
+                last = decoder.prefill(ids, counts)
+                cache.advance(counts)
+            elif width == 1 and min(counts) == 1:
                 last = next_logits(self.model, ids[:, 0], cache)
             else:
                 last = self.model(ids, cache=cache, logits_to_keep=1, counts=counts)[:, -1]
@@ -136,23 +171,26 @@ class Stream(Iterator[list[int | None]]):
         **sampling: Any,
     ) -> None:
         config = session.model.config
-        ids = _prompt_ids(prompts, config.vocab_size)
+        ids = prompt_ids(prompts, config.vocab_size)
         cache = session.cache
         if len(ids) != cache.batch:
             raise ValueError(
                 f"prompts must be {cache.batch}, as the session's batch, got {len(ids)}"
             )
-        _check_lengths(ids, max_new_tokens, cache.max_length, "the cache's max_length")
+        check_lengths(ids, max_new_tokens, cache.max_length, "the cache's max_length")
         if not is_integer(chunk) or chunk < 1:
             raise ValueError(f"chunk must be a positive integer, got {chunk!r}")
-        self.stops = _stop_set(stop_tokens, config.vocab_size)
+        self.stops = stop_set(stop_tokens, config.vocab_size)
         self.session, self.chunk, self.steps_left = session, chunk, max_new_tokens
-        self.sampler = Sampler(Sampling(**sampling), ids, config.vocab_size, cache.device)
+        self.sampler = Sampler(
+            Sampling(**sampling), ids, config.vocab_size, cache.device, max_new_tokens
+        )
         self.rows = [Row() for _ in ids]
         self.interrupted = False
         self.reused = session.begin(ids)
         self._prompts = [len(prompt) for prompt in ids]
         self._last: Tensor | None = None  # the tokens of the last step, not in the cache yet
+        self._decoder: Decoder | None = None  # what goes on after the prompt, if not calls
         if not max_new_tokens:
             self._end("length")
 
@@ -170,6 +208,13 @@ class Stream(Iterator[list[int | None]]):
             raise
         raise StopIteration
 
+    @property
+    def decoding(self) -> str:
+        """How it was decoded so far: the names of `decoding.WAYS`."""
+        if self._decoder is None:
+            return CALLS
+        return ", ".join(sorted(set(self._decoder.taken.values()))) or CALLS
+
     def interrupt(self) -> None:
         """End here, as a KeyboardInterrupt during a step does."""
         self.interrupted = True
@@ -177,13 +222,9 @@ class Stream(Iterator[list[int | None]]):
 
     @torch.inference_mode()
     def _step(self) -> list[int | None]:
-        session = self.session
-        if self._last is None:
-            logits = session.prefill(self.chunk)
-        else:
-            logits = next_logits(session.model, self._last, session.cache)
-        tokens = self.sampler(logits)
-        chosen = tokens.tolist()
+        session, chosen = self.session, self._choices()
+        if min(chosen) < 0:
+            raise ValueError("logits must be numbers to draw a token, got NaN")
         given: list[int | None] = list(chosen)
         for b, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
             # A row that has ended runs along, so that rows of equal length stay so.
@@ -195,11 +236,26 @@ class Stream(Iterator[list[int | None]]):
                 given[b] = None
             else:
                 row.tokens.append(token)
-        self._last = tokens
         self.steps_left -= 1
         if not self.steps_left or all(row.reason for row in self.rows):
             self._end("length")
         return given
+
+    def _choices(self) -> list[int]:
+        """The next token of each row."""
+        if self._decoder is not None:
+            return self._decoder.next_tokens()
+        session = self.session
+        if self._last is not None:
+            logits = next_logits(session.model, self._last, session.cache)
+        else:
+            logits = session.prefill(self.chunk)
+            if decoder := session.decoder():
+                decoder.begin(logits, self.sampler, self.steps_left)
+                self._decoder = decoder
+                return decoder.next_tokens()
+        self._last = self.sampler(logits)
+        return self._last.tolist()
 
     def _end(self, reason: str) -> None:
         self.steps_left = 0
@@ -211,14 +267,22 @@ class Stream(Iterator[list[int | None]]):
         cache.truncate([min(pair) for pair in zip(cache.rows, real, strict=True)])
 
 
-def stream(model: OpenELM, prompts: Prompts, max_new_tokens: int, **options: Any) -> Stream:
+def stream(
+    model: OpenELM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    decoding: str | None = None,
+    **options: Any,
+) -> Stream:
     """`generate` step by step: an iterator of list[int | None], a token for each row that goes
     on; its `rows` are what `generate` returns.
     """
-    ids = _prompt_ids(prompts, model.config.vocab_size)
+    ids = prompt_ids(prompts, model.config.vocab_size)
     limit = model.config.rope_max_length
-    _check_lengths(ids, max_new_tokens, limit, "rope_max_length")
-    session = Session(model, len(ids), min(limit, max(map(len, ids)) + max_new_tokens))
+    check_lengths(ids, max_new_tokens, limit, "rope_max_length")
+    room = min(limit, max(map(len, ids)) + max_new_tokens)
+    session = Session(model, len(ids), room, decoding=decoding)
     return session.stream(ids, max_new_tokens, **options)
 
 
@@ -234,19 +298,21 @@ def generate(
     seed: int | Sequence[int] | None = None,
     stop_tokens: int | Iterable[int] = (),
     chunk: int = CHUNK,
+    decoding: str | None = None,
 ) -> list[Row]:
     """Up to max_new_tokens tokens after each prompt: integers [batch, length], or a list of lists
     of ids, which may differ in length (none empty).
 
     temperature to seed: see `sampling`; a temperature of 0 takes the most likely token, and row b
     of a batch draws from seed + b (or seed[b]), whatever the rows beside it. chunk: tokens of the
-    prompt in one pass. An interruption returns what was generated by then.
+    prompt in one pass. decoding: see `Session`. An interruption returns what was generated by then.
     Raises ValueError or TypeError, before anything is run, for arguments out of their range and
     for prompts that don't fit rope_max_length with what is to follow.
     """
     run = stream(
         model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens, chunk=chunk,
+        decoding=decoding,
     )  # fmt: skip
     for _ in run:
         pass
@@ -292,53 +358,3 @@ def greedy(
             logits = model(chosen[:, None], attention_mask, cache, logits_to_keep=1)[:, -1]
         tokens[:, step] = chosen = logits.argmax(-1)
     return tokens
-
-
-def _prompt_ids(prompts: Prompts, vocab_size: int) -> list[list[int]]:
-    """Prompts as lists of ids of the vocabulary, none empty."""
-    if isinstance(prompts, Tensor):
-        if prompts.dim() != 2 or prompts.is_floating_point() or prompts.is_complex():
-            raise ValueError(
-                "prompts must be integers [batch, length] or a list of lists of ids, "
-                f"got {prompts.dtype} {list(prompts.shape)}"
-            )
-        rows = prompts.tolist()
-    elif isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes):
-        rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
-    else:
-        raise TypeError(f"prompts must be a tensor or a list, got {type(prompts).__name__}")
-    if not rows:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    for b, row in enumerate(rows):
-        if not isinstance(row, list | tuple) or not all(map(is_integer, row)):
-            raise TypeError(f"prompts[{b}] must be a list of ids, got {_short(row)}")
-        if not row:
-            raise ValueError(f"prompts[{b}] must hold at least one token, got an empty prompt")
-        if min(row) < 0 or max(row) >= vocab_size:
-            wrong = next(token for token in row if not 0 <= token < vocab_size)
-            raise ValueError(f"prompts[{b}] must hold ids in [0, {vocab_size}), got {wrong}")
-    return [list(row) for row in rows]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _check_lengths(ids: list[list[int]], max_new_tokens: int, limit: int, what: str) -> None:
-    if not is_integer(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens!r}")
-    for b, prompt in enumerate(ids):
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompts[{b}] and max_new_tokens must fit {limit} tokens ({what}) together, "
-                f"got {len(prompt)} + {max_new_tokens}"
-            )
-
-
-def _stop_set(stop_tokens: int | Iterable[int], vocab_size: int) -> frozenset[int]:
-    stops = [stop_tokens] if is_integer(stop_tokens) else list(stop_tokens)
-    for token in stops:
-        if not is_integer(token) or not 0 <= token < vocab_size:
-            raise ValueError(f"stop_tokens must lie in [0, {vocab_size}), got {token!r}")
-    return frozenset(stops)

@@ -14,9 +14,17 @@ from ..testing.device import architectures, capability, datasheet, gpu_name, unf
 from ..testing.stages import Clock, Found, LeftOut, Unit, first_line
 from . import olmo, speed, step_race
 from .config import OpenELMConfig
+from .decoding import GRAPH as BY_GRAPH
 from .generate import greedy
-from .gpu_runners import COMPILED_FAIR, COMPILED_OLMO, OLMO, FairRunner, GraphRunner
-from .graph import GraphDecoder
+from .gpu_runners import (
+    COMPILED_FAIR,
+    COMPILED_OLMO,
+    GRAPH,
+    OLMO,
+    SDPA_GRAPH,
+    DecoderRunner,
+    FairRunner,
+)  # fmt: skip
 from .model import OpenELM
 from .proof import check_model, compare_tokens, free_bytes, twin
 from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner
@@ -129,11 +137,11 @@ def _generation(models: Models, name: str, dtype: torch.dtype, found: Found, clo
     found["parity"] = {"ok": parity.ok, "rule": parity.rule, "truth": parity.truth}
     found["parity"] |= {"failed": bad, "losses": parity.losses, "greedy": asdict(parity.greedy)}
     captured = models.device.type == "cuda"
-    decoder = GraphDecoder(swapped, 2, ids.shape[1] + steps, captured=captured)
     expected = greedy(eager, ids, steps)
-    got = torch.cat((decoder.prompt(ids)[:, None], decoder.decode(steps - 1)), dim=1)
+    run = DecoderRunner(GRAPH, swapped, BY_GRAPH, captured).run(Task("", ids, steps - 1))
+    got = torch.tensor(run(), device=ids.device)
     same = compare_tokens(eager, ids, expected, got, parity.greedy.gap_allowed)
-    found["graph"] = asdict(same) | {"ok": same.ok, "captured": decoder.captures}
+    found["graph"] = asdict(same) | {"ok": same.ok, "captured": captured}
     found["ok"] = parity.ok and same.ok
 
 
@@ -182,8 +190,10 @@ def _race(
     rivals: Makers = {"fair": lambda: FairRunner(eager)}
     if task.steps:
         captured = models.device.type == "cuda"
-        rivals["graph"] = lambda: GraphRunner(swapped, captured)
-        rivals["graph with torch's attention"] = lambda: GraphRunner(swapped, captured, SDPA)
+        rivals["graph"] = lambda: DecoderRunner(GRAPH, swapped, BY_GRAPH, captured)
+        rivals["graph with torch's attention"] = lambda: DecoderRunner(
+            SDPA_GRAPH, swapped, BY_GRAPH, captured, SDPA
+        )
     runs, tokens, missing = {}, {}, {}
     found |= {"model": name, "ok": True, "missing": missing}
     for i, (key, make) in enumerate((makers | rivals | more(eager)).items()):

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from ..backends import SDPA
+from .cache import KVCache
+from .decoding import Decoder
 from .fair import FairOpenELM
-from .graph import BUCKET, GraphDecoder
+from .graph import BUCKET
 from .model import OpenELM
 from .proof import twin
 from .runners import COMPILED, EAGER, OURS, Run, Runner, Task
+from .sampling import Sampler, Sampling
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
 SDPA_GRAPH = f"{GRAPH}, {SDPA}"
@@ -71,28 +74,37 @@ class FairRunner(Runner):
         return torch.compile(fair, fullgraph=True, dynamic=False, **self.options)
 
 
-class GraphRunner(Runner):
-    """`GraphDecoder` of a swapped model; captured: False, as on a CPU, calls its step instead.
-    attention: the backend of that op, None for the model's own choice.
+class DecoderRunner(Runner):
+    """A swapped model by one of the ways of `decoding`; captured: False, as on a CPU, calls the
+    same steps instead. attention: the backend of that op, None for the model's own choice.
     """
 
-    def __init__(self, model: OpenELM, captured: bool, attention: str | None = None) -> None:
-        self.name, self.kind, self.facts = GRAPH, OURS, {}
+    def __init__(
+        self, name: str, model: OpenELM, way: str, captured: bool, attention: str | None = None
+    ) -> None:
+        self.name, self.kind, self.facts = name, OURS, {}
         if attention is not None:
-            self.name, model = f"{GRAPH}, {attention}", twin(model)
+            model = twin(model)
             for layer in model.layers:
                 layer.attn.attention_backend = attention
-        self.model, self.captured = model, captured
+        self.model, self.way, self.captured = model, way, captured
 
     def run(self, task: Task) -> Run:
-        """The decoding of a task; its graphs are captured by the first call."""
-        batch, length = task.prompts.shape
-        room = room_for(task, self.model)
-        decoder = GraphDecoder(self.model, batch, room, captured=self.captured)
-        first = decoder.prompt(task.prompts)
+        """The decoding of a task; what it needs is captured by the first call."""
+        prompts, steps = task.prompts, task.steps + 1
+        batch, length = prompts.shape
+        room, device = room_for(task, self.model), prompts.device
+        dtype = self.model.activation_dtype
+        cache = KVCache(self.model.config, batch, room, dtype=dtype, device=device)
+        decoder = Decoder(self.model, cache, self.way, captured=self.captured)
+        with torch.inference_mode():
+            logits = self.model(prompts, cache=cache, logits_to_keep=1)[:, -1]
+        held = [[]] * batch
+        sampler = Sampler(Sampling(), held, self.model.config.vocab_size, device, steps)
 
         def decode() -> list[list[int]]:
-            decoder.rewind(length, first)
-            return torch.cat((first[:, None], decoder.decode(task.steps)), 1).tolist()
+            cache.truncate(length)
+            decoder.begin(logits, sampler, steps)
+            return decoder.rest().tolist()
 
         return decode

@@ -1,12 +1,11 @@
-"""Decoding as CUDA graphs: one launch a step, the tokens chosen on the device.
+"""A pass of fixed shapes, and what replays it as a CUDA graph.
 
 A step of decoding is hundreds of kernels of a few microseconds each, and the host can't launch
-them as fast as a GPU runs them. So one step is captured, with everything that changes between
-steps in tensors of fixed addresses: the tokens, how many each row holds, and the tokens chosen so
-far. Nothing is read back before all of them are wanted.
+them as fast as a GPU runs them. So one pass is captured, with everything that changes between
+passes in tensors of fixed addresses: the tokens and how many each row holds.
 
-Shapes are fixed too: a step attends to a *bucket*, the first 256, 512, 768, ... slots of the cache,
-and masks what is not filled. There is one capture for each bucket that is reached.
+Shapes are fixed too: a pass attends to a *bucket*, the first 256, 512, 1024, ... slots of the
+cache, and masks what is not filled. There is one capture for each bucket that is reached.
 """
 
 from collections.abc import Callable
@@ -21,9 +20,10 @@ from .cache import KVCache
 from .layers import Context
 from .model import OpenELM
 
-BUCKET = (
-    256  # slots: so many keys at most are read in vain, a multiple of what masks are aligned to
-)
+BUCKET = 256  # slots of the smallest
+# Widths of a prompt, which is padded to the next. Reasoned: up to 128 tokens reading the weights
+# takes less time than launching the kernels one by one; longer ones are not captured.
+WIDTHS = (16, 32, 64, 128)
 WARM_UPS = 2  # compilers compile, libraries choose their kernels and workspaces
 
 
@@ -39,10 +39,12 @@ class Window:
         self.bucket, self.lengths = bucket, lengths
 
     def append(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [batch, 1, kv_heads, head_dim] where each row's next token goes."""
-        index = self.lengths[:, None, None, None].expand(k.shape)
+        """Write k and v [batch, n, kv_heads, head_dim] where each row's next tokens go."""
+        index = self.lengths[:, None, None, None]
+        if k.shape[1] > 1:
+            index = index + torch.arange(k.shape[1], device=k.device)[:, None, None]
         for new, buffer in ((k, self.k[layer_index]), (v, self.v[layer_index])):
-            buffer.scatter_(1, index, new)
+            buffer.scatter_(1, index.expand(new.shape), new)
         return self.filled(layer_index)
 
     def filled(self, layer_index: int, n: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,116 +52,53 @@ class Window:
         return self.k[layer_index], self.v[layer_index]
 
 
-def step(model: OpenELM, tokens: Tensor, window: Window) -> Tensor:
-    """tokens int64 [batch], each after those its row holds -> logits [batch, vocab_size], without
-    anything that the host must know. The window's lengths are the caller's to count.
+def step(model: OpenELM, tokens: Tensor, window: Window, counts: Tensor | None = None) -> Tensor:
+    """tokens int64 [batch, n], after those that each row holds -> logits [batch, vocab_size] after
+    the last of them, or after the first counts[b] (int64 [batch], at least 1; the rest is padding),
+    without anything that the host must know. The window's lengths are the caller's to count.
     """
+    n, device = tokens.shape[1], tokens.device
     at = window.lengths[:, None]
+    if n > 1:
+        at = at + torch.arange(n, device=device)
     backend = getattr(model.layers[0].attn, "attention_backend", REFERENCE)
     sight: dict[str, Any] = {"key_mask": None, "offsets": window.lengths}
-    kind, head_dim = tokens.device.type, model.config.head_dim
-    if attention_backend(kind, backend, "ragged", head_dim) in COMPOSED:
+    chosen = attention_backend(device.type, backend, "ragged", model.config.head_dim)
+    if n == 1 and chosen in COMPOSED:
         # Torch's operations would copy the keys to blank what lies beyond; here it is finite.
-        slots = torch.arange(window.bucket, device=tokens.device)
+        slots = torch.arange(window.bucket, device=device)
         sight = {"key_mask": slots <= at, "offsets": None}
     context = Context(at, model.rope_table, cache=window, slots=at, **sight)
-    x = model.token_embeddings(tokens[:, None])
+    x = model.token_embeddings(tokens)
     for layer in model.layers:
         x = layer(x, context)
-    return model.project(model.norm(x))[:, -1]
+    if counts is not None:
+        x = x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[2]))
+    return model.project(model.norm(x[:, -1:]))[:, -1]
 
 
 def bucket_of(length: int, max_length: int) -> int:
-    """The slots that a step with `length` tokens in the cache attends to, its own among them."""
-    return min((length // BUCKET + 1) * BUCKET, max_length)
+    """The slots that a pass attends to after which a row has `length` tokens."""
+    bucket = BUCKET
+    while bucket < length:
+        bucket *= 2
+    return min(bucket, max_length)
 
 
-class GraphDecoder:
-    """Greedy decoding of a batch of prompts of one length, one launch a step.
-
-    captured: False runs the same step call by call, on any device. Raises RuntimeError where a
-    step can't be captured, ValueError for tokens beyond max_length.
-    """
-
-    def __init__(
-        self, model: OpenELM, batch: int, max_length: int, *, captured: bool = True
-    ) -> None:
-        device = model.norm.weight.device
-        if captured and device.type != "cuda":
-            raise RuntimeError(
-                f"a captured step needs a CUDA device, the model is on {device}: "
-                "captured=False runs the same step call by call, `generate` is faster there"
-            )
-        model._place_rope_table(device)
-        self.model, self.captured = model, captured
-        self.cache = KVCache(
-            model.config, batch, max_length, dtype=model.activation_dtype, device=device
-        )
-        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.chosen = torch.zeros(batch, max_length + 1, dtype=torch.int64, device=device)
-        self._replays: dict[int, Callable[[], None]] = {}
-
-    @property
-    def captures(self) -> list[int]:
-        """The buckets whose step was captured."""
-        return sorted(self._replays)
-
-    @torch.inference_mode()
-    def prompt(self, input_ids: Tensor) -> Tensor:
-        """input_ids [batch, length] in place of what the cache held -> the first tokens after
-        them, int64 [batch]."""
-        self.cache.reset()
-        logits = self.model(input_ids, cache=self.cache, logits_to_keep=1)[:, -1]
-        self.rewind(self.cache.length, logits.argmax(-1))
-        return self.tokens.clone()
-
-    @torch.inference_mode()
-    def rewind(self, length: int, tokens: Tensor) -> None:
-        """Forget every token from index `length` on; `tokens` [batch] come next."""
-        self.cache.truncate(length)
-        self.lengths.fill_(length)
-        self.tokens.copy_(tokens)
-
-    @torch.inference_mode()
-    def decode(self, steps: int) -> Tensor:
-        """The next `steps` tokens of each row, int64 [batch, steps], after those chosen last."""
-        start = self.cache.length
-        self.cache.check_room(steps)
-        for length in range(start, start + steps):
-            self._step(bucket_of(length, self.cache.max_length))
-        self.cache.advance(steps)
-        return self.chosen[:, start + 1 : start + 1 + steps].clone()
-
-    def _step(self, bucket: int) -> None:
-        if not self.captured:
-            self._body(Window(self.cache, bucket, self.lengths))
-            return
-        if bucket not in self._replays:
-            self._replays[bucket] = self._capture(bucket)
-        self._replays[bucket]()
-
-    def _body(self, window: Window) -> None:
-        """What is captured: a step, and its result where the next one finds it."""
-        self.tokens.copy_(step(self.model, self.tokens, window).argmax(-1))
-        self.lengths.add_(1)
-        self.chosen.scatter_(1, self.lengths[:, None], self.tokens[:, None])
-
-    def _capture(self, bucket: int) -> Callable[[], None]:
-        state = self.tokens.clone(), self.lengths.clone()
-
-        def restore() -> None:  # what a warm-up wrote to the cache the first replay writes again
-            self.tokens.copy_(state[0])
-            self.lengths.copy_(state[1])
-
-        window = Window(self.cache, bucket, self.lengths)
-        return capture(lambda: self._body(window), restore, self.tokens.device)
+def width_of(length: int) -> int | None:
+    """The width that a prompt of `length` tokens is padded to; None for one that isn't captured."""
+    return next((width for width in WIDTHS if length <= width), None)
 
 
 def capture(
-    body: Callable[[], None], restore: Callable[[], None], device: torch.device
+    body: Callable[[], None],
+    restore: Callable[[], None],
+    device: torch.device,
+    pool: Any = None,
 ) -> Callable[[], None]:
-    """What replays a body that was run WARM_UPS times, and undone by restore each time."""
+    """What replays a body that was run WARM_UPS times, and undone by restore each time. pool: of
+    the memory of graphs that are never replayed at the same time.
+    """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -169,6 +108,6 @@ def capture(
                 restore()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             body()
     return graph.replay

@@ -72,8 +72,10 @@ class Sampling:
 
 
 class Sampler:
-    """The choices of `rows` rows, one after another. held: the tokens that each row begins with
-    (for the repetition penalty).
+    """The choices of `rows` rows, one after another; on a GPU nothing is waited for.
+
+    held: the tokens that each row begins with (for the repetition penalty). steps: how many choices
+    there are at most, as the numbers of all of them are drawn here, on the CPU.
     """
 
     def __init__(
@@ -82,26 +84,56 @@ class Sampler:
         held: Sequence[Sequence[int]],
         vocab_size: int,
         device: torch.device,
+        steps: int,
     ) -> None:
         self.sampling = sampling
-        self.generators = sampling.generators(len(held))
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        generators = sampling.generators(len(held))
+        self.uniforms: Tensor | None = None  # [steps, rows]
+        if sampling.temperature != 0:
+            rows = [torch.rand(steps, dtype=torch.float64, generator=g) for g in generators]
+            self.uniforms = torch.stack(rows, 1).to(device)
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(len(held), vocab_size, dtype=torch.bool, device=device)
             for row, tokens in enumerate(held):
                 self.seen[row, torch.tensor(tokens, dtype=torch.int64, device=device)] = True
 
+    @property
+    def form(self) -> tuple:
+        """What its operations depend on; samplers of one form differ in their numbers alone."""
+        s = self.sampling
+        return s.temperature, s.top_k, s.top_p, s.repetition_penalty
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest of the logits as they are is taken."""
+        return self.uniforms is None and self.seen is None
+
+    def take(self, other: "Sampler") -> None:
+        """Go on as a sampler of the same form and of no more steps would, at the same addresses."""
+        self.sampling = other.sampling
+        self.count.copy_(other.count)
+        if self.uniforms is not None:
+            self.uniforms[: other.uniforms.shape[0]].copy_(other.uniforms)
+        if self.seen is not None:
+            self.seen.copy_(other.seen)
+
     def __call__(self, logits: Tensor) -> Tensor:
-        """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]."""
+        """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]: -1 where they
+        were to be drawn from NaN.
+        """
         s = self.sampling
         if self.seen is not None:
             logits = penalise(logits.float(), self.seen, s.repetition_penalty)
-        if s.temperature == 0:
+        if self.uniforms is None:
             tokens = logits.argmax(-1)
         else:
-            tokens = draw(warp(logits, s.temperature, s.top_k, s.top_p), self.generators)
+            warped = warp(logits, s.temperature, s.top_k, s.top_p)
+            tokens = draw(warped, self.uniforms.index_select(0, self.count)[0])
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
+        self.count.add_(1)
         return tokens
 
 
@@ -128,7 +160,9 @@ def warp(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
 def _top_p(logits: Tensor, p: float) -> Tensor:
     probabilities = logits.softmax(-1, dtype=torch.float64)
     vocab_size = logits.shape[-1]
-    for n in (min(_FIRST_CANDIDATES, vocab_size), vocab_size):
+    # Whether a few are enough can be asked for nothing on a CPU only.
+    sizes = (min(_FIRST_CANDIDATES, vocab_size),) if logits.device.type == "cpu" else ()
+    for n in (*sizes, vocab_size):
         largest, tokens = probabilities.topk(n)
         sums = largest.cumsum(-1)
         if n == vocab_size or bool((sums[:, -1] >= p).all()):
@@ -139,19 +173,16 @@ def _top_p(logits: Tensor, p: float) -> Tensor:
     return torch.full_like(logits, -math.inf).scatter_(1, tokens, kept)
 
 
-def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token a row of logits [rows, vocab_size] by its softmax: the first whose cumulated
-    probability exceeds a uniform number from the row's generator. Raises ValueError for NaN.
+    probability exceeds uniform, float64 [rows] in [0, 1), times their sum. -1 where that is NaN.
     """
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    total = sums[:, -1:]
-    if not bool(total.isfinite().all()):
-        raise ValueError("logits must be numbers to draw a token, got NaN")
-    uniform = [torch.rand(1, dtype=torch.float64, generator=g) for g in generators]
+    total = sums[:, -1]
     # u is at most 1 - 2^-53, so that u total < total even after rounding: a token is always found,
     # and never one of probability 0, whose sum exceeds nothing that its predecessor's doesn't.
-    at = torch.stack(uniform).to(logits.device) * total
-    return torch.searchsorted(sums, at, right=True)[:, 0]
+    tokens = torch.searchsorted(sums, (uniform * total)[:, None], right=True)[:, 0]
+    return tokens.where(total.isfinite(), -1)
 
 
 def is_integer(value: object) -> bool:

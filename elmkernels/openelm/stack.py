@@ -33,7 +33,7 @@ def stack_of(model: OpenELM) -> Stack:
     none). Raises ValueError, with the reason, for a model that isn't described by its weights:
     adapters, hooks, foreign modules. The same object is returned until the model changes.
     """
-    return _described(model).stack
+    return described(model).stack
 
 
 def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -51,7 +51,7 @@ def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
     return logits
 
 
-def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> "_Described | None":
+def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> "Described | None":
     """The model as data, where `ops.decode_step` computes what the model would."""
     if (
         not isinstance(model, OpenELM)  # torch.compile's wrapper
@@ -67,14 +67,14 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> "_Described 
     ):
         return None
     try:
-        known = _described(model)
+        known = described(model)
     except ValueError:
         return None
     wanted = known.compressed or is_accelerated(model)
     return known if wanted and known.dtypes == {cache.dtype} else None
 
 
-class _Described:
+class Described:
     """A stack, and what must still be so for it to describe its model: every module, parameter and
     buffer in its place, of its class and at its address, every eps, and no hook anywhere.
     """
@@ -120,13 +120,13 @@ class _Described:
 
 
 # Weak keys: a description must not keep its model, nor must a copy of the model carry it along.
-_KNOWN: WeakKeyDictionary[OpenELM, _Described] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[OpenELM, Described] = WeakKeyDictionary()
 
 
-def _described(model: OpenELM) -> _Described:
+def described(model: OpenELM) -> Described:
     known = _KNOWN.get(model)
     if known is None or not known.holds():
-        known = _KNOWN[model] = _Described(model)
+        known = _KNOWN[model] = Described(model)
     return known
 
 

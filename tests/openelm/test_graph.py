@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm import graph
+from elmkernels.openelm import KVCache
+from elmkernels.openelm.decoding import GRAPH, ONE_LAUNCH, Decoder
 from elmkernels.openelm.fair import FairOpenELM
 from elmkernels.openelm.generate import greedy
 from elmkernels.openelm.gpu_models import TINY, agreement
-from elmkernels.openelm.gpu_runners import FairRunner, GraphRunner, room_for
-from elmkernels.openelm.graph import GraphDecoder, Window, bucket_of, step
+from elmkernels.openelm.gpu_runners import DecoderRunner, FairRunner, room_for
+from elmkernels.openelm.graph import Window, bucket_of, step, width_of
 from elmkernels.openelm.proof import twin
 from elmkernels.openelm.runners import Task
+from elmkernels.openelm.sampling import Sampler, Sampling
 
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)
 LENGTH, STEPS = 250, 12  # across the border of the first bucket
@@ -44,73 +46,67 @@ def swapped(model: OpenELM, backend: str | None) -> OpenELM:
     return copy
 
 
+def decoded(model, prompts, steps=STEPS, spoil=False):
+    """Tokens of the prompts' first pass and of steps by the graph's body, called."""
+    cache = KVCache(CONFIG, len(prompts), 400)
+    decoder = Decoder(model, cache, GRAPH, captured=False)
+    with torch.inference_mode():
+        logits = model(prompts, cache=cache, logits_to_keep=1)[:, -1]
+    if spoil:
+        for buffer in (*cache.k, *cache.v):
+            buffer[:, prompts.shape[1] :] = 100.0  # an earlier run's: finite, and wrong
+    sampler = Sampler(Sampling(), [[]] * len(prompts), CONFIG.vocab_size, cache.device, steps)
+    decoder.begin(logits, sampler, steps)
+    return decoder.rest()
+
+
 @pytest.mark.parametrize("backend", ["eager", None, "sdpa", "reference"])
 def test_the_same_tokens_as_without_fixed_shapes(model, prompts, expected, backend):
-    decoder = GraphDecoder(swapped(model, backend), 2, 400, captured=False)
-    first = decoder.prompt(prompts)
-    got = torch.cat((first[:, None], decoder.decode(STEPS - 1)), dim=1)
-    assert torch.equal(got, expected)
-    assert decoder.cache.length == LENGTH + STEPS - 1
-    assert decoder.lengths.tolist() == [decoder.cache.length] * 2
-    decoder.rewind(LENGTH + 2, expected[:, 2])
-    assert torch.equal(decoder.decode(4), expected[:, 3:7])
+    assert torch.equal(decoded(swapped(model, backend), prompts), expected)
 
 
-def test_one_capture_for_each_bucket_leaves_no_trace(model, prompts, expected, monkeypatch):
-    """All but the capture itself: warm-ups are undone, and a bucket's replay is kept."""
-    made = []
-
-    def pretended(body, restore, device):
-        made.append(device)
-        for _ in range(graph.WARM_UPS):
-            body()
-            restore()
-        return body
-
-    monkeypatch.setattr(graph, "capture", pretended)
-    decoder = GraphDecoder(swapped(model, None), 2, 400, captured=False)
-    decoder.captured = True
-    for _ in range(2):
-        first = decoder.prompt(prompts)
-        got = torch.cat((first[:, None], decoder.decode(STEPS - 1)), dim=1)
-        assert torch.equal(got, expected)
-    assert decoder.captures == [256, 400] and len(made) == 2
-
-
-def test_what_lies_beyond_the_tokens_is_not_seen(model, prompts, expected):
-    decoder = GraphDecoder(swapped(model, "sdpa"), 2, 400, captured=False)
-    first = decoder.prompt(prompts)
-    for buffer in (*decoder.cache.k, *decoder.cache.v):
-        buffer[:, LENGTH:] = 100.0  # an earlier run's: finite, and wrong
-    got = torch.cat((first[:, None], decoder.decode(STEPS - 1)), dim=1)
-    assert torch.equal(got, expected)
+@pytest.mark.parametrize("backend", ["sdpa", None])
+def test_what_lies_beyond_the_tokens_is_not_seen(model, prompts, expected, backend):
+    assert torch.equal(decoded(swapped(model, backend), prompts, spoil=True), expected)
 
 
 @torch.inference_mode()
-def test_a_step_asks_the_host_for_nothing(model):
+@pytest.mark.parametrize("backend", ["eager", None, "sdpa"])
+def test_a_padded_prompt_of_rows_of_their_own_lengths(model, prompts, backend):
+    model = swapped(model, backend)
+    cache = KVCache(CONFIG, 2, 300)
+    window = Window(cache, 256, torch.tensor([0, 0]))
+    counts = torch.tensor([7, 16])
+    step(model, prompts[:, :16], window, counts)
+    window.lengths.copy_(counts)
+    more = torch.tensor([3, 1])
+    got = step(model, prompts[:, 16:20], window, more)
+    for row, (first, second) in enumerate(zip(counts, more, strict=True)):
+        ids = torch.cat((prompts[row, :first], prompts[row, 16 : 16 + second]))
+        torch.testing.assert_close(got[row], model(ids[None])[0, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_step_asks_the_host_for_nothing(model, n):
     """In one graph of torch.compile: a value that Python had to know would break it."""
-    decoder = GraphDecoder(model, 2, 300, captured=False)
-    window = Window(decoder.cache, 256, torch.tensor([5, 9]))
-    tokens = torch.tensor([3, 4])
-    whole = torch.compile(lambda t: step(model, t, window), fullgraph=True, backend="eager")
-    torch.testing.assert_close(whole(tokens), step(model, tokens, window))
-
-
-def test_a_cpu_captures_nothing_and_a_full_cache_is_an_error(model):
-    with pytest.raises(RuntimeError, match="needs a CUDA device, the model is on cpu"):
-        GraphDecoder(model, 1, 16)
-    decoder = GraphDecoder(model, 1, 16, captured=False)
-    decoder.prompt(torch.ones(1, 12, dtype=torch.int64))
-    with pytest.raises(ValueError, match="holds 16 tokens"):
-        decoder.decode(5)
-    assert decoder.captures == []
+    torch.compiler.reset()
+    window = Window(KVCache(CONFIG, 2, 300), 256, torch.tensor([5, 9]))
+    tokens, counts = torch.arange(2 * n).view(2, n), torch.tensor([n, 1])
+    whole = torch.compile(lambda t: step(model, t, window, counts), fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(tokens), step(model, tokens, window, counts))
 
 
 @pytest.mark.parametrize(
-    ("length", "bucket"), [(0, 256), (255, 256), (256, 512), (299, 300), (600, 300)]
+    ("length", "room", "bucket"),
+    [(1, 4096, 256), (256, 4096, 256), (257, 4096, 512), (600, 4096, 1024), (257, 300, 300)],
 )
-def test_buckets(length, bucket):
-    assert bucket_of(length, 300 if bucket == 300 else 4096) == bucket
+def test_buckets(length, room, bucket):
+    assert bucket_of(length, room) == bucket
+
+
+def test_widths():
+    assert [width_of(n) for n in (1, 16, 17, 128, 129)] == [16, 16, 32, 128, None]
 
 
 @pytest.mark.parametrize("options", [None, {"backend": "eager"}], ids=["eager", "compiled"])
@@ -124,8 +120,10 @@ def test_the_fair_rival_decodes_the_same_tokens(model, prompts, expected, option
     assert prompt() == expected[:, :1].tolist()
 
 
-def test_the_runner_of_the_graph_starts_over(model, prompts, expected):
-    run = GraphRunner(swapped(model, None), captured=False).run(Task("", prompts, STEPS - 1))
+@pytest.mark.parametrize("way", [GRAPH, ONE_LAUNCH])
+def test_the_runner_starts_over(model, prompts, expected, way):
+    runner = DecoderRunner("", swapped(model, None), way, captured=False)
+    run = runner.run(Task("", prompts, STEPS - 1))
     assert run() == run() == expected.tolist()
 
 

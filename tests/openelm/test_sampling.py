@@ -62,7 +62,7 @@ def test_penalty():
     logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
     seen = torch.tensor([[True, True, False, False]])
     assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
-    sampler = Sampler(Sampling(repetition_penalty=1e9), [[2]], 4, torch.device("cpu"))
+    sampler = Sampler(Sampling(repetition_penalty=1e9), [[2]], 4, torch.device("cpu"), 9)
     # Each choice is held from then on, and no choice comes twice while another is left.
     chosen = [sampler(torch.tensor([[4.0, 3.0, 5.0, 2.0]])).item() for _ in range(3)]
     assert chosen == [0, 1, 3]
@@ -70,19 +70,18 @@ def test_penalty():
 
 def test_greedy_is_the_largest_and_no_temperature_is_too_small():
     logits = logits_of()
-    sampler = Sampler(Sampling(), [[0]] * 4, VOCAB, logits.device)
+    sampler = Sampler(Sampling(), [[0]] * 4, VOCAB, logits.device, 20)
     assert torch.equal(sampler(logits), logits.argmax(-1))
-    sampler = Sampler(Sampling(temperature=1e-30), [[0]] * 4, VOCAB, logits.device)
+    sampler = Sampler(Sampling(temperature=1e-30), [[0]] * 4, VOCAB, logits.device, 20)
     assert torch.equal(sampler(logits), logits.argmax(-1))
 
 
 def test_draws_follow_the_probabilities():
     """Chi-squared over 8 tokens: 7 degrees of freedom exceed 29.9 once in 10,000 seeds."""
     probabilities = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.08, 0.05, 0.02, 0.0])
-    generator = [torch.Generator().manual_seed(0)]
     n = 20_000
-    logits = probabilities.log()[None]
-    tokens = torch.cat([draw(logits, generator) for _ in range(n)])
+    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = draw(probabilities.log().expand(n, -1), uniform)
     counts = tokens.bincount(minlength=8).double()
     assert counts[7] == 0
     expected = n * probabilities[:7].double() / probabilities.double().sum()
@@ -91,26 +90,53 @@ def test_draws_follow_the_probabilities():
 
 def test_a_draw_is_the_inverse_of_the_cumulated_probabilities():
     logits = logits_of(rows=1, scale=1.0)
-    tokens = [draw(logits, [torch.Generator().manual_seed(s)]).item() for s in range(50)]
+    uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    tokens = draw(logits.expand(50, -1), uniform).tolist()
     sums = logits[0].double().softmax(-1).cumsum(-1).tolist()
-    for seed, token in enumerate(tokens):
-        generator = torch.Generator().manual_seed(seed)
-        u = torch.rand(1, dtype=torch.float64, generator=generator).item() * sums[-1]
-        assert token == next(i for i, s in enumerate(sums) if s > u)
+    for u, token in zip(uniform.tolist(), tokens, strict=True):
+        assert token == next(i for i, s in enumerate(sums) if s > u * sums[-1])
     assert len(set(tokens)) > 10
+
+
+def test_one_number_a_choice_from_the_generator_of_the_row():
+    """However many choices there may be: the numbers of all are those of one at a time."""
+    logits = logits_of(rows=1)
+    generator = torch.Generator().manual_seed(5)
+    sampler = Sampler(Sampling(temperature=1.0, seed=5), [[0]], VOCAB, logits.device, 20)
+    for _ in range(20):
+        u = torch.rand(1, dtype=torch.float64, generator=generator)
+        assert torch.equal(sampler(logits), draw(warp(logits, 1.0, None, None), u))
+
+
+def test_a_sampler_goes_on_as_another_at_its_own_addresses():
+    logits, device = logits_of(), torch.device("cpu")
+    held = [[1], [2], [3], [4]]
+
+    def sampler(seed, steps):
+        sampling = Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.3, seed=seed)
+        return Sampler(sampling, held, VOCAB, device, steps)
+
+    other, expected, kept = sampler(7, 6), sampler(7, 6), sampler(1, 9)
+    addresses = [t.data_ptr() for t in (kept.count, kept.uniforms, kept.seen)]
+    other(logits), expected(logits), kept(logits), kept(logits)
+    kept.take(other)
+    assert kept.form == other.form
+    for _ in range(5):
+        assert torch.equal(kept(logits), expected(logits))
+    assert [t.data_ptr() for t in (kept.count, kept.uniforms, kept.seen)] == addresses
 
 
 def test_rows_draw_alone():
     """A row's tokens depend on its seed and logits, not on its neighbours."""
     logits = logits_of()
     sampling = Sampling(temperature=1.5, seed=[7, 8, 7, 9])
-    together = Sampler(sampling, [[0]] * 4, VOCAB, logits.device)
+    together = Sampler(sampling, [[0]] * 4, VOCAB, logits.device, 20)
     tokens = torch.stack([together(logits) for _ in range(20)], dim=1)
     for row, seed in enumerate(sampling.seed):
-        alone = Sampler(Sampling(temperature=1.5, seed=seed), [[0]], VOCAB, logits.device)
+        alone = Sampler(Sampling(temperature=1.5, seed=seed), [[0]], VOCAB, logits.device, 20)
         got = [alone(logits[row : row + 1]).item() for _ in range(20)]
         assert got == tokens[row].tolist()
-    same = Sampler(Sampling(temperature=1.5, seed=7), [[0]] * 4, VOCAB, logits.device)
+    same = Sampler(Sampling(temperature=1.5, seed=7), [[0]] * 4, VOCAB, logits.device, 20)
     assert torch.equal(same(logits[:1].expand(4, -1))[0], tokens[0, 0])
 
 
@@ -118,7 +144,7 @@ def test_without_a_seed_every_sampler_is_another():
     logits = torch.zeros(1, VOCAB)
     rows = []
     for _ in range(2):
-        sampler = Sampler(Sampling(temperature=1.0), [[0]], VOCAB, logits.device)
+        sampler = Sampler(Sampling(temperature=1.0), [[0]], VOCAB, logits.device, 20)
         rows.append([sampler(logits).item() for _ in range(20)])
     assert rows[0] != rows[1]
 
@@ -144,5 +170,5 @@ def test_wrong_options(options, error, message):
 def test_wrong_seeds_and_logits():
     with pytest.raises(ValueError, match=r"one for each of 2 rows, got \[1\]"):
         Sampling(seed=[1]).generators(2)
-    with pytest.raises(ValueError, match="got NaN"):
-        draw(torch.full((1, 4), math.nan), [torch.Generator()])
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.nan]])
+    assert draw(logits, torch.tensor([0.7, 0.7], dtype=torch.float64)).tolist() == [1, -1]

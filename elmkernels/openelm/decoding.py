@@ -1,0 +1,403 @@
+"""Decoding on a GPU that is never waited for: tokens are chosen there, and read some steps later.
+
+A step is one launch for the host, in one of two ways:
+
+    one-launch   `ops.decode_step`: the whole decoder is one kernel, whatever the rows hold
+    graph        the model's own layers, captured for every bucket of the cache (see `graph`)
+
+both followed by the choice of the tokens, in one CUDA graph. Where both are possible they are timed
+on the session's own state and the faster one is taken, for each bucket. What neither can do is done
+by calls, with the same numbers on the device.
+
+Everything that changes from step to step lies at fixed addresses: tokens, lengths, the numbers that
+are drawn from, and the tokens chosen so far, which a second stream copies to the host.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import BACKENDS, REFERENCE, choose, where_it_has
+from ..formats import Stack
+from ..ops.decode_step import MAX_BATCH
+from . import graph
+from .cache import KVCache
+from .graph import Window, bucket_of, step, width_of
+from .model import OpenELM
+from .sampling import Sampler, Sampling
+from .stack import described
+from .swap import is_accelerated
+
+ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"
+WAYS = (ONE_LAUNCH, GRAPH, CALLS)
+AHEAD = 8  # steps that are launched before a token is waited for
+ROUNDS = 7  # of each way, when they are timed
+
+# The faster way for a batch and a bucket, of models that were timed in this process.
+_MEASURED: WeakKeyDictionary[Stack, dict[tuple[int, int], str]] = WeakKeyDictionary()
+
+
+def undescribed(model: OpenELM, cache: KVCache) -> str | None:
+    """Why a model's steps can't be described by its weights and the cache alone, or None."""
+    if not isinstance(model, OpenELM):
+        return f"the model is a {type(model).__name__}"
+    kind = cache.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return "autocast is on"
+    try:
+        known = described(model)
+    except ValueError as error:
+        return str(error)
+    if known.dtypes != {cache.dtype}:
+        found = ", ".join(sorted(str(d) for d in known.dtypes))
+        return f"all weights must be {cache.dtype} like the cache, got {found}"
+    return None
+
+
+def why_not(way: str, model: OpenELM, cache: KVCache) -> str | None:
+    """Why a model can't be decoded in one of the WAYS, or None."""
+    reason = None if way == CALLS else undescribed(model, cache)
+    if reason or way != ONE_LAUNCH:
+        return reason
+    if cache.batch > MAX_BATCH:
+        return f"decode_step takes at most {MAX_BATCH} sequences, got {cache.batch}"
+    if choose("decode_step", cache.device.type, _backend(model)) == REFERENCE:
+        return f"decode_step has no kernel here: {BACKENDS['cuda'].missing}"
+    return None
+
+
+def _backend(model: OpenELM) -> str | None:
+    """What accelerate was asked for, where decode_step can be had of it."""
+    return where_it_has("decode_step", getattr(model.layers[0], "backend", None))
+
+
+def wanted(model: OpenELM, cache: KVCache) -> bool:
+    """Whether a model is decoded by a `Decoder` where nothing was named: on a GPU, unless it is the
+    reference model as it was made.
+    """
+    if cache.device.type != "cuda" or undescribed(model, cache):
+        return False
+    return is_accelerated(model) or described(model).compressed
+
+
+class Decoder:
+    """The steps of one cache. way: one of WAYS, None for the fastest; captured: False runs the same
+    steps call by call, on any device.
+
+    Raises RuntimeError for a named way that this model, batch or device can't be decoded in, and
+    where its capture fails; ValueError for a name that is no way.
+    """
+
+    def __init__(
+        self, model: OpenELM, cache: KVCache, way: str | None = None, *, captured: bool = True
+    ) -> None:
+        if way is not None and way not in WAYS:
+            raise ValueError(f"decoding must be one of {', '.join(WAYS)}, got {way!r}")
+        device = cache.device
+        if captured and way != CALLS and device.type != "cuda":
+            raise RuntimeError(
+                f"decoding by {way or 'graph'!r} needs a CUDA device, the model is on {device}: "
+                f"{CALLS!r} works there"
+            )
+        self.model, self.cache, self.way, self.captured = model, cache, way, captured
+        self._known: Any = None
+        self.refused: dict[str, str] = {}
+        self._examine()
+        batch, room = cache.batch, cache.max_length + 1
+        integers = {"dtype": torch.int64, "device": device}
+        self.tokens = torch.zeros(batch, **integers)
+        self.lengths = torch.zeros(batch, **integers)
+        self.index = torch.zeros(1, **integers)  # of the next choice
+        self.chosen = torch.zeros(room, batch, **integers)
+        self.sampler = self._sampler(Sampling())
+        self.graph_bytes = 0
+        self._pool = None
+        self._reader = _Reader(self.chosen)
+        self._steps = self._launched = self._read = self._longest = 0
+
+    def _examine(self) -> None:
+        """What is possible for the model as it is now; what was captured before it changed goes."""
+        known = None if undescribed(self.model, self.cache) else described(self.model)
+        if known is self._known and (known or self.refused):
+            return
+        self._known = known
+        self._replays: dict[tuple, Callable[[], None]] = {}
+        self._prompts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.taken: dict[int, str] = {}  # the way of each bucket
+        reasons = {way: why_not(way, self.model, self.cache) for way in WAYS}
+        self.refused = {way: reason for way, reason in reasons.items() if reason}
+        if self.way in self.refused:
+            raise RuntimeError(self._cannot(self.way))
+        if isinstance(self.model, OpenELM):
+            self.model._place_rope_table(self.cache.device)
+
+    def _cannot(self, way: str) -> str:
+        others = [other for other in WAYS if other not in self.refused]
+        works = " and ".join(repr(other) for other in others)
+        return f"decoding by {way!r} can't be had: {self.refused[way]}; {works} can"
+
+    def _sampler(self, sampling: Sampling) -> Sampler:
+        """One with room for as many choices as the cache has tokens."""
+        held = [[]] * self.cache.batch
+        room = (self.model.config.vocab_size, self.cache.device, self.cache.max_length + 1)
+        return Sampler(sampling, held, *room)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of GPU memory that the captures have reserved, about."""
+        return self.graph_bytes
+
+    @property
+    def captures(self) -> list[tuple]:
+        """What was captured: (way, bucket), and (a prompt's width, bucket)."""
+        return list(self._replays)
+
+    @torch.inference_mode()
+    def begin(self, logits: Tensor, sampler: Sampler, steps: int) -> None:
+        """Choose the first of `steps` tokens a row from logits [batch, vocab_size], after what the
+        cache holds; `next_tokens` gives them.
+        """
+        self._examine()
+        if sampler.form != self.sampler.form:
+            self.sampler = self._sampler(sampler.sampling)
+            self._replays = {key: r for key, r in self._replays.items() if key[0] not in WAYS}
+        self.sampler.take(sampler)
+        self.index.zero_()
+        self._place()
+        self._choose(logits)
+        self._steps, self._launched, self._read = steps, 1, 0
+        self._reader.send(0)
+
+    @torch.inference_mode()
+    def next_tokens(self) -> list[int]:
+        """The next token of each row, -1 where it was to be drawn from NaN; the cache then holds
+        the ones before it.
+        """
+        while self._launched < min(self._steps, self._read + AHEAD):
+            self._launch()
+        tokens = self._reader.read(self._read)
+        if self._read:
+            self.cache.advance(1)
+        self._read += 1
+        return tokens
+
+    @torch.inference_mode()
+    def rest(self) -> Tensor:
+        """Every step that is left, launched at once -> the tokens since `begin`, int64 [batch,
+        steps] on the device. The cache then holds all but the last.
+        """
+        while self._launched < self._steps:
+            self._launch(send=False)
+        self.cache.advance(self._steps - max(self._read, 1))
+        self._read = self._steps
+        return self.chosen[: self._steps].t().clone()
+
+    def width_for(self, length: int) -> int | None:
+        """The width to which a prompt of `length` more tokens a row is padded for `prefill`, or
+        None: it is long, there is no room for the padding, or nothing can be captured.
+        """
+        width = width_of(length)
+        if width is None or max(self.cache.rows) + width > self.cache.max_length:
+            return None
+        return None if GRAPH in self.refused or self.way == CALLS else width
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, counts: list[int]) -> Tensor:
+        """ids int64 [batch, one of WIDTHS] of which row b's first counts[b] are real -> the logits
+        after them, [batch, vocab_size] (of no meaning where counts[b] is 0). The caller counts.
+        """
+        self._examine()
+        width, device = ids.shape[1], self.cache.device
+        if width not in self._prompts:
+            logits = torch.empty(
+                ids.shape[0], self.model.config.vocab_size, dtype=self.cache.dtype, device=device
+            )
+            self._prompts[width] = torch.zeros_like(ids), torch.ones_like(self.lengths), logits
+        static, static_counts, logits = self._prompts[width]
+        static.copy_(ids)
+        static_counts.copy_(torch.tensor(counts).clamp(min=1))
+        self._place()
+        bucket = bucket_of(self._longest + width, self.cache.max_length)
+
+        def body() -> None:
+            window = Window(self.cache, bucket, self.lengths)
+            logits.copy_(step(self.model, static, window, static_counts))
+
+        key = width, bucket
+        if key not in self._replays:
+            try:
+                self._replays[key] = self._captured(body)
+            except RuntimeError as error:
+                self.refused[GRAPH] = _failure(error)
+                if self.way == GRAPH:
+                    raise RuntimeError(self._cannot(GRAPH)) from error
+                self._replays[key] = body
+        self._replays[key]()
+        return logits.clone()
+
+    def _place(self) -> None:
+        """Bring the lengths of the rows to the device."""
+        rows = self.cache.rows
+        self._longest = max(rows)
+        self.lengths.copy_(torch.tensor(rows))
+
+    def _choose(self, logits: Tensor) -> None:
+        chosen = self.sampler(logits)
+        # A choice that failed is known to the host later; until then any token does.
+        self._record(chosen, chosen if self.sampler.greedy else chosen.clamp(min=0))
+
+    def _record(self, chosen: Tensor, tokens: Tensor) -> None:
+        self.chosen.index_copy_(0, self.index, chosen[None])
+        if tokens is not self.tokens:
+            self.tokens.copy_(tokens)
+        self.index.add_(1)
+
+    def _launch(self, send: bool = True) -> None:
+        self._longest += 1
+        self._replay_of(bucket_of(self._longest, self.cache.max_length))()
+        if send:
+            self._reader.send(self._launched)
+        self._launched += 1
+
+    def _body(self, way: str, bucket: int) -> Callable[[], None]:
+        """A step: what is captured."""
+        if way == ONE_LAUNCH:
+            stack, backend = self._known.stack, _backend(self.model)
+
+            def logits_of() -> Tensor:
+                place = stack, self.tokens, self.lengths, self.cache.arena
+                return ops.decode_step(*place, backend=backend)
+        else:
+            window = Window(self.cache, bucket, self.lengths)
+
+            def logits_of() -> Tensor:
+                return step(self.model, self.tokens[:, None], window)
+
+        def body() -> None:
+            logits = logits_of()
+            self.lengths.add_(1)
+            self._choose(logits)
+
+        return body
+
+    def _replay_of(self, bucket: int) -> Callable[[], None]:
+        """What runs a step of a bucket, by the way that is named or fastest."""
+        if bucket not in self.taken:
+            possible = [way for way in (ONE_LAUNCH, GRAPH) if way not in self.refused]
+            ready = {way: self._made(way, bucket) for way in ([self.way] if self.way else possible)}
+            ready = {way: replay for way, replay in ready.items() if replay is not None}
+            self.taken[bucket] = self._fastest(ready, bucket) if ready else CALLS
+        replay = self._made(self.taken[bucket], bucket)
+        if replay is None:  # it was captured before, for another sampling, and can't be any more
+            del self.taken[bucket]
+            return self._replay_of(bucket)
+        return replay
+
+    def _made(self, way: str, bucket: int) -> Callable[[], None] | None:
+        """The replay of a step, captured where it isn't yet; None where that fails."""
+        key = way, None if way == ONE_LAUNCH else bucket
+        if key not in self._replays:
+            body = self._body(way, bucket)
+            try:
+                self._replays[key] = body if way == CALLS else self._captured(body)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                self.refused[way] = _failure(error)
+                if way == self.way:
+                    raise RuntimeError(self._cannot(way)) from error
+                return None
+        return self._replays[key]
+
+    def _captured(self, body: Callable[[], None]) -> Callable[[], None]:
+        if not self.captured:
+            return body
+        device = self.cache.device
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        before = torch.cuda.memory_reserved(device)
+        replay = graph.capture(body, self._restorer(), device, self._pool)
+        self.graph_bytes += max(0, torch.cuda.memory_reserved(device) - before)
+        return replay
+
+    def _restorer(self) -> Callable[[], None]:
+        """What undoes steps: of the cache the next step writes the same again."""
+        held = (self.tokens, self.lengths, self.index, self.sampler.count, self.sampler.seen)
+        state = [(t, t.clone()) for t in held if t is not None]
+
+        def restore() -> None:
+            for tensor, value in state:
+                tensor.copy_(value)
+
+        return restore
+
+    def _fastest(self, replays: dict[str, Callable[[], None]], bucket: int) -> str:
+        """The way that takes least time here, as it was found before or is timed now, in turns."""
+        if len(replays) == 1:
+            return next(iter(replays))
+        known = _MEASURED.setdefault(self._known.stack, {})
+        key = self.cache.batch, bucket
+        if known.get(key) not in replays:
+            restore = self._restorer()
+            seconds: dict[str, list[float]] = {way: [] for way in replays}
+            for _ in range(ROUNDS):
+                for way, replay in replays.items():
+                    seconds[way].append(_timed(replay, self.cache.device))
+                    restore()
+            known[key] = min(seconds, key=lambda way: median(seconds[way]))
+        return known[key]
+
+
+def _failure(error: RuntimeError) -> str:
+    return f"its capture failed: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+
+
+def _timed(replay: Callable[[], None], device: torch.device) -> float:
+    """Seconds on the device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        replay()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        replay()
+        events[1].record()
+        events[1].synchronize()
+    return events[0].elapsed_time(events[1]) / 1000
+
+
+class _Reader:
+    """Rows of a tensor on their way to the host: the device doesn't wait for it, nor the host for
+    more than the row that it reads.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+        self.apart = source.is_cuda
+        self.host = torch.empty(
+            source.shape, dtype=source.dtype, device="cpu", pin_memory=self.apart
+        )
+        self._side = torch.cuda.Stream(source.device) if self.apart else None
+        self._arrived: dict[int, Any] = {}
+
+    def send(self, row: int) -> None:
+        """Row `row` as it is when what was launched before has run."""
+        if self._side is None:
+            self.host[row].copy_(self.source[row])
+            return
+        with torch.cuda.device(self.source.device):
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
+                self.host[row].copy_(self.source[row], non_blocking=True)
+                self._arrived[row] = self._side.record_event()
+
+    def read(self, row: int) -> list[int]:
+        arrived = self._arrived.pop(row, None)
+        if arrived is not None:
+            arrived.synchronize()
+        return self.host[row].tolist()
