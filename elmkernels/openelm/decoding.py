@@ -30,6 +30,7 @@ from . import graph
 from .cache import KVCache
 from .graph import Window, bucket_of, step, width_of
 from .model import OpenELM
+from .readback import Reader
 from .sampling import Sampler, Sampling
 from .stack import described
 from .swap import is_accelerated
@@ -118,7 +119,7 @@ class Decoder:
         self.sampler = self._sampler(Sampling())
         self.graph_bytes = 0
         self._pool = None
-        self._reader = _Reader(self.chosen)
+        self._reader = Reader(self.chosen)
         self._steps = self._launched = self._read = self._longest = 0
 
     def _examine(self) -> None:
@@ -129,6 +130,7 @@ class Decoder:
         self._known = known
         self._replays: dict[tuple, Callable[[], None]] = {}
         self._prompts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._begun: set[tuple] = set()  # prompts of these keys were run before
         self.taken: dict[int, str] = {}  # the way of each bucket
         reasons = {way: why_not(way, self.model, self.cache) for way in WAYS}
         self.refused = {way: reason for way, reason in reasons.items() if reason}
@@ -229,16 +231,11 @@ class Decoder:
             window = Window(self.cache, bucket, self.lengths)
             logits.copy_(step(self.model, static, window, static_counts))
 
+        # The first prompt of a width is run as it is: a capture costs as much as a few of them.
         key = width, bucket
-        if key not in self._replays:
-            try:
-                self._replays[key] = self._captured(body)
-            except RuntimeError as error:
-                self.refused[GRAPH] = _failure(error)
-                if self.way == GRAPH:
-                    raise RuntimeError(self._cannot(GRAPH)) from error
-                self._replays[key] = body
-        self._replays[key]()
+        replay = self._kept(key, GRAPH, lambda: body) if key in self._begun else None
+        self._begun.add(key)
+        (replay or body)()
         return logits.clone()
 
     def _place(self) -> None:
@@ -289,8 +286,7 @@ class Decoder:
     def _replay_of(self, bucket: int) -> Callable[[], None]:
         """What runs a step of a bucket, by the way that is named or fastest."""
         if bucket not in self.taken:
-            possible = [way for way in (ONE_LAUNCH, GRAPH) if way not in self.refused]
-            ready = {way: self._made(way, bucket) for way in ([self.way] if self.way else possible)}
+            ready = {way: self._made(way, bucket) for way in self._candidates(bucket)}
             ready = {way: replay for way, replay in ready.items() if replay is not None}
             self.taken[bucket] = self._fastest(ready, bucket) if ready else CALLS
         replay = self._made(self.taken[bucket], bucket)
@@ -299,12 +295,25 @@ class Decoder:
             return self._replay_of(bucket)
         return replay
 
+    def _candidates(self, bucket: int) -> list[str]:
+        """The ways to try: the one that is named, or was faster before, or all that are left."""
+        if self.way is not None:
+            return [self.way]
+        left = [way for way in (ONE_LAUNCH, GRAPH) if way not in self.refused]
+        known = self._measured.get((self.cache.batch, bucket)) if left else None
+        return [known] if known in left else left
+
     def _made(self, way: str, bucket: int) -> Callable[[], None] | None:
         """The replay of a step, captured where it isn't yet; None where that fails."""
         key = way, None if way == ONE_LAUNCH else bucket
+        return self._kept(key, way, lambda: self._body(way, bucket))
+
+    def _kept(
+        self, key: tuple, way: str, make: Callable[[], Callable[[], None]]
+    ) -> Callable[[], None] | None:
         if key not in self._replays:
-            body = self._body(way, bucket)
             try:
+                body = make()
                 self._replays[key] = body if way == CALLS else self._captured(body)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 self.refused[way] = _failure(error)
@@ -312,6 +321,10 @@ class Decoder:
                     raise RuntimeError(self._cannot(way)) from error
                 return None
         return self._replays[key]
+
+    @property
+    def _measured(self) -> dict[tuple[int, int], str]:
+        return _MEASURED.setdefault(self._known.stack, {})
 
     def _captured(self, body: Callable[[], None]) -> Callable[[], None]:
         if not self.captured:
@@ -336,20 +349,18 @@ class Decoder:
         return restore
 
     def _fastest(self, replays: dict[str, Callable[[], None]], bucket: int) -> str:
-        """The way that takes least time here, as it was found before or is timed now, in turns."""
+        """The way that takes least time here, by timing them in turns."""
         if len(replays) == 1:
             return next(iter(replays))
-        known = _MEASURED.setdefault(self._known.stack, {})
-        key = self.cache.batch, bucket
-        if known.get(key) not in replays:
-            restore = self._restorer()
-            seconds: dict[str, list[float]] = {way: [] for way in replays}
-            for _ in range(ROUNDS):
-                for way, replay in replays.items():
-                    seconds[way].append(_timed(replay, self.cache.device))
-                    restore()
-            known[key] = min(seconds, key=lambda way: median(seconds[way]))
-        return known[key]
+        restore = self._restorer()
+        seconds: dict[str, list[float]] = {way: [] for way in replays}
+        for _ in range(ROUNDS):
+            for way, replay in replays.items():
+                seconds[way].append(_timed(replay, self.cache.device))
+                restore()
+        best = min(seconds, key=lambda way: median(seconds[way]))
+        self._measured[self.cache.batch, bucket] = best
+        return best
 
 
 def _failure(error: RuntimeError) -> str:
@@ -369,35 +380,3 @@ def _timed(replay: Callable[[], None], device: torch.device) -> float:
         events[1].record()
         events[1].synchronize()
     return events[0].elapsed_time(events[1]) / 1000
-
-
-class _Reader:
-    """Rows of a tensor on their way to the host: the device doesn't wait for it, nor the host for
-    more than the row that it reads.
-    """
-
-    def __init__(self, source: Tensor) -> None:
-        self.source = source
-        self.apart = source.is_cuda
-        self.host = torch.empty(
-            source.shape, dtype=source.dtype, device="cpu", pin_memory=self.apart
-        )
-        self._side = torch.cuda.Stream(source.device) if self.apart else None
-        self._arrived: dict[int, Any] = {}
-
-    def send(self, row: int) -> None:
-        """Row `row` as it is when what was launched before has run."""
-        if self._side is None:
-            self.host[row].copy_(self.source[row])
-            return
-        with torch.cuda.device(self.source.device):
-            self._side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._side):
-                self.host[row].copy_(self.source[row], non_blocking=True)
-                self._arrived[row] = self._side.record_event()
-
-    def read(self, row: int) -> list[int]:
-        arrived = self._arrived.pop(row, None)
-        if arrived is not None:
-            arrived.synchronize()
-        return self.host[row].tolist()

@@ -108,6 +108,7 @@ def capture(
                 restore()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may use the device in the meantime.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             body()
     return graph.replay
