@@ -106,6 +106,10 @@ struct Warp {
   void maximum(PerLane<Floats<1>>& x) {
     exchange<kLanes>(x, [](float a, float b) { return std::fmax(a, b); });
   }
+  void maximum(PerLane<uint64_t>& x) {
+    const uint64_t best = *std::max_element(x.all, x.all + kLanes);
+    std::fill(x.all, x.all + kLanes, best);
+  }
 
  private:
   template <int Width, int N, class Fn>
