@@ -20,16 +20,21 @@ namespace {
 
 using decode::Step;
 
+// A poll of the barrier is a way to the second-level cache and back, about half a microsecond: so
+// many are eight seconds at least, where a whole launch is milliseconds.
+constexpr uint32_t kPolls = 1u << 24;
+
 // All blocks arrive before any leaves. The count only grows: `target` is the grid times how often.
+// What never comes true ends the launch, so that the device is free again and its user is told.
 __device__ __forceinline__ void meet(uint32_t* arrived, uint32_t target) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    uint32_t seen;
-    do {
+    for (uint32_t polls = 0, seen = 0; seen < target; ++polls) {
+      if (polls == kPolls) __trap();
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-    } while (seen < target);
+    }
     __threadfence();
   }
   __syncthreads();
