@@ -79,9 +79,11 @@ DECODE_DEVICE void run_phase(Block& block, const Step<T>& s, int index) {
     project<B>(block, s, phase, layer);
     if (phase == Phase::Head && s.chosen != nullptr) choose(block, s);
   }
-  // Attention reads no weight: those of what comes after it were asked for before it.
-  if (phase == Phase::Head || phase == Phase::Attend) return;
-  const int next = index + (phase == Phase::Qkv ? 2 : 1);
+  if (phase == Phase::Head) return;
+  // Attention reads no weight: those of what comes after it were asked for before it, and a block
+  // whose items are done (or that has none, which are most in a short context) has memory bring
+  // what comes after that. Out's own call then finds the lines there.
+  const int next = index + (phase == Phase::Qkv || phase == Phase::Attend ? 2 : 1);
   const Phase then = phase_at(next, s.layers);
   prefetch_task(block, s, then, then == Phase::Head ? s.layers : layer_at(next));
 }
