@@ -80,6 +80,7 @@ int run(const Call& c) {
   const auto untouched = [](uint8_t x) { return x == 0xff; };
   if (!std::all_of(scratch.begin() + s.at.bytes, scratch.end(), untouched)) return 2;
   const auto zero = [](uint8_t x) { return x == 0; };
+  if (misaligned) return 4;
   return std::all_of(scratch.begin(), scratch.begin() + s.at.zeroed, zero) ? 0 : 3;
 }
 

@@ -6,12 +6,10 @@ away must show.
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from on_host import DTYPES, compiled
 from torch import Tensor
 
 from elmkernels.compress import quantize_weight
@@ -22,11 +20,12 @@ from elmkernels.testing.decoder_cases import FORMS, arena, decoder, dtypes_of
 from elmkernels.testing.draw import Draw, make, models
 from elmkernels.testing.parity import compare, specification, with_written
 
-ROOT = Path(__file__).parents[2]
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
 POSITIONS = (3, 200, 0, 131)
-FAULTS = ("", "written beyond shared memory", "written beyond scratch", "counts are left")
+FAULTS = (
+    "", "written beyond shared memory", "written beyond scratch", "counts are left",
+    "not aligned to what is loaded",
+)  # fmt: skip
 POINTERS = (
     "table", "tokens", "positions", "offsets", "arena", "logits", "rope_table", "chosen",
 )  # fmt: skip
@@ -48,18 +47,7 @@ class Call(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    cxx = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    if cxx is None:
-        pytest.skip("no C++ compiler was found")
-    built = tmp_path_factory.mktemp("simulation") / "decode.so"
-    command = [
-        cxx, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{ROOT / 'csrc' / 'cuda'}",
-        str(Path(__file__).with_name("decode_simulation.cpp")), "-o", str(built),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = ctypes.CDLL(str(built))
+    found = compiled("decode_simulation", tmp_path_factory.mktemp("simulation"))
     found.count_barriers.argtypes = [ctypes.c_int64]
     found.count_shared_bytes.argtypes = [ctypes.c_int64] * 5
     found.rank.argtypes, found.rank.restype = [ctypes.c_float, ctypes.c_int64], ctypes.c_uint64
