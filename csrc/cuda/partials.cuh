@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumShares)
 
 template <class W>
 void launch_sum(const float* partial, W* out, int64_t partials, int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
   const int64_t blocks = (n + kSumColumns - 1) / kSumColumns;
   sum_partials<W><<<blocks, dim3(kSumColumns, kSumShares), 0, stream>>>(partial, out, partials, n);
 }
