@@ -102,7 +102,8 @@ def _detect() -> dict[str, Backend]:
 BACKENDS: dict[str, Backend] = _detect()
 
 # Backends in order of preference for each device. The CUDA C++ kernels and the Triton ones have
-# not been measured against each other on a GPU yet; Triton covers every op, so it goes first.
+# not been measured against each other on a GPU yet; Triton's are for many rows, so they go first
+# (few rows: ops/_rows_choice).
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": (*_INSTRUCTION_SETS, SDPA),
     "cuda": ("triton", "cuda", SDPA),
@@ -117,7 +118,7 @@ _OPS: dict[str, tuple[str, ...]] = {}
 # The ops a backend has, where it doesn't have all of them. The CUDA decode_step is the only one of
 # its op on a GPU and so what is taken there; it has not been measured on one.
 HAS_ONLY: dict[str, tuple[str, ...]] = {
-    "cuda": ("rms_norm", "add_rms_norm", "decode_step"),
+    "cuda": ("rms_norm", "add_rms_norm", "qk_norm_rope", "decode_step"),
     "triton": (
         "rms_norm",
         "add_rms_norm",
@@ -140,6 +141,11 @@ def implements(backend: str, op: str) -> bool:
 def defined() -> tuple[str, ...]:
     """The ops that have kernels, of whichever backend."""
     return tuple(_OPS)
+
+
+def declared(op: str) -> tuple[str, ...]:
+    """The suffixes of an op's raw kernels: "fwd", "bwd", ..."""
+    return _OPS[op]
 
 
 def define(op: str, **kernels: tuple[str, Callable]) -> None:

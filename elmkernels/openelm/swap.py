@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..backends import choose, where_it_has
+from ..ops._rows_choice import described
 from . import fused, linear
 from .compressed import Compressed, weight_of
 from .linear import Plan, measure_plan
@@ -267,7 +268,7 @@ def accelerate(
     convention, left = _examine(model, body, prefix)
     weight = body.norm.weight  # an embedding may be compressed
     device = "cpu" if weight.device.type == "meta" else weight.device.type
-    backends = {op: choose(op, device, backend) for op in OPS}
+    backends = {op: described(op, device, backend) for op in OPS}
     if plan is None:
         plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)

@@ -349,6 +349,21 @@ WRONG = {
     "decode_step: another head_dim": (
         lambda: with_arena(head_dim=32),
         ValueError, "arena.head_dim must be 64, got 32"),
+    "decode_step: chosen is a list": (
+        lambda: step(chosen=[1, 2]),
+        TypeError, "chosen must be a tensor, got list"),
+    "decode_step: chosen is int32": (
+        lambda: step(chosen=TOKENS.int()),
+        TypeError, "chosen must be torch.int64, got torch.int32"),
+    "decode_step: one is chosen": (
+        lambda: step(chosen=TOKENS[:1]),
+        ValueError, "chosen must be [2] like tokens, got [1]"),
+    "decode_step: chosen is strided": (
+        lambda: step(chosen=TOKENS.repeat(2)[::2]),
+        ValueError, "chosen must be contiguous, got strides (2,)"),
+    "decode_step: chosen is elsewhere": (
+        lambda: step(chosen=TOKENS.to("meta")),
+        ValueError, "chosen must be on cpu, got meta"),
     "stack: the norm is int": (
         lambda: with_stack(norm=STACK.norm.int()),
         TypeError, "arena must be torch.int32 like the norms, got torch.float32"),
