@@ -129,6 +129,8 @@ HAS_ONLY: dict[str, tuple[str, ...]] = {
     ),
     SDPA: ("attention",),
 }
+# Raw kernels of an op that a backend does without: `optional_kernel` says so to their callers.
+WITHOUT: dict[str, tuple[str, ...]] = {"triton": ("linear_cross_entropy_add",)}
 # Backends that are torch's own operations, not raw kernels.
 COMPOSED = (SDPA, REFERENCE)
 
@@ -156,6 +158,8 @@ def define(op: str, **kernels: tuple[str, Callable]) -> None:
             continue
         for suffix, (schema, fake) in kernels.items():
             name = f"{op}_{suffix}"
+            if name in WITHOUT.get(backend.name, ()):
+                continue
             qualified = f"elmkernels_{backend.name}::{name}"
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, fake)
@@ -190,6 +194,11 @@ def _decide(op: str) -> None:
 def kernel(name: str, backend: str) -> Callable:
     """The raw kernel `name` ("rms_norm_fwd") of one backend."""
     return _KERNELS[name, backend]
+
+
+def optional_kernel(name: str, backend: str) -> Callable | None:
+    """The same, or None where the backend does without it."""
+    return _KERNELS.get((name, backend))
 
 
 def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = ()) -> str:
