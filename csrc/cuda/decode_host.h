@@ -66,6 +66,7 @@ template <class T>
 inline float rounded(float x) {
   return wide(narrow<T>(x));
 }
+inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline float twice_rounded(float a, float b, float c) { return a * b + c; }
 
 // Whether a number of neighbours was taken at once from where a GPU can't.
@@ -73,6 +74,17 @@ inline bool misaligned = false;
 template <int N, class T>
 inline void note(const T* p) {
   misaligned |= reinterpret_cast<uintptr_t>(p) % std::min<size_t>(16, N * sizeof(T)) != 0;
+}
+template <class T, int N>
+struct Pack {
+  T v[N];
+};
+template <int N, class T>
+inline Pack<T, N> pack_at(const T* from) {
+  note<N>(from);
+  Pack<T, N> pack;
+  std::copy(from, from + N, pack.v);
+  return pack;
 }
 template <int N, class T>
 inline void load(float (&out)[N], const T* from) {

@@ -31,9 +31,15 @@ using fp16 = __half;
 DECODE_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 DECODE_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DECODE_DEVICE float half_of(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+DECODE_DEVICE float inverse_root(float x) { return rsqrtf(x); }
 // a b + c with two roundings.
 DECODE_DEVICE float twice_rounded(float a, float b, float c) {
   return __fadd_rn(__fmul_rn(a, b), c);
+}
+
+template <int N, class T>
+DECODE_DEVICE Pack<T, N> pack_at(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
 }
 
 // What another block wrote in this launch: the first-level caches don't know of it.

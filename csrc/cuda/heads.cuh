@@ -52,15 +52,18 @@ DECODE_DEVICE float squares(const Pair<N>& x, float sum) {
 
 // y = rotate(round(x rstd) weight); the product is rounded where the weight has the dtype of x.
 template <class T, class W, int N>
-DECODE_DEVICE void turn(Pair<N>& x, const Pair<N>& weight, const Pair<N>& rotation, bool norm,
-                        float rstd) {
+DECODE_DEVICE void normalize(Pair<N>& x, const Pair<N>& weight, float rstd) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    float a = x.a[j], b = x.b[j];
-    if (norm) {
-      a = rounded<W>(rounded<T>(a * rstd) * weight.a[j]);
-      b = rounded<W>(rounded<T>(b * rstd) * weight.b[j]);
-    }
+    x.a[j] = rounded<W>(rounded<T>(x.a[j] * rstd) * weight.a[j]);
+    x.b[j] = rounded<W>(rounded<T>(x.b[j] * rstd) * weight.b[j]);
+  }
+}
+template <int N>
+DECODE_DEVICE void rotate(Pair<N>& x, const Pair<N>& rotation) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float a = x.a[j], b = x.b[j];
     x.a[j] = a * rotation.a[j] - b * rotation.b[j];
     x.b[j] = b * rotation.a[j] + a * rotation.b[j];
   }
@@ -77,42 +80,83 @@ DECODE_DEVICE void copy_head(Warp warp, const T* from, T* to, int64_t half) {
   });
 }
 
-// What a lane has of a head's first columns.
-template <int N>
-struct Held {
-  Pair<N> x, weight, rotation;
+// A pair as it is in memory: nothing waits for it before it is widened.
+template <int N, class X>
+struct Raw {
+  Pack<X, N> a, b;
+
+  DECODE_DEVICE void load(const X* from, int64_t half, int64_t column) {
+    a = pack_at<N>(from + column);
+    b = pack_at<N>(from + half + column);
+  }
+  DECODE_DEVICE void fill(X x) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) a.v[j] = b.v[j] = x;
+  }
+  DECODE_DEVICE Pair<N> widened() const {
+    Pair<N> p;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      p.a[j] = wide(a.v[j]);
+      p.b[j] = wide(b.v[j]);
+    }
+    return p;
+  }
 };
 
+// What a lane has of a head.
+template <int N, class T, class W>
+struct Held {
+  Raw<N, T> x;
+  Raw<N, W> weight;
+  Raw<N, float> rotation;
+
+  DECODE_DEVICE void load_rotation(const float* from, int64_t half, int64_t column) {
+    if (from != nullptr) {
+      rotation.load(from, half, column);
+    } else {
+      rotation.fill(NAN);
+    }
+  }
+  DECODE_DEVICE void send(T* to, int64_t half, int64_t column, bool norm, float rstd) const {
+    Pair<N> y = x.widened();
+    if (norm) normalize<T, W>(y, weight.widened(), rstd);
+    rotate(y, rotation.widened());
+    store_pair(to, half, column, y);
+  }
+};
+
+// Everything that a head's first columns need is asked for before anything waits: the position
+// first, since the table's row can only be asked for once it is there.
 template <int N, class T, class W>
 DECODE_DEVICE void head_forward(Warp warp, const Forward<T, W>& f, const Trip& trip) {
   const Layer<T, W>& layer = f.layer;
   const int64_t half = layer.sizes.half(), step = kLanes * N;
+  const int64_t slot = slot_of(f, trip);
   const T* from = layer.qkv.at(trip.batch, trip.at, trip.head);
   if (trip.kind == Kind::Value) {
-    if (T* to = target_of(f, trip)) copy_head<N>(warp, from, to, half);
+    if (T* to = target_of(f, trip, slot)) copy_head<N>(warp, from, to, half);
     return;
   }
+  const int64_t position = *layer.positions.at(trip.batch, trip.at);
   const W* weight = trip.kind == Kind::Query ? layer.q_weight : layer.k_weight;
   const bool norm = weight != nullptr;
-  PerLane<Held<N>> held;
+  PerLane<Held<N, T, W>> held;
   PerLane<Floats<1>> sum;
   warp.each([&](int lane) {
-    const int64_t first = lane * N;
-    sum[lane].v[0] = 0.0f;
-    if (first >= half) return;
-    load_pair(held[lane].x, from, half, first);
-    if (norm) load_pair(held[lane].weight, weight, half, first);
+    if (lane * N >= half) return;
+    held[lane].x.load(from, half, lane * N);
+    if (norm) held[lane].weight.load(weight, half, lane * N);
   });
-  const float* rotation = layer.rotation(trip.batch, trip.at);
-  T* to = target_of(f, trip);
+  const float* rotation = layer.rotation(position);
   warp.each([&](int lane) {
-    const int64_t first = lane * N;
-    if (first >= half) return;
-    load_rotation(held[lane].rotation, rotation, half, first);
+    sum[lane].v[0] = 0.0f;
+    if (lane * N >= half) return;
+    held[lane].load_rotation(rotation, half, lane * N);
     if (!norm) return;
-    float total = squares(held[lane].x, 0.0f);
+    float total = squares(held[lane].x.widened(), 0.0f);
 #pragma unroll 1
-    for (int64_t c = first + step; c < half; c += step) {
+    for (int64_t c = lane * N + step; c < half; c += step) {
       Pair<N> x;
       load_pair(x, from, half, c);
       total = squares(x, total);
@@ -120,22 +164,20 @@ DECODE_DEVICE void head_forward(Warp warp, const Forward<T, W>& f, const Trip& t
     sum[lane].v[0] = total;
   });
   if (norm) warp.template sum<kLanes>(sum);
+  T* to = target_of(f, trip, slot);
   if (to == nullptr) return;
   warp.each([&](int lane) {
-    const int64_t first = lane * N;
-    const float mean = sum[lane].v[0] / static_cast<float>(2 * half);
-    const float rstd = 1.0f / sqrtf(mean + layer.sizes.eps);
-    if (first >= half) return;
-    Held<N>& h = held[lane];
-    turn<T, W>(h.x, h.weight, h.rotation, norm, rstd);
-    store_pair(to, half, first, h.x);
+    const float n = static_cast<float>(2 * half);
+    const float rstd = inverse_root(sum[lane].v[0] / n + layer.sizes.eps);
+    if (lane * N >= half) return;
+    Held<N, T, W>& h = held[lane];
+    h.send(to, half, lane * N, norm, rstd);
 #pragma unroll 1
-    for (int64_t c = first + step; c < half; c += step) {
-      load_pair(h.x, from, half, c);
-      if (norm) load_pair(h.weight, weight, half, c);
-      load_rotation(h.rotation, rotation, half, c);
-      turn<T, W>(h.x, h.weight, h.rotation, norm, rstd);
-      store_pair(to, half, c, h.x);
+    for (int64_t c = lane * N + step; c < half; c += step) {
+      h.x.load(from, half, c);
+      if (norm) h.weight.load(weight, half, c);
+      h.load_rotation(rotation, half, c);
+      h.send(to, half, c, norm, rstd);
     }
   });
 }
@@ -227,7 +269,7 @@ DECODE_DEVICE void head_backward(Warp warp, const Sizes& s, const Return<T>& r, 
   warp.each([&](int lane) {
     const int64_t first = lane * N;
     const float n = static_cast<float>(2 * half);
-    const float rstd = 1.0f / sqrtf(sums[lane].v[0] / n + s.eps);
+    const float rstd = inverse_root(sums[lane].v[0] / n + s.eps);
     const float mean = sums[lane].v[1] * rstd / n;
     if (first >= half) return;
     Gradient<N>& g = held[lane];

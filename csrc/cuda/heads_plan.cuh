@@ -50,9 +50,8 @@ struct Layer {
   Places<const int64_t> positions;
   const float* table;  // [table_length, head_dim]
 
-  // cos and sin of a token; null where its position isn't in the table.
-  DECODE_BOTH const float* rotation(int64_t batch, int64_t at) const {
-    const int64_t position = *positions.at(batch, at);
+  // cos and sin of a position; null where it isn't in the table.
+  DECODE_BOTH const float* rotation(int64_t position) const {
     const bool inside = position >= 0 && position < sizes.table_length;
     return inside ? table + position * sizes.head_dim : nullptr;
   }
@@ -82,8 +81,7 @@ struct Forward {
 
 enum class Kind { Query, Key, Value };
 
-// A head of one token. Its position and slot are read elsewhere: nothing that is known without
-// them waits for them.
+// A head of one token.
 struct Trip {
   int64_t batch, at, head;  // among all heads
   Kind kind;
@@ -97,12 +95,17 @@ DECODE_BOTH Trip trip_of(const Sizes& s, int64_t token, int64_t head) {
   return {batch, token - batch * s.length, head, kind};
 }
 
+// Where along k and v its token goes.
+template <class T, class W>
+DECODE_BOTH int64_t slot_of(const Forward<T, W>& f, const Trip& trip) {
+  return f.cached() ? *f.slots.at(trip.batch, trip.at) : trip.at;
+}
+
 // Where its result goes; null where its slot is outside of the cache.
 template <class T, class W>
-DECODE_BOTH T* target_of(const Forward<T, W>& f, const Trip& trip) {
+DECODE_BOTH T* target_of(const Forward<T, W>& f, const Trip& trip, int64_t slot) {
   const Sizes& s = f.layer.sizes;
   if (trip.kind == Kind::Query) return f.q.at(trip.batch, trip.at, trip.head);
-  const int64_t slot = f.cached() ? *f.slots.at(trip.batch, trip.at) : trip.at;
   if (f.cached() && (slot < 0 || slot >= s.max_length)) return nullptr;
   const int64_t own = trip.head - s.q_heads;
   if (trip.kind == Kind::Key) return f.k.at(trip.batch, slot, own);
@@ -144,7 +147,7 @@ DECODE_BOTH Return<T> return_of(const Backward<T, W>& b, Kind kind, int64_t i) {
   const Places<const T>& dy = kind == Kind::Query ? b.dq : kind == Kind::Key ? b.dk : b.dv;
   Return<T> r{dy.at(batch, at, own), b.layer.qkv.at(batch, at, head), b.dqkv.at(batch, at, head),
               nullptr};
-  if (kind != Kind::Value) r.rotation = b.layer.rotation(batch, at);
+  if (kind != Kind::Value) r.rotation = b.layer.rotation(*b.layer.positions.at(batch, at));
   return r;
 }
 
