@@ -264,24 +264,30 @@ class Decoder:
 
     def _body(self, way: str, bucket: int) -> Callable[[], None]:
         """A step: what is captured."""
-        if way == ONE_LAUNCH:
-            stack, backend = self._known.stack, _backend(self.model)
-
-            def logits_of() -> Tensor:
-                place = stack, self.tokens, self.lengths, self.cache.arena
-                return ops.decode_step(*place, backend=backend)
-        else:
+        if way != ONE_LAUNCH:
             window = Window(self.cache, bucket, self.lengths)
 
-            def logits_of() -> Tensor:
-                return step(self.model, self.tokens[:, None], window)
+            def body() -> None:
+                logits = step(self.model, self.tokens[:, None], window)
+                self.lengths.add_(1)
+                self._choose(logits)
 
-        def body() -> None:
-            logits = logits_of()
+            return body
+
+        place = self._known.stack, self.tokens, self.lengths, self.cache.arena
+        backend, greedy = _backend(self.model), self.sampler.greedy
+
+        def one_launch() -> None:
+            # The kernel itself can choose the largest, and put it where the next step finds it.
+            chosen = self.tokens if greedy else None
+            logits = ops.decode_step(*place, chosen=chosen, backend=backend)
             self.lengths.add_(1)
-            self._choose(logits)
+            if greedy:
+                self._record(self.tokens, self.tokens)
+            else:
+                self._choose(logits)
 
-        return body
+        return one_launch
 
     def _replay_of(self, bucket: int) -> Callable[[], None]:
         """What runs a step of a bucket, by the way that is named or fastest."""
