@@ -6,6 +6,8 @@ dx^T hidden, which is summed in float32. The products are torch's own; on a CPU 
 added, and at last the sum rounded to weight's dtype, by a backend's `linear_cross_entropy_add`.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,10 @@ from .checks import within
 # the fewer rows a chunk has. More rows than these gain nothing there. A GPU's are reasoned.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 ALIKE = 64  # rows of a chunk are few or multiples of it: dhidden of 512 is made faster than of 524
-# Elements of weight in one product where a block that lies in a cache is worth having: MKL makes
-# logits of few rows faster so, and a block of dweight is added while it is there.
-BLOCK = {"cpu": 5 << 19, "cuda": 1 << 26}
+# Bytes of weight in one product where a block that lies in a cache is worth having: MKL makes
+# logits of few rows faster so, and a block of dweight is added while it is there. In bfloat16 half
+# as many rows are no faster, and threads then wait for each other twice as often.
+BLOCK_BYTES = {"cpu": 10 << 20, "cuda": 128 << 20}
 # Bytes of the parts that a float32 dweight is summed in, if its own dtype is another: each is freed
 # as soon as it is rounded, which the C library does at once only above 32 MB.
 PART_BYTES = 34 << 20
@@ -88,7 +91,7 @@ def _chunks(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, 
     narrow = weight.to(hidden.dtype)
     most = max(1, CHUNK_BYTES[device] // (v * hidden.element_size()))
     step = _shares(n, _shares(n, most - most % ALIKE or most))
-    block = max(1, BLOCK[device] // max(1, d))
+    block = max(1, BLOCK_BYTES[device] // max(1, d * hidden.element_size()))
     room = hidden.new_empty((step, v))  # one for all chunks: the C library maps it but once
     product = None
     if dweight and add is not None and hidden.dtype == torch.bfloat16:
@@ -98,7 +101,7 @@ def _chunks(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, 
             chunk = slice(begin, min(n, begin + step))
             h = hidden[chunk]
             x = room[: len(h)]
-            for w, columns in zip(narrow.split(block), x.split(block, dim=1), strict=True):
+            for w, columns in _blocks(narrow, x, block):
                 torch.mm(h, w.t(), out=columns)
             arriving = None if dloss is None else dloss[chunk]
             grad = dhidden or dweight
@@ -107,9 +110,15 @@ def _chunks(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, 
                 torch.mm(x, narrow, out=dh[chunk])
             fresh = writes and begin == 0
             for part, columns in zip(dw, x.split([len(p) for p in dw] or v, dim=1), strict=False):
-                for total, dx in zip(part.split(block), columns.split(block, dim=1), strict=True):
+                for total, dx in _blocks(part, columns, block):
                     _add_product(total, dx, h, fresh, product, add)
     return losses, dh, dw
+
+
+def _blocks(matrix: Tensor, x: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a matrix with the columns of x that belong to them, in blocks alike."""
+    step = _shares(len(matrix), _shares(len(matrix), most))
+    return zip(matrix.split(step), x.split(step, dim=1), strict=True)
 
 
 def _shares(n: int, of: int) -> int:

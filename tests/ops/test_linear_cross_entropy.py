@@ -47,7 +47,7 @@ def run(hidden, weight, targets, **options):
 
 def small_chunks(monkeypatch, rows, v, itemsize, part_rows=None, d=24):
     monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cpu", rows * v * itemsize)
-    monkeypatch.setitem(chunked_loss.BLOCK, "cpu", 50 * d)
+    monkeypatch.setitem(chunked_loss.BLOCK_BYTES, "cpu", 50 * d * itemsize)
     if part_rows:
         monkeypatch.setattr(chunked_loss, "PART_BYTES", part_rows * d * 4)
 
@@ -60,7 +60,7 @@ def test_chunks_are_parity_too(backend, name, rows, monkeypatch):
     for dtype in (torch.float32, half(backend)):
         v = 1003 if "every" in name else 131
         monkeypatch.setattr(chunked_loss, "PART_BYTES", 90 * 96 * 4)
-        monkeypatch.setitem(chunked_loss.BLOCK, "cpu", 64 * 96)
+        monkeypatch.setitem(chunked_loss.BLOCK_BYTES, "cpu", 64 * 96 * dtype.itemsize)
         monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cpu", rows * v * dtype.itemsize)
         assert_parity("linear_cross_entropy", CASE[name], dtype, backend)
 
