@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import gpu
 from ..backends import build_report, choose, defined
 from ..testing import device as devices
 from ..testing import op_stages
@@ -35,12 +36,9 @@ class Check:
 
 def no_gpu() -> str:
     """What was found instead of a GPU, and what is needed."""
-    built = torch.version.cuda
-    found = f"torch {torch.__version__} sees no CUDA device"
-    found += "" if built else " (this build of torch has no CUDA)"
     return (
-        f"{found}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer and a CUDA "
-        "build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
+        f"{gpu.no_cuda()}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer and a "
+        "CUDA build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
     )
 
 
@@ -95,14 +93,14 @@ def passed(results: Found) -> bool:
 
 
 def _machine(device: torch.device, found: Found, clock: Clock) -> None:
-    capability, built = devices.capability(device), devices.architectures()
+    capability, built = gpu.capability(device), gpu.architectures()
     found |= fingerprint(device) | devices.facts(device)
     found["built"] = build_report()
     found["built_for"] = built
-    found["backends"] = devices.backends_of(device)
+    found["backends"] = gpu.backends_of(device)
     found["ops"] = {op: choose(op, device.type, None) for op in defined()}
     if capability is not None:
-        found["covered"] = devices.runs_on(capability, built) if built else None
+        found["covered"] = gpu.runs_on(capability, built) if built else None
 
 
 def all_units(results: dict[str, Any], stage: str) -> dict[str, Found]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import SDPA, choose
-from ..testing.device import architectures, capability, datasheet, gpu_name, unfit
+from ..gpu import architectures, capability, unfit
+from ..testing.device import datasheet, gpu_name
 from ..testing.stages import Clock, Found, LeftOut, Unit, first_line
 from . import olmo, speed, step_race
 from .config import OpenELMConfig

@@ -11,9 +11,10 @@ from functools import partial
 import torch
 
 from ..backends import REFERENCE
+from ..gpu import backends_of
 from .bench import bench_op, passes
 from .cases import CASES, bench_cases
-from .device import backends_of, datasheet, gpu_name
+from .device import datasheet, gpu_name
 from .parity import DTYPES, Record, check_parity, plan
 from .stages import Clock, Found, LeftOut, Unit, first_line
 
