@@ -196,9 +196,14 @@ def note(text: str) -> None:
 
 
 def measure(
-    args: argparse.Namespace, stages: Stages, results: dict[str, Any], work: Callable[[], None]
+    args: argparse.Namespace,
+    stages: Stages | None,
+    results: dict[str, Any],
+    work: Callable[[], None],
 ) -> int:
-    """Do the work that fills `results`; whatever ends it, what is there is kept and printed."""
+    """Do the work that fills `results`; whatever ends it, what is there is kept and printed.
+    stages: the progress to end with it, if this process shows any.
+    """
     folder = out_folder(args)
     code = OK
     try:
@@ -206,7 +211,8 @@ def measure(
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        stages.close()
+        if stages is not None:
+            stages.close()
         save(folder, results)
     if args.json:
         print(dump(results))
