@@ -70,6 +70,7 @@ MAY_IMPORT = {
             "openelm.step_race",
             "openelm.fair",
             "openelm.gpu_check",
+            "openelm.gpu_generation",
             "openelm.gpu_models",
             "openelm.gpu_report",
         ),

@@ -18,23 +18,24 @@ from elmkernels.testing.watch import Stuck, Worker, run_watched
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The command, whose first unit does something else and has seconds alone to do it in.
+# The command with two units, whose first one does something else and has seconds alone to do it in.
 PROGRAM = """
 import os, sys, time
 from dataclasses import replace
 import torch
 from elmkernels.__main__ import main
-from elmkernels.openelm import gpu_check, gpu_models
+from elmkernels.openelm import gpu_check, gpu_generation
 torch.set_num_threads(1)
-units, check = gpu_check.generation_units, gpu_models.check_model
+units, check = gpu_check.generation_units, gpu_generation.check_model
 def limited(models):
-    return [replace(u, limit={limit} if "float32" in u.name else 600) for u in units(models)]
+    two = [u for u in units(models) if u.name in ("tiny float32", "tiny bfloat16")]
+    return [replace(two[0], limit={limit}), replace(two[1], limit=600)]
 def does(eager, *args):
     if eager.norm.weight.dtype == torch.float32:
         print("begun", file=sys.stderr, flush=True)
         {does}
     return check(eager, *args)
-gpu_check.generation_units, gpu_models.check_model = limited, does
+gpu_check.generation_units, gpu_generation.check_model = limited, does
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -52,13 +53,16 @@ QUICK = ["--device", "cpu", "--quick", "--watch", "--stages", "generation", "--m
 
 
 @pytest.mark.parametrize(
-    ("does", "error"),
-    [("time.sleep(600)", "hung: no answer for "), ("os._exit(7)", "its process ended with 7")],
+    ("does", "limit", "error"),
+    [
+        ("time.sleep(600)", 15, "hung: no answer for "),
+        ("os._exit(7)", 600, "its process ended with 7"),
+    ],
     ids=["hangs", "ends"],
 )
-def test_the_rest_goes_on(tmp_path, monkeypatch, capfd, does, error):
+def test_the_rest_goes_on(tmp_path, monkeypatch, capfd, does, limit, error):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(gpu_check, "PROGRAM", program(does, 3))
+    monkeypatch.setattr(gpu_check, "PROGRAM", program(does, limit))
     out = tmp_path / "out"
     begin = time.monotonic()
     assert main(["gpu-check", *QUICK, "--out", str(out)]) == 1

@@ -19,6 +19,7 @@ from .stages import DONE, FAILED, INTERRUPTED, LIMIT, RUNNING, Clock, Found
 POLL = 0.5
 BETWEEN = 120.0  # seconds that a worker may be without a unit: it starts, or looks at its device
 OVERTIME = 60.0  # how long after the end of all the time a unit may still run
+HUNG = "hung"  # what the error of a unit that was ended begins with
 GRACE = 20.0  # seconds to end in, when asked to
 
 
@@ -48,7 +49,7 @@ def run_watched(worker: Worker, clock: Clock) -> None:
         found = worker.read()
         if code in (0, 1) and found.get("complete"):
             return
-        why = f"hung: no answer for {hung:.0f} s" if hung else f"its process ended with {code}"
+        why = f"{HUNG}: no answer for {hung:.0f} s" if hung else f"its process ended with {code}"
         unit = _running(found)
         if unit is not None:
             entry = found["stages"][unit[0]]["units"][unit[1]]
