@@ -139,6 +139,22 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
     assert [c.name for c in op_stages.in_order("decode_step")][:16] == first
 
 
+def test_few_models_are_kept_with_their_other_forms(monkeypatch):
+    models = gpu_models.Models(torch.device("cpu"), True)
+    half = models.get("tiny", torch.bfloat16)
+    packed = models.compressed("tiny", "packed")
+    models.get("tiny", torch.float32)
+    assert models.get("tiny", torch.bfloat16) is half
+    assert models.compressed("tiny", "packed") is packed
+    monkeypatch.setattr(gpu_models, "KEPT", 1)
+    models.drop()
+    half = models.get("tiny", torch.bfloat16)
+    packed = models.compressed("tiny", "packed")
+    models.get("tiny", torch.float32)
+    assert models.get("tiny", torch.bfloat16) is not half
+    assert models.compressed("tiny", "packed") is not packed
+
+
 def test_a_way_that_hung_or_failed_is_not_timed():
     units = {"270M float32 one-launch": {"state": "failed", "error": "RuntimeError: odd"}}
     found = results(generation=units)

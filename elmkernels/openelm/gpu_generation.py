@@ -38,7 +38,7 @@ def generation_units(models: Models) -> list[Unit]:
             run = partial(_by_way, models, name, dtype, way)
             found.append(Unit(f"{what} {way}", run, WAY_LIMIT))
         if dtype == torch.bfloat16:
-            found.append(Unit(f"{what} packed", partial(_packed, models, name), WAY_LIMIT))
+            found.append(Unit(f"{what} packed", partial(_packed, models, name), LIMIT))
     return found
 
 
@@ -102,7 +102,7 @@ def _packed(models: Models, name: str, found: Found, clock: Clock) -> None:
     _need(models, ONE_LAUNCH, swapped)
     found |= {"ok": False, "steps": EXACT_STEPS, "equal": 0}
     ids = _prompts(models, name)
-    plain, packed = stack_of(swapped), stack_of(models.compressed("packed", eager))
+    plain, packed = stack_of(swapped), stack_of(models.compressed(name, "packed"))
     room, where = ids.shape[1] + EXACT_STEPS, {"dtype": torch.bfloat16, "device": ids.device}
     one, other = (KVCache(eager.config, ids.shape[0], room, **where) for _ in range(2))
     tokens = swapped(ids, cache=one, logits_to_keep=1)[:, -1].argmax(-1)

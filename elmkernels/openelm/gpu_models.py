@@ -40,6 +40,7 @@ GENERATION = "generation"  # the stage whose units named for a way of decoding t
 # Seconds after which a unit is taken to hang: models are made in it, graphs captured, kernels
 # compiled. torch.compile takes its minutes; a way of decoding is tried in less.
 LIMIT, WAY_LIMIT, COMPILE_LIMIT = 150.0, 75.0, 420.0
+KEPT = 2  # models in memory: decoding goes to and fro between two
 TINY = {
     "num_transformer_layers": 2,
     "model_dim": 128,
@@ -70,8 +71,8 @@ QUICK = Sizes(("tiny",), (), 16, (16,), (260,), (1, 2), 4, 16, 2)
 
 @dataclass
 class Models:
-    """The model that is looked at, on its device: the reference and its swapped twin. results: of
-    the whole check, for what is known of the ways of decoding.
+    """The models that are looked at, KEPT of them at a time, on their device: the reference and its
+    swapped twin. results: of the whole check, for what is known of the ways of decoding.
     """
 
     device: torch.device
@@ -80,7 +81,7 @@ class Models:
     results: Found = field(default_factory=dict)
     allowed: dict[tuple, float] = field(default_factory=dict)  # by how much two logits may differ
     _held: dict[tuple, tuple[OpenELM, OpenELM, Report]] = field(default_factory=dict)
-    _forms: dict[str, OpenELM] = field(default_factory=dict)
+    _forms: dict[tuple[str, str], OpenELM] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Sizes:
@@ -95,9 +96,13 @@ class Models:
         """Both, with what accelerate did. Raises LeftOut where the device or its memory is not
         what they need."""
         if (name, dtype) not in self._held:
-            self.drop()
             config = self.config(name)
-            self.need(config.num_parameters * dtype.itemsize + (1 << 28), f"{name}'s weights")
+            nbytes = config.num_parameters * dtype.itemsize + (1 << 28)
+            if len(self._held) == KEPT:
+                self._drop_one()
+            if self._short(nbytes):
+                self.drop()
+            self.need(nbytes, f"{name}'s weights")
             where = {"dtype": dtype, "device": self.device}
             model = OpenELM.from_config(config, seed=self.seed, **where).eval()
             swapped = twin(model)
@@ -105,13 +110,13 @@ class Models:
             self._held[name, dtype] = model, swapped, report
         return self._held[name, dtype]
 
-    def compressed(self, form: str, model: OpenELM) -> OpenELM:
-        """The model that is held with its weights in another form, swapped."""
-        if form not in self._forms:
-            ours = compress(form, model, progress=False)
+    def compressed(self, name: str, form: str) -> OpenELM:
+        """The bfloat16 model with its weights in another form, swapped."""
+        if (name, form) not in self._forms:
+            ours = compress(form, self.get(name, torch.bfloat16)[0], progress=False)
             accelerate(ours)
-            self._forms[form] = ours
-        return self._forms[form]
+            self._forms[name, form] = ours
+        return self._forms[name, form]
 
     def lacks(self, way: str, model: OpenELM, trial: bool = False) -> str | None:
         """Why a model isn't decoded in one of the ways here, or None. trial: to see its tokens, as
@@ -127,22 +132,35 @@ class Models:
         return None
 
     def drop(self) -> None:
-        """Let go of it, and of the memory that torch keeps."""
+        """Let go of all, and of the memory that torch keeps."""
         self._held.clear()
         self._forms.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _drop_one(self) -> None:
+        """Let go of the model that was made first, and of its other forms."""
+        name, dtype = next(iter(self._held))
+        del self._held[name, dtype]
+        if dtype == torch.bfloat16:
+            self._forms = {key: m for key, m in self._forms.items() if key[0] != name}
+        gc.collect()
+
+    def _short(self, nbytes: float) -> int | None:
+        """The bytes that are free, where they are too few."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        free = free_bytes(self.device)
+        return free if free is not None and nbytes > free else None
+
     def need(self, nbytes: float, what: str) -> None:
         """Raise LeftOut for a device that can't run the kernels, or lacks so much free memory."""
         why = unfit("triton", capability(self.device), architectures())
         if why:
             raise LeftOut(why)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        free = free_bytes(self.device)
-        if free is not None and nbytes > free:
+        free = self._short(nbytes)
+        if free is not None:
             raise LeftOut(f"{what} need {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
     def tokens(self, config: OpenELMConfig, batch: int, length: int) -> Tensor:
@@ -187,26 +205,27 @@ def _lacks_time(models: Models, what: str, clock: Clock) -> str | None:
     return None if left > needed else f"no time: about {needed:.0f} s needed, {left:.0f} left"
 
 
-def _decoders(models: Models, task: Task, eager: OpenELM, swapped: OpenELM, forms: bool) -> Makers:
+def _decoders(models: Models, name: str, task: Task, forms: bool) -> Makers:
     """What decodes a task without waiting for the host; forms: also of the weights' other forms."""
     captured = models.device.type == "cuda"
+    swapped = models.get(name, torch.bfloat16)[1]
 
     def by(
-        name: str, way: str, form: str | None = None, attention: str | None = None
+        runner: str, way: str, form: str | None = None, attention: str | None = None
     ) -> Callable[[], Runner]:
         def make() -> Runner:
             if why := models.lacks(way, swapped):
                 raise LeftOut(why)
-            model = swapped if form is None else models.compressed(form, eager)
-            return DecoderRunner(name, model, way, captured, attention)
+            model = swapped if form is None else models.compressed(name, form)
+            return DecoderRunner(runner, model, way, captured, attention)
 
         return make
 
     found = {GRAPH: by(GRAPH, BY_GRAPH), SDPA_GRAPH: by(SDPA_GRAPH, BY_GRAPH, attention=SDPA)}
     if task.prompts.shape[0] <= MAX_BATCH:
         found[ONE_LAUNCH] = by(ONE_LAUNCH, BY_ONE_LAUNCH)
-        for form, name in OTHER_FORMS.items() if forms else ():
-            found[name] = by(name, BY_ONE_LAUNCH, form)
+        for form, runner in OTHER_FORMS.items() if forms else ():
+            found[runner] = by(runner, BY_ONE_LAUNCH, form)
     return found
 
 
@@ -224,7 +243,7 @@ def _race(
     own = len(makers)
     rivals: Makers = {"fair": lambda: FairRunner(eager)}
     if task.steps:
-        rivals |= _decoders(models, task, eager, swapped, forms)
+        rivals |= _decoders(models, name, task, forms)
     runs, tokens, missing = {}, {}, {}
     found |= {"model": name, "ok": True, "missing": missing, "steps": task.steps}
     found |= dict(zip(("batch", "context"), task.prompts.shape, strict=True))
