@@ -102,7 +102,8 @@ def _detect() -> dict[str, Backend]:
 BACKENDS: dict[str, Backend] = _detect()
 
 # Backends in order of preference for each device. The CUDA C++ kernels and the Triton ones have
-# not been measured against each other on a GPU yet; Triton covers every op, so it goes first.
+# not been measured against each other on a GPU yet; Triton's are for many rows, so they go first
+# (few rows: ops/_rows_choice).
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": (*_INSTRUCTION_SETS, SDPA),
     "cuda": ("triton", "cuda", SDPA),
@@ -117,7 +118,7 @@ _OPS: dict[str, tuple[str, ...]] = {}
 # The ops a backend has, where it doesn't have all of them. The CUDA decode_step is the only one of
 # its op on a GPU and so what is taken there; it has not been measured on one.
 HAS_ONLY: dict[str, tuple[str, ...]] = {
-    "cuda": ("rms_norm", "add_rms_norm", "decode_step"),
+    "cuda": ("rms_norm", "add_rms_norm", "qk_norm_rope", "decode_step"),
     "triton": (
         "rms_norm",
         "add_rms_norm",
@@ -128,6 +129,8 @@ HAS_ONLY: dict[str, tuple[str, ...]] = {
     ),
     SDPA: ("attention",),
 }
+# Raw kernels of an op that a backend does without: `optional_kernel` says so to their callers.
+WITHOUT: dict[str, tuple[str, ...]] = {"triton": ("linear_cross_entropy_add",)}
 # Backends that are torch's own operations, not raw kernels.
 COMPOSED = (SDPA, REFERENCE)
 
@@ -142,6 +145,11 @@ def defined() -> tuple[str, ...]:
     return tuple(_OPS)
 
 
+def declared(op: str) -> tuple[str, ...]:
+    """The suffixes of an op's raw kernels: "fwd", "bwd", ..."""
+    return _OPS[op]
+
+
 def define(op: str, **kernels: tuple[str, Callable]) -> None:
     """Declare an op's raw kernels, {suffix: (schema, fake)}, for every backend that has them."""
     _OPS[op] = tuple(kernels)
@@ -150,6 +158,8 @@ def define(op: str, **kernels: tuple[str, Callable]) -> None:
             continue
         for suffix, (schema, fake) in kernels.items():
             name = f"{op}_{suffix}"
+            if name in WITHOUT.get(backend.name, ()):
+                continue
             qualified = f"elmkernels_{backend.name}::{name}"
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, fake)
@@ -188,6 +198,11 @@ def _decide(op: str) -> None:
 def kernel(name: str, backend: str) -> Callable:
     """The raw kernel `name` ("rms_norm_fwd") of one backend."""
     return _KERNELS[name, backend]
+
+
+def optional_kernel(name: str, backend: str) -> Callable | None:
+    """The same, or None where the backend does without it."""
+    return _KERNELS.get((name, backend))
 
 
 def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = ()) -> str:

@@ -2,19 +2,21 @@
 
 The logits of a chunk, in hidden's dtype, become their own gradient dx in place (by a backend's
 `linear_cross_entropy_rows`), and dx becomes its share of dhidden = dx weight and of dweight =
-dx^T hidden, which is summed in float32. The products are torch's own.
+dx^T hidden, which is summed in float32. The products are torch's own; on a CPU one in bfloat16 is
+added, and at last the sum rounded to weight's dtype, by a backend's `linear_cross_entropy_add`.
 """
 
 import torch
 from torch import Tensor
 
-from .backends import kernel
+from .backends import kernel, optional_kernel
 from .checks import within
 
 # Bytes of a chunk of logits. Adding a chunk's share into dweight is free in float32 on a CPU, where
 # the product itself adds; in bfloat16 it is a pass of its own, the dearer
-# the fewer rows a chunk has. A GPU's are reasoned.
+# the fewer rows a chunk has. More rows than these gain nothing there. A GPU's are reasoned.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
+ALIKE = 64  # rows of a chunk are few or multiples of it: dhidden of 512 is made faster than of 524
 # Elements of weight in one product where a block that lies in a cache is worth having: MKL makes
 # logits of few rows faster so, and a block of dweight is added while it is there.
 BLOCK = {"cpu": 5 << 19, "cuda": 1 << 26}
@@ -46,12 +48,13 @@ def _fake(hidden, weight, targets, dloss, ignore_index, z_loss, smoothing, dhidd
     return losses, hidden.new_empty(hidden.shape if dhidden else (0,)), _parts(weight, dweight)
 
 
-def _parts(weight: Tensor, wanted: bool) -> list[Tensor]:
-    """Zeros for a float32 dweight, in parts of its rows."""
+def _parts(weight: Tensor, wanted: bool, zeros: bool = True) -> list[Tensor]:
+    """Room for a float32 dweight, in parts of its rows."""
     v, d = weight.shape
     step = v if weight.dtype == torch.float32 else max(1, PART_BYTES // (4 * max(1, d)))
     heights = [min(step, v - begin) for begin in range(0, v if wanted else 0, step)]
-    return [weight.new_zeros((height, d), dtype=torch.float32) for height in heights]
+    new = weight.new_zeros if zeros else weight.new_empty
+    return [new((height, d), dtype=torch.float32) for height in heights]
 
 
 def _all(hidden, weight, targets, dloss, ignore_index, *rest):
@@ -78,12 +81,18 @@ def _chunks(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, 
     (n, d), v, device = hidden.shape, weight.shape[0], hidden.device.type
     losses = hidden.new_empty(n, dtype=torch.float32)
     rows = kernel("linear_cross_entropy_rows", backend)
+    add = optional_kernel("linear_cross_entropy_add", backend)
     dh = hidden.new_empty((n, d) if dhidden else 0)
-    dw = _parts(weight, dweight)
+    writes = device == "cpu" and n > 0  # the first chunk writes dweight, the others add to it
+    dw = _parts(weight, dweight, zeros=not writes)
     narrow = weight.to(hidden.dtype)
-    step = max(1, min(n, CHUNK_BYTES[device] // (v * hidden.element_size())))
+    most = max(1, CHUNK_BYTES[device] // (v * hidden.element_size()))
+    step = _shares(n, _shares(n, most - most % ALIKE or most))
     block = max(1, BLOCK[device] // max(1, d))
     room = hidden.new_empty((step, v))  # one for all chunks: the C library maps it but once
+    product = None
+    if dweight and add is not None and hidden.dtype == torch.bfloat16:
+        product = hidden.new_empty((min(block, v), d))
     with torch.autocast(device, enabled=False):
         for begin in range(0, n, step):
             chunk = slice(begin, min(n, begin + step))
@@ -96,40 +105,52 @@ def _chunks(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, 
             losses[chunk] = rows(x, targets[chunk], arriving, ignore, z_loss, smoothing, grad)
             if dhidden:
                 torch.mm(x, narrow, out=dh[chunk])
+            fresh = writes and begin == 0
             for part, columns in zip(dw, x.split([len(p) for p in dw] or v, dim=1), strict=False):
                 for total, dx in zip(part.split(block), columns.split(block, dim=1), strict=True):
-                    _add_product(total, dx, h)
+                    _add_product(total, dx, h, fresh, product, add)
     return losses, dh, dw
 
 
-def _add_product(total: Tensor, dx: Tensor, h: Tensor) -> None:
-    """total += dx^T h, in float32."""
-    if h.dtype == torch.float32:
-        total.addmm_(dx.t(), h)
-    elif h.device.type == "cuda":
+def _shares(n: int, of: int) -> int:
+    """How many shares of at most `of` elements n elements make: 1 of none."""
+    return max(1, -(-n // of))
+
+
+def _add_product(total, dx, h, fresh: bool, product, add) -> None:
+    """total += dx^T h in float32, or = where it is fresh. product: room for dx^T h, to be added."""
+    if product is not None:
+        add(total, torch.mm(dx.t(), h, out=product[: len(total)]), None, fresh)
+    elif h.device.type == "cuda" and h.dtype != torch.float32:
         total += torch.mm(dx.t(), h, out_dtype=torch.float32)
-    elif h.dtype == torch.float16:  # a sum could leave its range, and a CPU multiplies it slowly
-        total.addmm_(dx.t().float(), h.float())
-    else:
-        total += torch.mm(dx.t(), h)
+    else:  # float16 too: a sum could leave its range, and a CPU multiplies it slowly
+        total.addmm_(dx.t().float(), h.float(), beta=0 if fresh else 1)
 
 
 run = torch.ops.elmkernels.linear_cross_entropy.default
 
 
-def joined(parts: list[Tensor], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor | None:
+def joined(
+    parts: list[Tensor], dtype: torch.dtype, backend: str, scale: Tensor | None = None
+) -> Tensor | None:
     """The parts of dweight times scale as one tensor; they are used up."""
-    if scale is not None:
-        for part in parts:
-            part.mul_(scale)
-    if len(parts) <= 1:
-        return parts[0].to(dtype) if parts else None
-    if torch.compiler.is_compiling():  # which decides itself when memory is free
-        return torch.cat(parts).to(dtype)
+    if not parts:
+        return None
+    add = optional_kernel("linear_cross_entropy_add", backend)
+    tracing = torch.compiler.is_compiling()  # which decides itself when memory is free
+    if tracing or parts[0].dtype == dtype:
+        if scale is not None:
+            for part in parts:
+                part.mul_(scale)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
     joined = parts[0].new_empty((sum(map(len, parts)), parts[0].shape[1]), dtype=dtype)
     begin = 0
     while parts:
         part = parts.pop(0)
-        joined[begin : begin + len(part)] = part
+        to = joined[begin : begin + len(part)]
+        if add is not None:
+            add(to, part, scale, True)
+        else:
+            to.copy_(part if scale is None else part.mul_(scale))
         begin += len(part)
     return joined

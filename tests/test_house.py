@@ -185,12 +185,12 @@ LIMITS = {
     "ops/qk_norm_rope.py": 220,
     "ops/attention.py": 180,
     "ops/linear_cross_entropy.py": 160,
-    "ops/decode_step.py": 180,
+    "ops/decode_step.py": 190,
 }
 
 
 def limit(path: Path) -> int:
-    room = path.parent.name
+    room = "tests" if ROOT / "tests" in path.parents else path.parent.name
     return LIMITS.get(f"{room}/{path.name}", {"ops": 150, "reference": 60}.get(room, 450))
 
 
@@ -205,7 +205,7 @@ CODE = [
 @pytest.mark.parametrize("path", CODE, ids=relative)
 def test_files_stay_short_and_narrow(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= limit(path) or "tests" in path.parts
+    assert len(lines) <= limit(path)
     assert max(map(len, lines), default=0) <= 100
 
 

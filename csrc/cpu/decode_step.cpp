@@ -89,6 +89,19 @@ struct State {
 
 constexpr int64_t kBlock = 64;  // rows of a weight between two roundings of their sums
 
+// The likeliest token so far, as torch.argmax finds it: the first of the largest, NaN being that.
+struct Best {
+  float logit = 0.0f;
+  int64_t token = -1;  // none yet
+
+  void meet(float x, int64_t other) {
+    if (other >= 0 && (token < 0 || x > logit || (x != x && logit == logit))) {
+      logit = x;
+      token = other;
+    }
+  }
+};
+
 // What one member needs for itself. Nothing is allocated inside the parallel region.
 template <class T>
 struct Scratch {
@@ -96,6 +109,7 @@ struct Scratch {
   Activations activations;
   std::vector<T> normed, queries;
   std::vector<float> sums, more_sums, attention;
+  std::vector<Best> best;  // of its share of the vocabulary, for each sequence
 
   static int64_t widest(const Decoder<T>& d, const State<T>& s) {
     return std::max({d.dim, s.q_width, s.ffn});
@@ -106,7 +120,8 @@ struct Scratch {
         activations(state.batch, widest(decoder, state), widest(decoder, state) / 32),
         normed(decoder.dim),
         sums(batch * kBlock),
-        more_sums(batch * kBlock) {
+        more_sums(batch * kBlock),
+        best(state.batch) {
     int64_t group = 1;
     for (const Layer<T>& layer : decoder.layers)
       group = std::max(group, layer.q_heads / layer.kv_heads);
@@ -122,13 +137,14 @@ template <class T>
 class Step {
  public:
   Step(const Decoder<T>& decoder, State<T>& state, Scratch<T>& own, Member member,
-       const int64_t* positions, T* logits)
+       const int64_t* positions, T* logits, bool chooses)
       : decoder_(decoder),
         state_(state),
         own_(own),
         member_(member),
         positions_(positions),
-        logits_(logits) {}
+        logits_(logits),
+        chooses_(chooses) {}
 
   void run() {
     for (const Layer<T>& layer : decoder_.layers) {
@@ -152,12 +168,22 @@ class Step {
     arrange_normed(decoder_.norm, decoder_.head);
     rows(decoder_.head, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
       rounded(sums, count, logits_ + b * decoder_.head.n + r);
+      if (chooses_) choose(b, r, count, sums);
     });
   }
 
  private:
   static void rounded(const float* sums, int64_t count, T* out) {
     sweep(count, [&](int64_t i, auto part) { store(out + i, load(sums + i, part), part); });
+  }
+
+  // About a nanosecond a token of the vocabulary, where reading its row takes tens.
+  void choose(int64_t b, int64_t first, int64_t count, const float* sums) {
+    float logits[kBlock];
+    sweep(count, [&](int64_t i, auto part) {
+      store(logits + i, round_to<T>(load(sums + i, part)), part);
+    });
+    for (int64_t i = 0; i < count; ++i) own_.best[b].meet(logits[i], first + i);
   }
 
   void arrange_rows(const T* x, int64_t stride, const Weight& w) {
@@ -251,6 +277,7 @@ class Step {
   const Member member_;
   const int64_t* positions_;
   T* logits_;
+  const bool chooses_;
 };
 
 void check_within(const char* name, const Tensor& index, int64_t limit, const char* what) {
@@ -263,7 +290,8 @@ void check_within(const char* name, const Tensor& index, int64_t limit, const ch
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
                        Tensor arena, const Tensor& offsets, const Tensor& rope_table,
                        int64_t max_length, int64_t vocab_size, bool gated, double eps,
-                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim) {
+                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim,
+                       std::optional<Tensor> chosen) {
   const int64_t batch = tokens.size(0);
   Tensor logits = output(arena, {batch, vocab_size});
   with_dtype(arena, [&](auto t) {
@@ -288,9 +316,15 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     for (int i = 0; i < threads; ++i) scratch.emplace_back(decoder, state);
     with_team(threads, [&](Member member) {
       Step<T>(decoder, state, scratch[member.index], member, data<const int64_t>(positions),
-              data<T>(logits))
+              data<T>(logits), chosen.has_value())
           .run();
     });
+    if (!chosen) return;
+    for (int64_t b = 0; b < batch; ++b) {
+      Best best;  // members have their shares in turn
+      for (const Scratch<T>& own : scratch) best.meet(own.best[b].logit, own.best[b].token);
+      data<int64_t>(*chosen)[b] = best.token;
+    }
   });
   return logits;
 }

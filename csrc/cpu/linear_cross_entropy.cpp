@@ -1,6 +1,7 @@
 // linear_cross_entropy: a chunk of logits becomes losses and, in place, its own gradient. A row is
 // read from memory once, for a maximum and a sum that follow each other block by block, and from L2
 // a second time. Two exponentials an element are little beside the three products of the op.
+// Shares of dweight, which those products make in a half type, are added in float32.
 #include <cmath>
 #include <limits>
 
@@ -122,6 +123,39 @@ Tensor linear_cross_entropy_rows(Tensor logits, const Tensor& targets, Optional 
   return losses;
 }
 
+// total = total + scale share, or scale share alone where it is fresh, rounded once: one pass over
+// both, where torch first writes the share anew in total's dtype. Rows of matrices, total's too,
+// may lie apart.
+void linear_cross_entropy_add(const Tensor& total, const Tensor& share, Optional scale,
+                              bool fresh) {
+  const int64_t rows = total.size(0), n = total.size(1);
+  const Vec factor = vec(scale ? *data<const float>(*scale) : 1.0f);
+  with_dtype(total, [&](auto t) {
+    with_dtype(share, [&](auto s) {
+      auto* to = data<decltype(t)>(total);
+      const auto* from = data<const decltype(s)>(share);
+      const int64_t apart = total.stride(0), each = share.stride(0);
+      parallel_rows(rows, n, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          auto* sum = to + r * apart;
+          const auto* x = from + r * each;
+          if (fresh) {
+            sweep(n,
+                  [&](int64_t i, auto part) { store(sum + i, load(x + i, part) * factor, part); });
+          } else {
+            sweep(n, [&](int64_t i, auto part) {
+              store(sum + i, load(sum + i, part) + load(x + i, part) * factor, part);
+            });
+          }
+        }
+      });
+    });
+  });
+}
+
 }  // namespace
 
-ELMKERNELS_IMPL(m) { m.impl("linear_cross_entropy_rows", TORCH_BOX(&linear_cross_entropy_rows)); }
+ELMKERNELS_IMPL(m) {
+  m.impl("linear_cross_entropy_rows", TORCH_BOX(&linear_cross_entropy_rows));
+  m.impl("linear_cross_entropy_add", TORCH_BOX(&linear_cross_entropy_add));
+}

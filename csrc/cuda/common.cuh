@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -167,8 +168,34 @@ void with_dtypes(const Tensor& x, const Tensor& weight, Fn&& fn) {
   });
 }
 
+// What the library was compiled for, as nvcc counts it: 800 is compute capability 8.0.
+constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
+
+// Why there is no kernel for the current device.
+inline std::string without_kernels() {
+  const auto capability = [](int major, int minor) {
+    return std::to_string(major) + "." + std::to_string(minor);
+  };
+  std::string built;
+  for (const int arch : kArchitectures)
+    built += (built.empty() ? "" : ", ") + capability(arch / 100, arch / 10 % 10);
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return "the library was built for compute capability " + built +
+         " (and what is later with the same first number), this device has " +
+         capability(major, minor) +
+         "; backend=\"reference\" doesn't need it, nor does \"triton\" where it has the op";
+}
+
+// An error is taken from the device too, so that nobody after this meets it once more.
 inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  const bool none =
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+  STD_TORCH_CHECK(false, what, ": ", none ? without_kernels() : cudaGetErrorString(error));
 }
 
 // The stream that torch would launch on for x. The caller holds a guard of x's device.

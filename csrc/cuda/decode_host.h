@@ -68,9 +68,21 @@ inline float rounded(float x) {
 }
 inline float twice_rounded(float a, float b, float c) { return a * b + c; }
 
+// Whether a number of neighbours was taken at once from where a GPU can't.
+inline bool misaligned = false;
+template <int N, class T>
+inline void note(const T* p) {
+  misaligned |= reinterpret_cast<uintptr_t>(p) % std::min<size_t>(16, N * sizeof(T)) != 0;
+}
 template <int N, class T>
 inline void load(float (&out)[N], const T* from) {
+  note<N>(from);
   for (int j = 0; j < N; ++j) out[j] = wide(from[j]);
+}
+template <int N, class T>
+inline void store(T* to, const float (&values)[N]) {
+  note<N>(to);
+  for (int j = 0; j < N; ++j) to[j] = narrow<T>(values[j]);
 }
 template <class T>
 inline T fresh(const T* p) {
@@ -105,6 +117,10 @@ struct Warp {
   }
   void maximum(PerLane<Floats<1>>& x) {
     exchange<kLanes>(x, [](float a, float b) { return std::fmax(a, b); });
+  }
+  void maximum(PerLane<uint64_t>& x) {
+    const uint64_t best = *std::max_element(x.all, x.all + kLanes);
+    std::fill(x.all, x.all + kLanes, best);
   }
 
  private:

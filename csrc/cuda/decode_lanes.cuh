@@ -81,6 +81,11 @@ struct Warp {
     for (int step = kLanes / 2; step > 0; step /= 2)
       x.own.v[0] = fmaxf(x.own.v[0], __shfl_xor_sync(0xffffffff, x.own.v[0], step));
   }
+  DECODE_DEVICE void maximum(PerLane<uint64_t>& x) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2)
+      x.own = greater(x.own, __shfl_xor_sync(0xffffffff, x.own, step));
+  }
 };
 
 struct Block {

@@ -28,6 +28,45 @@ DECODE_CALL void embed(Block block, const Step<T>& s) {
   }
 }
 
+// The likeliest token of each sequence: each block's own, then those of all by the block that comes
+// last. That one is behind every block's reads of tokens, which may be overwritten from then on.
+template <class T>
+DECODE_CALL void choose(Block block, const Step<T>& s) {
+  const Range mine = share(s.vocab_size, block.index, s.grid);
+  block.warps([&](Warp warp) {
+    for (int row = warp.index; row < s.batch; row += kWarps) {
+      const T* logits = s.logits + row * s.vocab_size;
+      PerLane<uint64_t> best;
+      warp.each([&](int lane) {
+        best[lane] = 0;  // less than any token's
+#pragma unroll 8
+        for (int64_t i = mine.first + lane; i < mine.last; i += kLanes)
+          best[lane] = greater(best[lane], rank_of(bits_of(wide(fresh(logits + i))), i));
+      });
+      warp.maximum(best);
+      warp.each([&](int lane) {
+        if (lane == 0) s.ranks()[row * s.grid + block.index] = best[lane];
+      });
+    }
+  });
+  if (!block.last_of(s.ranked(), static_cast<uint32_t>(s.grid))) return;
+  block.warps([&](Warp warp) {
+    for (int row = warp.index; row < s.batch; row += kWarps) {
+      PerLane<uint64_t> best;
+      warp.each([&](int lane) {
+        best[lane] = 0;
+#pragma unroll 4
+        for (int i = lane; i < s.grid; i += kLanes)
+          best[lane] = greater(best[lane], fresh(s.ranks() + row * s.grid + i));
+      });
+      warp.maximum(best);
+      warp.each([&](int lane) {
+        if (lane == 0) s.chosen[row] = token_of(best[lane]);
+      });
+    }
+  });
+}
+
 template <int B, class T>
 DECODE_DEVICE void run_phase(Block& block, const Step<T>& s, int index) {
   const Phase phase = phase_at(index, s.layers);
@@ -38,10 +77,13 @@ DECODE_DEVICE void run_phase(Block& block, const Step<T>& s, int index) {
     attend(block, s, layer);
   } else {
     project<B>(block, s, phase, layer);
+    if (phase == Phase::Head && s.chosen != nullptr) choose(block, s);
   }
-  // Attention reads no weight: those of what comes after it were asked for before it.
-  if (phase == Phase::Head || phase == Phase::Attend) return;
-  const int next = index + (phase == Phase::Qkv ? 2 : 1);
+  if (phase == Phase::Head) return;
+  // Attention reads no weight: those of what comes after it were asked for before it, and a block
+  // whose items are done (or that has none, which are most in a short context) has memory bring
+  // what comes after that. Out's own call then finds the lines there.
+  const int next = index + (phase == Phase::Qkv || phase == Phase::Attend ? 2 : 1);
   const Phase then = phase_at(next, s.layers);
   prefetch_task(block, s, then, then == Phase::Head ? s.layers : layer_at(next));
 }

@@ -61,6 +61,7 @@ DECODE_BOTH Weight weight_at(const int64_t* f) {
 DECODE_BOTH constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 DECODE_BOTH constexpr int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 DECODE_BOTH constexpr int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
+DECODE_BOTH constexpr uint64_t greater(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 // The share that one of `of` members has of n things: consecutive ones.
 struct Range {
@@ -159,20 +160,24 @@ DECODE_BOTH constexpr Phase phase_at(int index, int layers) {
 DECODE_BOTH constexpr int layer_at(int index) { return (index - 1) / kLayerPhases; }
 
 // Offsets in scratch, in bytes. The first `zeroed` of them must be zero before a launch: the count
-// of arrivals at the barrier, and for each key/value head that of the splits that are done.
+// of arrivals at the barrier, that of the blocks which know their likeliest tokens, and for each
+// key/value head that of the splits that are done.
 struct Scratch {
-  int64_t finished, zeroed, hidden, qkv, attended, gated, partials, bytes;
+  int64_t ranked, finished, zeroed, hidden, qkv, attended, gated, ranks, partials, bytes;
 };
 DECODE_BOTH Scratch scratch_of(int64_t batch, int64_t dim, int64_t qkv_width, int64_t ffn_dim,
-                               int64_t head_dim, int64_t max_length, int64_t element_size) {
+                               int64_t head_dim, int64_t max_length, int64_t element_size,
+                               int64_t grid) {
   const int64_t heads = qkv_width / head_dim;
   Scratch s;
-  s.finished = kLine;
+  s.ranked = kLine;
+  s.finished = 2 * kLine;
   s.zeroed = s.hidden = s.finished + round_up(batch * heads * 4, kLine);
   s.qkv = s.hidden + round_up(batch * dim * element_size, kLine);
   s.attended = s.qkv + round_up(batch * qkv_width * element_size, kLine);
   s.gated = s.attended + round_up(batch * qkv_width * element_size, kLine);
-  s.partials = s.gated + round_up(batch * ffn_dim * element_size, kLine);
+  s.ranks = s.gated + round_up(batch * ffn_dim * element_size, kLine);
+  s.partials = s.ranks + round_up(batch * grid * 8, kLine);
   s.bytes = s.partials + batch * splits_of(max_length) * heads * (head_dim + 2) * 4;
   return s;
 }
@@ -186,6 +191,19 @@ DECODE_BOTH constexpr int64_t partial_at(int64_t row, int64_t q_heads, int64_t q
 DECODE_BOTH constexpr int64_t cache_at(int64_t offset, int64_t row, int64_t kv_heads, int64_t head,
                                        int64_t max_length, int64_t head_dim) {
   return offset + (row * kv_heads + head) * max_length * head_dim;
+}
+
+// A logit and its token as one number, the largest of which is the likeliest token: that of the
+// first of the largest logits, NaN being the largest. `bits` are those of the logit as a float.
+DECODE_BOTH constexpr uint64_t rank_of(uint32_t bits, int64_t token) {
+  constexpr uint32_t kSign = 0x80000000u;
+  uint32_t key = (bits & kSign) ? ~bits : bits | kSign;
+  if ((bits & ~kSign) == 0) key = kSign;  // -0 is no less than 0
+  if ((bits & ~kSign) > 0x7f800000u) key = 0xffffffffu;
+  return static_cast<uint64_t>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(token));
+}
+DECODE_BOTH constexpr int64_t token_of(uint64_t rank) {
+  return 0xffffffffu - static_cast<uint32_t>(rank);
 }
 
 // Shared memory of a block, in bytes: a projection's and attention's, of which it needs the larger.

@@ -17,6 +17,7 @@ struct Step {
   T* arena;
   const float* rope_table;
   T* logits;
+  int64_t* chosen;  // null, or where the likeliest tokens go; it may be `tokens`
   uint8_t* scratch;
   Scratch at;
   int64_t rope_length, max_length, dim, head_dim, qkv_width, ffn_dim, vocab_size;
@@ -34,6 +35,10 @@ struct Step {
   DECODE_DEVICE uint32_t* finished() const {
     return reinterpret_cast<uint32_t*>(scratch + at.finished);
   }
+  DECODE_DEVICE uint32_t* ranked() const {
+    return reinterpret_cast<uint32_t*>(scratch + at.ranked);
+  }
+  DECODE_DEVICE uint64_t* ranks() const { return reinterpret_cast<uint64_t*>(scratch + at.ranks); }
   // Outside of the vocabulary, the rotary table or the cache a row's logits are NaN, and nothing is
   // written to its cache: nobody waits for the device to learn of it.
   DECODE_DEVICE bool in_range(int row) const {

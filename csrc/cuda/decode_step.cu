@@ -20,16 +20,21 @@ namespace {
 
 using decode::Step;
 
+// A poll of the barrier is a way to the second-level cache and back, about half a microsecond: so
+// many are eight seconds at least, where a whole launch is milliseconds.
+constexpr uint32_t kPolls = 1u << 24;
+
 // All blocks arrive before any leaves. The count only grows: `target` is the grid times how often.
+// What never comes true ends the launch, so that the device is free again and its user is told.
 __device__ __forceinline__ void meet(uint32_t* arrived, uint32_t target) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    uint32_t seen;
-    do {
+    for (uint32_t polls = 0, seen = 0; seen < target; ++polls) {
+      if (polls == kPolls) __trap();
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-    } while (seen < target);
+    }
     __threadfence();
   }
   __syncthreads();
@@ -94,21 +99,25 @@ void launch(Step<T>& step, const Tensor& arena, cudaStream_t stream) {
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
                        Tensor arena, const Tensor& offsets, const Tensor& rope_table,
                        int64_t max_length, int64_t vocab_size, bool gated, double eps,
-                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim) {
+                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim,
+                       std::optional<Tensor> chosen) {
   const int64_t batch = tokens.size(0), layers = table.size(0) - 1;
   const int64_t shape[] = {batch, vocab_size};
   Tensor logits = torch::stable::new_empty(arena, {shape, 2});
   if (logits.numel() == 0) return logits;
   STD_TORCH_CHECK(layers <= decode::kMaxLayers, "decode_step on CUDA takes at most ",
                   decode::kMaxLayers, " layers, got ", layers);
+  STD_TORCH_CHECK(vocab_size <= UINT32_MAX, "decode_step on CUDA numbers tokens by 32 bits, got ",
+                  vocab_size, " of them");
   STD_TORCH_CHECK(attribute(arena, cudaDevAttrCooperativeLaunch, "asking for cooperative launches"),
                   "decode_step needs a device with cooperative launches, this one has none");
   const torch::stable::accelerator::DeviceGuard guard(arena.get_device_index());
   with_dtype(arena, [&](auto t) {
     using T = decltype(t);
     Step<T> step{};
+    step.grid = multiprocessors(arena);
     step.at = decode::scratch_of(batch, model_dim, qkv_width, ffn_dim, rope_table.size(1),
-                                 max_length, sizeof(T));
+                                 max_length, sizeof(T), step.grid);
     const int64_t size[] = {step.at.bytes};
     Tensor scratch = torch::stable::new_empty(arena, {size, 1}, ScalarType::Byte);
     step.table = static_cast<const int64_t*>(table.data_ptr());
@@ -117,6 +126,7 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     step.arena = static_cast<T*>(arena.data_ptr());
     step.rope_table = static_cast<const float*>(rope_table.data_ptr());
     step.logits = static_cast<T*>(logits.data_ptr());
+    step.chosen = chosen ? static_cast<int64_t*>(chosen->data_ptr()) : nullptr;
     step.scratch = static_cast<uint8_t*>(scratch.data_ptr());
     step.rope_length = rope_table.size(0);
     step.max_length = max_length;
@@ -127,7 +137,6 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     step.vocab_size = vocab_size;
     step.layers = static_cast<int>(layers);
     step.batch = static_cast<int>(batch);
-    step.grid = multiprocessors(arena);
     step.gated = gated;
     step.eps = static_cast<float>(eps);
     const int64_t* places = static_cast<const int64_t*>(offsets.data_ptr());

@@ -10,7 +10,7 @@
 // float forward; half of those backward) are read twice. Not measured on a GPU.
 #pragma once
 
-#include "common.cuh"
+#include "partials.cuh"
 
 // A backward block of more would spill registers; the 1 in its bounds lets the compiler use 128.
 constexpr int kBackwardThreads = kMaxThreads / 2;
@@ -161,18 +161,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   if (first < n) store(partial + first, kept_dw);
 }
 
-// dweight: the sum of the partials, in their order whatever the device does first.
-template <class W>
-__global__ void sum_partials(const float* partial, W* out, int64_t partials, int64_t n) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (c >= n) return;
-  float sum = 0.0f;
-  for (int64_t p = 0; p < partials; ++p) sum += partial[p * n + c];
-  out[c] = narrow<W>(sum);
-}
-
-constexpr int kSumThreads = 64;
-
 // fn(N) with N columns to a pack: 16 bytes where n and every address divide, else one.
 template <class T, class Fn>
 void with_pack(bool whole, Fn&& fn) {
@@ -242,8 +230,7 @@ std::tuple<Tensor, Tensor> launch_norm_bwd(const Tensor& dy, const Tensor& x, co
           grad, in, more, static_cast<const W*>(packed_weight.data_ptr()),
           static_cast<T*>(dx.data_ptr()), sums, in.count, n, static_cast<float>(eps));
     });
-    sum_partials<W><<<(n + kSumThreads - 1) / kSumThreads, kSumThreads, 0, stream>>>(
-        sums, static_cast<W*>(dweight.data_ptr()), blocks, n);
+    launch_sum(sums, static_cast<W*>(dweight.data_ptr()), blocks, n, stream);
   });
   check(cudaGetLastError(), "launching the norm's backward");
   return {dx, dweight};

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..backends import choose
+from ..ops._rows_choice import described
 from . import fused, linear
 from .compressed import Compressed, weight_of
 from .given import OPS, given_backends
@@ -282,7 +283,7 @@ def accelerate(
     device = _device_of(weight)
     kind = device.type
     given, fallbacks = given_backends(device, backend)
-    backends = {op: choose(op, kind, given[op]) for op in OPS}
+    backends = {op: described(op, kind, given[op]) for op in OPS}
     if plan is None:
         plan = measure_plan(weight.dtype, pack_weights) if kind == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import REFERENCE, choose, define, kernel
+from ..backends import REFERENCE, define, kernel
 from ..checks import floating, last_dim_packed, like, shape
 from ..checks import weight as check_weight
+from ._rows_choice import rows_backend
 
 define(
     "add_rms_norm",
@@ -67,7 +68,7 @@ def add_rms_norm(
     like("residual", residual, "x", x)
     shape("residual", residual, x.shape)
     check_weight("weight", weight, x.shape[-1], "x", x)
-    backend = choose("add_rms_norm", x.device.type, backend)
+    backend = rows_backend("add_rms_norm", backend, x, residual, weight)
     if backend == REFERENCE:
         return reference.add_rms_norm(x, residual, weight, eps)
     x, residual = last_dim_packed(x), last_dim_packed(residual)

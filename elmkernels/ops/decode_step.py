@@ -28,7 +28,7 @@ define(
     fwd=(
         "(Tensor table, Tensor tokens, Tensor positions, Tensor(a!) arena, Tensor offsets, "
         "Tensor rope_table, int max_length, int vocab_size, bool gated, float eps, int model_dim, "
-        "int qkv_width, int ffn_dim) -> Tensor",
+        "int qkv_width, int ffn_dim, Tensor(b!)? chosen) -> Tensor",
         lambda table, tokens, positions, arena, offsets, rope_table, max_length, vocab_size, *_: (
             arena.new_empty((tokens.shape[0], vocab_size))
         ),
@@ -120,12 +120,21 @@ def _check_arena(arena: Arena, stack: Stack, batch: int) -> None:
         fail("arena.head_dim", stack.head_dim, arena.head_dim)
 
 
+def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
+    integers("chosen", chosen, tokens.device)
+    if chosen.shape != tokens.shape:
+        fail("chosen", f"{list(tokens.shape)} like tokens", list(chosen.shape))
+    if not chosen.is_contiguous():
+        fail("chosen", "contiguous", f"strides {chosen.stride()}")
+
+
 def decode_step(
     stack: Stack,
     tokens: Tensor,
     positions: Tensor,
     arena: Arena,
     *,
+    chosen: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The next logits of every sequence, whose keys and values are written on the way.
@@ -133,9 +142,11 @@ def decode_step(
     tokens, positions: int64 [batch], batch up to MAX_BATCH; row b's token goes to position (and
     slot) positions[b] and sees the positions before. arena: its keys and values, in the dtype of
     the norms. Weights may be plain, `Affine` or `Packed`. Returns [batch, vocab_size].
+    chosen: int64 [batch], contiguous, receives the most likely token of each row, as torch.argmax
+    finds it: the first of the largest, NaN being the largest. It may be `tokens` itself.
     Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
     The CUDA kernel can't raise for a token or position out of range, as nobody waits for it: that
-    row's logits are NaN, and nothing is written to its keys and values.
+    row's logits are NaN, its chosen token is 0, and nothing is written to its keys and values.
     No gradients: call it with weights that need none, or under torch.no_grad().
     """
     tensor("arena.data", arena.data)
@@ -146,13 +157,15 @@ def decode_step(
     if positions.shape != tokens.shape:
         fail("positions", f"{list(tokens.shape)} like tokens", list(positions.shape))
     _check_arena(arena, stack, tokens.shape[0])
+    if chosen is not None:
+        _check_chosen(chosen, tokens)
     backend = choose("decode_step", arena.data.device.type, backend)
     if backend == REFERENCE or tokens.shape[0] == 0:
         check_stack(stack)
         within("tokens", tokens, stack.embedding.shape[0], "the vocabulary")
         within("positions", positions, stack.rope_table.shape[0], "rope_table's length")
         within("positions", positions, arena.max_length, "the cache's max_length")
-        return reference.decode_step(stack, tokens, positions, arena)
+        return reference.decode_step(stack, tokens, positions, arena, chosen)
     table = table_of(stack)
     return kernel("decode_step_fwd", backend)(
         table.rows,
@@ -168,4 +181,5 @@ def decode_step(
         stack.model_dim,
         table.qkv_width,
         table.ffn_dim,
+        chosen,
     )

@@ -26,6 +26,7 @@ define(
         "float label_smoothing, bool grad) -> Tensor",
         lambda logits, targets, *_: logits.new_empty(targets.shape, dtype=torch.float32),
     ),
+    add=("(Tensor(a!) total, Tensor share, Tensor? scale, bool fresh) -> ()", lambda *_: None),
 )
 
 
@@ -66,18 +67,18 @@ class _Sum(torch.autograd.Function):
     def backward(ctx, dloss):
         if ctx.made is not None:
             (dh, dw), ctx.made = ctx.made, None
-            return _as_wanted(ctx, dh.mul_(dloss), joined(dw, ctx.dtype, dloss))
+            return _as_wanted(ctx, dh.mul_(dloss), joined(dw, ctx.dtype, ctx.backend, dloss))
         hidden, weight, targets, *made = ctx.saved_tensors
         if made:
             dh, *dw = (x * dloss for x in made)
-            return _as_wanted(ctx, dh, joined(dw, ctx.dtype))
+            return _as_wanted(ctx, dh, joined(dw, ctx.dtype, ctx.backend))
         return _gradients(ctx, hidden, weight, targets, dloss.expand(len(targets)).contiguous())
 
 
 def _gradients(ctx, hidden, weight, targets, dloss) -> tuple:
     wanted = ctx.needs_input_grad[:2]
     _, dh, dw = run(hidden, weight, targets, dloss, *ctx.options, *wanted, ctx.backend)
-    return _as_wanted(ctx, dh, joined(dw, weight.dtype))
+    return _as_wanted(ctx, dh, joined(dw, weight.dtype, ctx.backend))
 
 
 def _as_wanted(ctx, dhidden: Tensor, dweight: Tensor | None) -> tuple:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import REFERENCE, choose, define, kernel
+from ..backends import REFERENCE, define, kernel
 from ..checks import broadcastable, fail, floating, integers, last_dim_packed, positive, within
 from ..checks import shape as check_shape
 from ..checks import weight as check_weight
+from ._rows_choice import rows_backend
 
 _INPUTS = (
     "Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor positions, Tensor rope_table, "
@@ -173,7 +174,7 @@ def qk_norm_rope(
                 "qkv and the weights must not require a gradient when a cache is written: "
                 "call under torch.no_grad()"
             )
-    backend = choose("qk_norm_rope", qkv.device.type, backend)
+    backend = rows_backend("qk_norm_rope", backend, qkv, q_weight, k_weight)
     if backend == REFERENCE:
         return _by_reference(
             qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table, eps,

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import REFERENCE, choose, define, kernel
+from ..backends import REFERENCE, define, kernel
 from ..checks import floating, last_dim_packed
 from ..checks import weight as check_weight
+from ._rows_choice import rows_backend
 
 define(
     "rms_norm",
@@ -53,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     check_weight("weight", weight, x.shape[-1], "x", x)
-    backend = choose("rms_norm", x.device.type, backend)
+    backend = rows_backend("rms_norm", backend, x, weight)
     if backend == REFERENCE:
         return reference.rms_norm(x, weight, eps)
     x = last_dim_packed(x)

@@ -2,6 +2,7 @@
 
     x = x + out_proj(attention(qk_norm_rope(qkv_proj(attn_norm(x)))))
     x = x + proj_2(swiglu(proj_1(ffn_norm(x))));  logits = head(norm(x))
+    chosen = argmax(logits), where it is asked for
 
 Row b's keys and values are written at its position in the arena, and it sees those up to there.
 """
@@ -18,8 +19,11 @@ from .rms_norm import rms_norm
 from .swiglu import swiglu
 
 
-def decode_step(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena) -> Tensor:
-    """tokens, positions int64 [batch] -> logits [batch, vocab_size] in the arena's dtype."""
+def decode_step(
+    stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, chosen: Tensor | None = None
+) -> Tensor:
+    """tokens, positions int64 [batch] -> logits [batch, vocab_size] in the arena's dtype; chosen
+    int64 [batch], which may be tokens, receives the likeliest of each row."""
     dtype, eps = arena.data.dtype, stack.eps
     x = dense(stack.embedding, dtype)[tokens][:, None]
     place = positions[:, None]
@@ -43,4 +47,7 @@ def decode_step(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena) -
         x = x + linear(out.flatten(-2), layer.out_proj)
         y = linear(rms_norm(x, layer.ffn_norm, eps), layer.proj_1)
         x = x + linear(swiglu(y) if stack.gated else silu(y), layer.proj_2)
-    return linear(rms_norm(x, stack.norm, eps), stack.head)[:, 0]
+    logits = linear(rms_norm(x, stack.norm, eps), stack.head)[:, 0]
+    if chosen is not None and logits.numel():
+        chosen.copy_(logits.argmax(-1))
+    return logits

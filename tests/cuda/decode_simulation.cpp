@@ -15,6 +15,7 @@ struct Call {
   const int64_t *table, *tokens, *positions, *offsets;
   void *arena, *logits;
   const float* rope_table;
+  int64_t* chosen;
   int64_t layers, batch, rope_length, max_length, vocab_size, dim, head_dim, qkv_width, ffn_dim;
   int64_t dtype, gated, grid, rows, order, seed;
   int64_t missing;  // the barrier that isn't there; -1: none
@@ -38,7 +39,9 @@ int run(const Call& c) {
   s.arena = static_cast<T*>(c.arena);
   s.rope_table = c.rope_table;
   s.logits = static_cast<T*>(c.logits);
-  s.at = scratch_of(c.batch, c.dim, c.qkv_width, c.ffn_dim, c.head_dim, c.max_length, sizeof(T));
+  s.at = scratch_of(c.batch, c.dim, c.qkv_width, c.ffn_dim, c.head_dim, c.max_length, sizeof(T),
+                    c.grid);
+  s.chosen = c.chosen;
   s.rope_length = c.rope_length;
   s.max_length = c.max_length;
   s.dim = c.dim;
@@ -77,6 +80,7 @@ int run(const Call& c) {
   const auto untouched = [](uint8_t x) { return x == 0xff; };
   if (!std::all_of(scratch.begin() + s.at.bytes, scratch.end(), untouched)) return 2;
   const auto zero = [](uint8_t x) { return x == 0; };
+  if (misaligned) return 4;
   return std::all_of(scratch.begin(), scratch.begin() + s.at.zeroed, zero) ? 0 : 3;
 }
 
@@ -96,6 +100,8 @@ extern "C" int simulate(const Call* call) {
 }
 
 extern "C" int64_t count_barriers(int64_t layers) { return barriers_of(static_cast<int>(layers)); }
+
+extern "C" uint64_t rank(float logit, int64_t token) { return rank_of(bits_of(logit), token); }
 
 extern "C" int64_t count_shared_bytes(int64_t rows, int64_t widest, int64_t qkv_width,
                                       int64_t head_dim, int64_t element_size) {

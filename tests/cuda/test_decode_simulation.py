@@ -6,12 +6,10 @@ away must show.
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from on_host import DTYPES, compiled
 from torch import Tensor
 
 from elmkernels.compress import quantize_weight
@@ -22,12 +20,15 @@ from elmkernels.testing.decoder_cases import FORMS, arena, decoder, dtypes_of
 from elmkernels.testing.draw import Draw, make, models
 from elmkernels.testing.parity import compare, specification, with_written
 
-ROOT = Path(__file__).parents[2]
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
 POSITIONS = (3, 200, 0, 131)
-FAULTS = ("", "written beyond shared memory", "written beyond scratch", "counts are left")
-POINTERS = ("table", "tokens", "positions", "offsets", "arena", "logits", "rope_table")
+FAULTS = (
+    "", "written beyond shared memory", "written beyond scratch", "counts are left",
+    "not aligned to what is loaded",
+)  # fmt: skip
+POINTERS = (
+    "table", "tokens", "positions", "offsets", "arena", "logits", "rope_table", "chosen",
+)  # fmt: skip
 NUMBERS = (
     "layers", "batch", "rope_length", "max_length", "vocab_size", "dim", "head_dim", "qkv_width",
     "ffn_dim", "dtype", "gated", "grid", "rows", "order", "seed", "missing",
@@ -46,20 +47,10 @@ class Call(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    cxx = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    if cxx is None:
-        pytest.skip("no C++ compiler was found")
-    built = tmp_path_factory.mktemp("simulation") / "decode.so"
-    command = [
-        cxx, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{ROOT / 'csrc' / 'cuda'}",
-        str(Path(__file__).with_name("decode_simulation.cpp")), "-o", str(built),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = ctypes.CDLL(str(built))
+    found = compiled("decode_simulation", tmp_path_factory.mktemp("simulation"))
     found.count_barriers.argtypes = [ctypes.c_int64]
     found.count_shared_bytes.argtypes = [ctypes.c_int64] * 5
+    found.rank.argtypes, found.rank.restype = [ctypes.c_float, ctypes.c_int64], ctypes.c_uint64
     found.count_barriers.restype = found.count_shared_bytes.restype = ctypes.c_int64
     return found
 
@@ -68,7 +59,9 @@ def simulated(library, grid=5, rows=4, order="forward", seed=0, missing=-1, shif
     """decode_step by the CUDA sources on `grid` blocks, `rows` sequences to a pass over a weight.
     missing: the barrier that is left out. shift: of where the last layer's values begin."""
 
-    def step(stack: Stack, tokens: Tensor, positions: Tensor, cache: Arena) -> Tensor:
+    def step(
+        stack: Stack, tokens: Tensor, positions: Tensor, cache: Arena, chosen: Tensor | None = None
+    ) -> Tensor:
         table, offsets = table_of(stack), cache.offsets.clone()
         if len(offsets):
             offsets[-1, 1] += shift
@@ -78,6 +71,7 @@ def simulated(library, grid=5, rows=4, order="forward", seed=0, missing=-1, shif
         )  # fmt: skip
         call = Call(
             *(t.data_ptr() for t in tensors),
+            None if chosen is None else chosen.data_ptr(),
             len(stack.layers), len(tokens), len(stack.rope_table), cache.max_length,
             stack.vocab_size, stack.model_dim, stack.head_dim, table.qkv_width, table.ffn_dim,
             DTYPES[cache.data.dtype], stack.gated, grid, rows, ORDERS[order], seed, missing,
@@ -237,6 +231,66 @@ def test_what_lies_beyond_the_positions_is_neither_read_nor_written(library):
     assert torch.equal(simulated(library)(stack, tokens, positions, poisoned), expected)
     written = sum(2 * layer.kv_heads for layer in stack.layers) * stack.head_dim * len(tokens)
     assert unwritten - poisoned.data.isnan().sum() == written
+
+
+@every_form
+@pytest.mark.parametrize(
+    ("grid", "order"), [(1, "forward"), (7, "shuffled"), (41, "reversed"), (300, "shuffled")]
+)
+def test_the_likeliest_tokens_are_chosen_in_place_of_the_last_ones(
+    library, grid, order, form, dtype
+):
+    stack, tokens, *rest = decoding(form, dtype, (*POSITIONS, 7, 64, 9, 1))
+    chosen = torch.full_like(tokens, -1)
+    step = simulated(library, grid, order=order)
+    logits = step(stack, tokens, *rest, chosen)
+    assert torch.equal(chosen, logits.argmax(-1))
+    again = step(stack, tokens, *rest, tokens)
+    assert torch.equal(again, logits)
+    assert torch.equal(tokens, chosen)
+
+
+def with_head(stack, change):
+    head = draw(stack.norm.dtype, 5).normal(203, stack.model_dim)
+    change(head)
+    return Stack(**{**vars(stack), "head": head})
+
+
+def all_alike(head):
+    head[:] = head[0]
+
+
+def alike_by_sevens(head):
+    head[:] = head[:7].repeat(29, 1)
+
+
+def not_numbers(head):
+    head[[150, 77, 190]] = torch.nan
+
+
+@pytest.mark.parametrize("change", [all_alike, alike_by_sevens, not_numbers, Tensor.zero_])
+@pytest.mark.parametrize("grid", [1, 5, 203, 300])
+def test_of_equal_logits_and_of_nan_the_first_is_chosen(library, grid, change):
+    """The equal ones lie in different blocks; a row that isn't in the vocabulary is all NaN."""
+    stack, tokens, *rest = decoding("plain", torch.bfloat16)
+    stack = with_head(stack, change)
+    tokens[2] = -1
+    for order in ORDERS:
+        chosen = torch.full_like(tokens, -1)
+        logits = simulated(library, grid, order=order)(stack, tokens, *rest, chosen)
+        assert torch.equal(chosen, logits.argmax(-1))
+        assert chosen[2] == 0
+
+
+def test_ranks_are_ordered_as_argmax_orders_logits(library):
+    """All pairs of numbers that could go wrong, in both orders."""
+    inf, tiny = float("inf"), 1e-45
+    numbers = (-inf, -3.0, -tiny, -0.0, 0.0, tiny, 3e38, inf, float("nan"), -float("nan"))
+    for a in numbers:
+        for b in numbers:
+            ranks = [library.rank(x, i) for i, x in enumerate((a, b))]
+            assert ranks.index(max(ranks)) == torch.tensor([a, b]).argmax(), (a, b)
+            assert min(ranks) > 0
 
 
 @pytest.mark.parametrize("order", ORDERS)

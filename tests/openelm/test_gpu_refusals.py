@@ -12,7 +12,7 @@ from torch import nn
 from elmkernels import OpenELM, accelerate, backends, gpu, pack, restore
 from elmkernels.__main__ import main
 from elmkernels.backends import BACKENDS
-from elmkernels.openelm import KVCache, Session, cache, swap
+from elmkernels.openelm import KVCache, Session, cache, decoding, swap
 from elmkernels.openelm.swap import Report, asked_backend
 from elmkernels.openelm.ways import MOST_LAYERS, ways
 
@@ -136,6 +136,7 @@ def test_ways_and_why_not(stand_in, monkeypatch):
     stand_in()
     model = tiny()
     cpu = ways(model, torch.device("cpu"))
+    assert set(cpu) == set(decoding.WAYS) - {decoding.CALLS}
     assert cpu == dict.fromkeys(cpu, "it needs a CUDA device, the model is on cpu")
     assert "Linear, not an elmkernels.OpenELM" in ways(nn.Linear(2, 2), GPU)["graph"]
     assert "the model is torch.float64" in ways(tiny().double(), GPU)["one-launch"]

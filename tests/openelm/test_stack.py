@@ -55,7 +55,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """`ops.decode_step` as plain_step, and what it was called with."""
     calls = []
 
-    def decode_step(stack, tokens, positions, arena, *, backend=None):
+    def decode_step(stack, tokens, positions, arena, *, chosen=None, backend=None):
         calls.append({"stack": stack, "positions": positions.tolist(), "backend": backend})
         return plain_step(stack, tokens, positions, arena)
 

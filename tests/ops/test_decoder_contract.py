@@ -169,6 +169,39 @@ def test_strided_indices_are_inputs(backend, call):
 
 
 @every_backend
+@every_form
+def test_the_likeliest_tokens_are_those_of_argmax(backend, form, dtype):
+    for batch in (1, 3, 8):
+        stack, tokens, positions, cache = decoding(form, dtype, batch)
+        plain = decode_step(stack, tokens, positions, fresh(cache), backend=backend)
+        for name in (backend, "reference"):
+            chosen = torch.full_like(tokens, -1)
+            call = (stack, tokens, positions, fresh(cache))
+            got = decode_step(*call, chosen=chosen, backend=name)
+            assert torch.equal(chosen, got.argmax(-1))
+            assert name == "reference" or torch.equal(got, plain)
+            place = tokens.clone()
+            decode_step(stack, place, *call[2:], chosen=place, backend=name)
+            assert torch.equal(place, chosen)
+
+
+@every_backend
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "value"), [((), 0.0), ((150, 77, 190), torch.nan), ((), torch.nan)]
+)
+def test_of_equal_logits_and_of_nan_the_first_is_chosen(backend, threads, rows, value):
+    """`rows` of the vocabulary are all `value`, or every one is."""
+    stack, tokens, positions, cache = decoding("plain", torch.bfloat16)
+    head = stack.head.clone()
+    head[list(rows) or slice(None)] = value
+    stack, chosen = dataclasses.replace(stack, head=head), torch.full_like(tokens, -1)
+    call = (stack, tokens, positions, cache)
+    of_threads(threads, lambda: decode_step(*call, chosen=chosen, backend=backend))
+    assert chosen.tolist() == [min(rows, default=0)] * len(tokens)
+
+
+@every_backend
 def test_another_stack_with_the_same_parts_is_another_decoder(backend):
     """Also where the old one is gone and its addresses are taken again."""
     stack, tokens, positions, cache = decoding("plain", torch.float32, 3)

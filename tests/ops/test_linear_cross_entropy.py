@@ -10,12 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from elmkernels import chunked_loss, linear_cross_entropy
-from elmkernels.backends import kernel
+from elmkernels.backends import BACKENDS as ALL_BACKENDS
+from elmkernels.backends import kernel, optional_kernel
 from elmkernels.testing import CASES, assert_parity, compare, runnable
 
 BACKENDS = runnable("linear_cross_entropy")
 COMPILED = [name for name in BACKENDS if name != "triton"]  # the interpreter isn't for tracing
 CASE = {case.name: case for case in CASES["linear_cross_entropy"]}
+
+ADDING = [name for name in BACKENDS if optional_kernel("linear_cross_entropy_add", name)]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 with_reference = pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -257,6 +260,63 @@ def test_the_kernel_marks_a_target_out_of_range(backend):
     assert not x[3].any()
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("backend", ADDING)
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 1280])
+@pytest.mark.parametrize("scale", [None, 0.37])
+def test_shares_are_added_in_float32_and_rounded_once(backend, width, scale):
+    """To the bit, with rows that lie apart, beside what must stay; a fresh sum isn't read."""
+    add = kernel("linear_cross_entropy_add", backend)
+    factor = None if scale is None else torch.tensor(scale)
+    for to, of in itertools.product(FLOATS, FLOATS):
+        wide, share = torch.randn(90, width + 3).to(to), torch.randn(90, 2 * width).to(of)
+        total, share = wide[:, 1:-2], share[:, ::2] if width == 1 else share[:, width:]
+        scaled = share.float() if scale is None else share.float() * factor
+        expected = (total.float() + scaled).to(to)
+        margin = wide[:, [0, -2, -1]].clone()
+        assert add(total, share, factor, False) is None
+        assert torch.equal(total, expected)
+        total.fill_(math.nan)
+        add(total, share, factor, True)
+        assert torch.equal(total, scaled.to(to))
+        assert torch.equal(wide[:, [0, -2, -1]], margin)
+
+
+@pytest.mark.parametrize("backend", ADDING)
+def test_infinite_shares_and_empty_ones_are_added_too(backend):
+    add = kernel("linear_cross_entropy_add", backend)
+    total = torch.zeros(2, 3)
+    add(total, torch.tensor([[math.inf, -math.inf, math.nan], [1, 2, 3]]).bfloat16(), None, False)
+    assert total[0, :2].tolist() == [math.inf, -math.inf]
+    assert total[0, 2].isnan()
+    assert total[1].tolist() == [1, 2, 3]
+    for shape in ((0, 5), (5, 0)):
+        add(torch.zeros(shape), torch.zeros(shape).bfloat16(), None, True)
+
+
+@pytest.mark.parametrize("backend", ADDING)
+def test_shares_are_not_copied_on_their_way(backend, monkeypatch):
+    """torch's own sum of two dtypes would write each share anew, in float32."""
+    small_chunks(monkeypatch, 5, 131, 2)
+    args = inputs(dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(*args, backend=backend)
+    seen = {event.key for event in profile.key_averages()}
+    assert f"elmkernels_{backend}::linear_cross_entropy_add" in seen
+    assert "aten::add_" not in seen
+
+
+def test_a_backend_may_do_without_a_kernel():
+    """The dispatch knows of none then, and whoever asks for it regardless is stopped."""
+    assert "triton" in ALL_BACKENDS
+    assert optional_kernel("linear_cross_entropy_rows", "triton") is not None
+    assert optional_kernel("linear_cross_entropy_add", "triton") is None
+    with pytest.raises(KeyError):
+        kernel("linear_cross_entropy_add", "triton")
+
+
 @with_reference
 @pytest.mark.parametrize("bad", [131, 2**40, -1, -101])
 @reductions
@@ -330,6 +390,9 @@ def test_raw_kernel_and_chunks_pass_opcheck(backend, dtype):
         torch.library.opcheck(rows, (logits, targets, given, -100, 0.1, 0.1, grad))
         args = (hidden, weight, targets, given, -100, 0.1, 0.1, grad, grad, backend)
         torch.library.opcheck(chunked_loss.run, args)
+    add = kernel("linear_cross_entropy_add", backend)
+    for scale, fresh in itertools.product((None, torch.tensor(0.5)), (False, True)):
+        torch.library.opcheck(add, (torch.randn(3, 24), weight[:3], scale, fresh))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -348,8 +411,10 @@ def test_traced_forward_and_backward_equal_eager(backend, reduction, dtype, monk
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_repeated_runs_are_bitwise_equal(backend):
-    args = inputs(rows=300, v=1003)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeated_runs_are_bitwise_equal(backend, dtype, monkeypatch):
+    small_chunks(monkeypatch, 64, 1003, dtype.itemsize)
+    args = inputs(rows=300, v=1003, dtype=dtype)
     first = run(*args, reduction="none", backend=backend)
     again = run(*args, reduction="none", backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

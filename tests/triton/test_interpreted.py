@@ -38,8 +38,8 @@ def test_parity(op):
 
 
 def test_contract():
-    files = ("test_contract.py", "test_packed.py", "test_attention_choice.py")
-    run(*(str(TESTS / "ops" / name) for name in files), "-k", "triton")
+    names = ("contract", "layouts", "attention_contract", "attention_choice", "packed")
+    run(*(str(TESTS / "ops" / f"test_{name}.py") for name in names), "-k", "triton")
 
 
 def test_contract_of_the_loss():

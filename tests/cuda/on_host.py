@@ -1,0 +1,28 @@
+"""CUDA sources compiled for the host, by a C++ file of this folder that calls them."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def compiled(name: str, folder: Path) -> ctypes.CDLL:
+    """<name>.cpp as a library in `folder`; skips where there is no compiler."""
+    cxx = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    if cxx is None:
+        pytest.skip("no C++ compiler was found")
+    built = folder / f"{name}.so"
+    command = [
+        cxx, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
+        "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{ROOT / 'csrc' / 'cuda'}",
+        str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(built),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(built))
