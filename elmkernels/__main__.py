@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import numpy
 import torch
 
-from . import __version__
+from . import __version__, gpu
 from .backends import BACKENDS, REFERENCE, build_report, choose, defined
 from .commands import bench_generate, bench_train, convert, generate, gpu_check, train
 from .commands.model import chosen_model
@@ -224,6 +225,7 @@ def _info(args: argparse.Namespace) -> int:
             for b in BACKENDS.values()
             if b.name in names
         },
+        "gpus": gpu.described() if args.device is None or "cuda" in devices else None,
         "built": build_report(),
         "ops": {op: {d: choose(op, d, None) for d in devices} for op in defined()},
     }
@@ -246,14 +248,20 @@ def _instruction_sets() -> list[str]:
 
 def _info_text(found: dict[str, Any]) -> str:
     def line(key: str, value: Any) -> str:
-        return f"{key:<18}{', '.join(value) if isinstance(value, list) else value}"
+        return f"{key:<17} {', '.join(value) if isinstance(value, list) else value}"
 
     facts = {k: v for k, v in found.items() if not isinstance(v, dict) and v is not None}
+    gpus = facts.pop("gpus", None)
     lines = [line(key, value) for key, value in facts.items()]
     lines.append("\nbackends")
     for name, b in found["backends"].items():
         state = "available" if b["available"] else f"missing: {b['missing']}"
         lines.append(line(f"  {name}", f"{'/'.join(b['devices'])}, {state}"))
+    if gpus is not None:
+        lines.append("\nGPUs")
+        lines += [text for g in gpus for text in _gpu_lines(g, line)] or [
+            f"  none: {gpu.no_cuda()}"
+        ]
     if found["built"]:
         lines.append("\nbuilt at installation")
         lines += [line(f"  {name}", state) for name, state in found["built"].items()]
@@ -265,6 +273,17 @@ def _info_text(found: dict[str, Any]) -> str:
         rows = [{"dtype": dtype, **plan} for dtype, plan in found["gemm"].items()]
         lines.append(format_table(rows))
     return "\n".join(lines)
+
+
+def _gpu_lines(found: dict[str, Any], line: Callable[[str, Any], str]) -> list[str]:
+    """A GPU, and below it which backends fit it."""
+    size = f"{found['memory'] / 2**30:.0f} GiB"
+    what = f"{found['name']}, compute capability {found['capability']}, {size}"
+    fit = {
+        name: f"can't run there: {why}" if why else "fits"
+        for name, why in found["backends"].items()
+    }
+    return [line(f"  {found['device']}", what), *(line(f"    {n}", f) for n, f in fit.items())]
 
 
 def _run(argv: list[str] | None) -> int:

@@ -180,11 +180,15 @@ def _late(op: str, name: str) -> Callable:
     return launch
 
 
+def usable(op: str, device: str) -> list[str]:
+    """The backends, besides the reference, that an op may take on a device type, best first."""
+    names = OF_AN_OP.get((op, device), PREFERENCE[device])
+    return [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
+
+
 def _decide(op: str) -> None:
     for device in PREFERENCE:
-        names = OF_AN_OP.get((op, device), PREFERENCE[device])
-        usable = [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
-        _CHOICE[op, device, None] = (usable + [REFERENCE])[0]
+        _CHOICE[op, device, None] = (usable(op, device) + [REFERENCE])[0]
     for backend in BACKENDS.values():
         if backend.missing is None and (backend.name == REFERENCE or implements(backend.name, op)):
             for device in backend.devices:

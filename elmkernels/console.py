@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from .backends import BACKENDS, PREFERENCE
+from .gpu import absent
 
 OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 DTYPES = {
@@ -129,9 +130,8 @@ def find_device(text: str | None) -> torch.device:
         device = None
     if device is None or device.type not in PREFERENCE:
         raise WrongInput(f"device must be {' or '.join(PREFERENCE)}, got {text!r}")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        raise WrongInput(f"device {text!r} is not here: torch sees {count} of {device.type}")
+    if why := absent(device):
+        raise WrongInput(why)
     return device
 
 
@@ -196,9 +196,14 @@ def note(text: str) -> None:
 
 
 def measure(
-    args: argparse.Namespace, stages: Stages, results: dict[str, Any], work: Callable[[], None]
+    args: argparse.Namespace,
+    stages: Stages | None,
+    results: dict[str, Any],
+    work: Callable[[], None],
 ) -> int:
-    """Do the work that fills `results`; whatever ends it, what is there is kept and printed."""
+    """Do the work that fills `results`; whatever ends it, what is there is kept and printed.
+    stages: the progress to end with it, if this process shows any.
+    """
     folder = out_folder(args)
     code = OK
     try:
@@ -206,7 +211,8 @@ def measure(
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        stages.close()
+        if stages is not None:
+            stages.close()
         save(folder, results)
     if args.json:
         print(dump(results))

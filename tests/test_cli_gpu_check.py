@@ -7,10 +7,20 @@ import pytest
 import torch
 
 from elmkernels.__main__ import main
-from elmkernels.openelm import chart, gpu_check, gpu_models, gpu_report
+from elmkernels.openelm import (
+    chart,
+    gpu_check,
+    gpu_generation,
+    gpu_models,
+    gpu_report,
+    gpu_runners,
+    gpu_targets,
+)
 from elmkernels.testing import CASES, op_stages
+from elmkernels.testing.parity import runnable
 from elmkernels.testing.stages import Clock
 
+COMPILED = runnable("decode_step", "cpu")
 QUICK = ["gpu-check", "--device", "cpu", "--quick", "--out"]
 
 
@@ -63,10 +73,11 @@ def test_every_stage_runs_to_its_end(rehearsal):
     assert not failed and code == 0 and found["complete"] is True
     assert list(found["stages"]) == list(gpu_check.STAGES)
     assert not any(stage["left_out"] for stage in found["stages"].values())
-    for title in ("Stages", "Parity", "Generation", "Ops", "Models"):
+    for title in ("Stages", "Targets", "Parity", "Generation", "Ops", "Models"):
         assert f"\n## {title}\n" in summary
     assert "a rehearsal, no figure of a GPU" in summary
     assert "Stopped early" not in summary and "FAILED" not in summary
+    assert summary.count("| not measured |") == len(gpu_targets.TARGETS), "no figure of a CPU's"
 
 
 def test_the_machine_and_what_is_missing(rehearsal):
@@ -77,10 +88,13 @@ def test_the_machine_and_what_is_missing(rehearsal):
 
 
 def test_every_op_has_its_parity(rehearsal):
-    units = rehearsal[1]["stages"]["parity"]["units"]
-    assert {u["op"] for u in units.values()} == {
-        op for op, _ in op_stages.pairs(torch.device("cpu"))
-    }
+    stages = rehearsal[1]["stages"]
+    first, others = (stages[name]["units"] for name in ("parity", "other-parity"))
+    ops = list(dict.fromkeys(u["op"] for u in first.values()))
+    usable = {op for op, _ in op_stages.pairs(torch.device("cpu"))}
+    assert ops == [op for op in op_stages.FIRST if op in usable]
+    units = first | others
+    assert {u["op"] for u in units.values()} == usable
     for u in units.values():
         assert sum(d["run"] for d in u["dtypes"].values()) == u["run"] == u["wanted"]
         assert 0 < max(d["worst"] for d in u["dtypes"].values()) <= 1
@@ -90,16 +104,30 @@ def test_every_op_has_its_parity(rehearsal):
 
 def test_tokens_of_the_step_that_a_gpu_captures(rehearsal):
     units = rehearsal[1]["stages"]["generation"]["units"]
-    assert list(units) == ["tiny float32", "tiny bfloat16"]
-    assert units["tiny float32"]["graph"]["equal"] == gpu_models.QUICK.compared
-    assert units["tiny float32"]["graph"]["captured"] is False
+    for dtype in ("float32", "bfloat16"):
+        graph = units[f"tiny {dtype} graph"]
+        assert graph["ok"] and graph["captured"] is False
+    assert units["tiny float32 graph"]["tokens"]["equal"] == gpu_models.QUICK.compared
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled CPU backend can run here")
+def test_tokens_of_one_launch_and_the_bits_of_packed_weights(rehearsal):
+    units = rehearsal[1]["stages"]["generation"]["units"]
+    assert units["tiny float32 one-launch"]["tokens"]["equal"] == gpu_models.QUICK.compared
+    packed = units["tiny bfloat16 packed"]
+    assert packed["equal"] == packed["steps"] == gpu_generation.EXACT_STEPS
+    decode = rehearsal[1]["stages"]["decode"]["units"]["tiny decode at 260 x 1"]
+    one_launch = {"swapped, one launch", *gpu_runners.OTHER_FORMS.values()}
+    assert one_launch <= set(decode["times"]) and decode["missing"] == {}
+    assert set(decode["agree"]) & one_launch == one_launch - set(gpu_runners.QUANTISED)
 
 
 def test_models_beside_their_rivals(rehearsal):
     stages = rehearsal[1]["stages"]
-    decode = stages["models"]["units"]["tiny decode at 260 x 2"]
+    decode = stages["decode"]["units"]["tiny decode at 260 x 2"]
     ours = {"swapped", "swapped, graph", "swapped, graph, sdpa"}
-    assert set(decode["times"]) == {"eager", "fair eager"} | ours
+    assert set(decode["times"]) >= {"eager", "fair eager"} | ours
+    assert (decode["batch"], decode["context"], decode["steps"]) == (2, 260, 4)
     for name, rate in decode["tokens_per_second"].items():
         assert rate == pytest.approx(8 / decode["times"][name]["median"])
     assert decode["floor_tokens"] == pytest.approx(8 / decode["floor"])
@@ -122,14 +150,14 @@ def test_a_failing_op_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, ca
         return right(op, *args)
 
     monkeypatch.setattr(op_stages, "check_parity", wrong)
-    assert main([*QUICK, str(tmp_path), "--stages", "machine,parity"]) == 1
-    units = found_in(tmp_path)["stages"]["parity"]["units"]
+    assert main([*QUICK, str(tmp_path), "--stages", "machine,other-parity"]) == 1
+    units = found_in(tmp_path)["stages"]["other-parity"]["units"]
     failing = {name for name, u in units.items() if u["state"] == "failed"}
     assert failing == {name for name in units if name.startswith("rms_norm")} != set()
     assert all(units[n]["error"] == "RuntimeError: 3 of 3 cases raised" for n in failing)
     assert all(len(units[n]["raised"]) == 3 for n in failing)
     assert all(u["ok"] for n, u in units.items() if n not in failing)
-    assert "parity, rms_norm" in capsys.readouterr().out
+    assert "other-parity, rms_norm" in capsys.readouterr().out
 
 
 def test_interrupted_then_continued(tmp_path, monkeypatch, capsys):
@@ -139,12 +167,12 @@ def test_interrupted_then_continued(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_models, "greedy", interrupted)
+        patch.setattr(gpu_generation, "check_model", interrupted)
         assert main([*QUICK, str(tmp_path), *stages]) == 130
     first = found_in(tmp_path)
     assert first["complete"] is False
     assert states(first, "generation") == {"tiny float32": "interrupted"}
-    assert first["stages"]["generation"]["units"]["tiny float32"]["parity"]["ok"] is True
+    assert first["stages"]["generation"]["units"]["tiny float32"]["ok"] is False
     assert "Stopped early" in (tmp_path / "summary.md").read_text()
     assert "interrupted" in capsys.readouterr().err
     assert main([*QUICK, str(tmp_path), *stages, "--continue"]) == 0
@@ -171,11 +199,12 @@ def test_a_dead_device_is_left_to_another_process(tmp_path, monkeypatch, capsys)
     def broken(*args):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(gpu_models, "check_model", broken)
+    monkeypatch.setattr(gpu_generation, "check_model", broken)
     monkeypatch.setattr(gpu_check.devices, "lives", lambda device: False)
     assert main([*QUICK, str(tmp_path), "--stages", "generation"]) == 1
     found = found_in(tmp_path)
-    assert states(found, "generation") == {"tiny float32": "failed", "tiny bfloat16": "done"}
+    after = states(found, "generation")
+    assert after.pop("tiny float32") == "failed" and set(after.values()) == {"done"}
     assert found["complete"] is True
     assert "another one goes on" in capsys.readouterr().err
 

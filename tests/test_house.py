@@ -21,7 +21,7 @@ OPS = {
 }  # fmt: skip
 
 MODEL = {
-    "openelm", "ops", "reference", "checks", "weights", "compress", "backends", "formats",
+    "openelm", "ops", "reference", "checks", "weights", "compress", "backends", "formats", "gpu",
 }  # fmt: skip
 # Which of our rooms a room may import; the longest prefix of a module's name decides.
 MAY_IMPORT = {
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "weights": {"checks", "formats"},
     "compress": {"compress", "formats"},
     "backends": set(),
+    "gpu": {"backends"},
     "chunked_loss": {"backends", "checks"},
     "ops": {"ops", "backends", "checks", "chunked_loss", "weights", "reference", "formats"},
     "openelm.config": set(),
@@ -41,6 +42,7 @@ MAY_IMPORT = {
         "ops",
         "reference",
         "backends",
+        "gpu",
         "openelm.config",
         "formats",
         "compress",
@@ -68,6 +70,7 @@ MAY_IMPORT = {
             "openelm.step_race",
             "openelm.fair",
             "openelm.gpu_check",
+            "openelm.gpu_generation",
             "openelm.gpu_models",
             "openelm.gpu_report",
         ),

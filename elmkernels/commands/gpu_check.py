@@ -1,14 +1,17 @@
 """`elmkernels gpu-check`: all that one GPU can tell in a few minutes, stage by stage.
 
 Every stage's result is in DIR/results.json as it comes; DIR/summary.md and the charts are made of
-it at the end. `--continue` goes on from what is there.
+it at the end. `--continue` goes on from what is there, without what failed.
+
+On a GPU the stages run in another process, which this one watches and ends where a unit hangs, to
+go on with the next one in a fresh process. That worker is this command with --worker.
 """
 
 import argparse
 import json
-import math
-import subprocess
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ import torch
 
 from ..console import (
     FAILED,
-    INTERRUPTED,
     OK,
     Stages,
     WrongInput,
@@ -34,9 +36,12 @@ from ..console import (
 )
 from ..openelm import chart, gpu_check, gpu_report
 from ..testing.stages import Clock, DeadDevice
+from ..testing.watch import Stuck, Worker, run_watched
 
 NAME = "gpu-check"
 MINUTES, QUICK_MINUTES = 8, 1
+BROKEN = 4  # the exit code of a worker whose device works no more
+PROGRAM = (sys.executable, "-m", "elmkernels")
 
 
 def add_parser(commands: Any) -> None:
@@ -57,6 +62,12 @@ def add_parser(commands: Any) -> None:
         help=f"{', '.join(gpu_check.STAGES)} (default: all)",
     )
     add("--continue", dest="go_on", action="store_true", help="do what DIR/results.json lacks")
+    add(
+        "--watch",
+        action=argparse.BooleanOptionalAction,
+        help="run the stages in another process, ended where one hangs (default: on a GPU)",
+    )
+    add("--worker", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace, version: str) -> int:
@@ -68,31 +79,72 @@ def run(args: argparse.Namespace, version: str) -> int:
         raise WrongInput("--out DIR is missing: where the results go")
     check = _check(args)
     folder = out_folder(args)
+    if args.worker is not None:
+        return _work(check, folder)
     if why := chart.available():
         note(why)
     results = {"elmkernels": version, **gpu_check.start(check)}
     if args.go_on:
         results |= {"stages": _earlier(folder, results), "complete": False}
-    stages = Stages(gpu_check.steps(check))
+    watched = check.device.type == "cuda" if args.watch is None else args.watch
+    stages = None if watched else Stages(gpu_check.steps(check))
     clock = Clock(check.seconds)
 
     def keep() -> None:
         save(folder, results)
 
-    def work() -> None:
+    def here() -> bool:
+        """Whether all could be done in this process."""
         try:
             gpu_check.run(check, results, stages, keep)
         except DeadDevice as error:
-            keep()
             note(f"{error} broke the device for this process; another one goes on")
-            try:
-                _go_on_apart(check, folder, clock.left())
-            finally:
-                results.update(_read(folder))
+            return False
+        return True
+
+    def work() -> None:
+        if not watched and here():
+            return
+        keep()
+        worker = Worker(
+            _worker_command(check, folder), lambda: _read(folder), lambda r: save(folder, r), note
+        )
+        try:
+            run_watched(worker, clock)
+        except Stuck as error:
+            note(f"stopped: {error}")
+        finally:
+            results.update(_read(folder))
 
     code = measure(args, stages, results, work)
     _report(args, plain(results), folder)
-    return code or (OK if gpu_check.passed(results) else FAILED)
+    return code or (OK if results["complete"] and gpu_check.passed(results) else FAILED)
+
+
+def _work(check: gpu_check.Check, folder: Path) -> int:
+    """What a worker does: go on with the results in the folder, as long as it is waited for."""
+    results, parent = _read(folder), os.getppid()
+    stages = Stages(gpu_check.steps(check))
+
+    def keep() -> None:
+        save(folder, results)
+        if os.getppid() != parent:
+            raise KeyboardInterrupt  # nobody reads on: the GPU is not ours any more
+
+    try:
+        gpu_check.run(check, results, stages, keep)
+    except DeadDevice:
+        return BROKEN
+    finally:
+        stages.close()
+        save(folder, results)
+    return OK
+
+
+def _worker_command(check: gpu_check.Check, folder: Path) -> Callable[[float], list[str]]:
+    options = [f"--out={folder}", f"--device={check.device}", f"--stages={','.join(check.stages)}"]
+    options += ["--quick"] if check.quick else []
+    return lambda seconds: [*PROGRAM, NAME, *options, f"--worker={seconds:.1f}"]
 
 
 def _check(args: argparse.Namespace) -> gpu_check.Check:
@@ -102,12 +154,13 @@ def _check(args: argparse.Namespace) -> gpu_check.Check:
         raise WrongInput(gpu_check.no_gpu())
     device = find_device(args.device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", 0)  # the current one; asking for it would initialise CUDA
     if device.type == "cpu" and not quick:
         raise WrongInput("--device cpu is for the rehearsal alone: give --quick too")
     stages = tuple(args.stages or gpu_check.STAGES)
     minutes = args.minutes or (QUICK_MINUTES if quick else MINUTES)
-    return gpu_check.Check(device, 60.0 * minutes, quick, stages)
+    seconds = 60.0 * minutes if args.worker is None else args.worker
+    return gpu_check.Check(device, seconds, quick, stages)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -131,23 +184,14 @@ def _earlier(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     return found["stages"]
 
 
-def _go_on_apart(check: gpu_check.Check, folder: Path, seconds: float) -> None:
-    """The rest in a fresh process, whose results are in the folder."""
-    minutes = str(max(1, math.ceil(seconds / 60)))
-    command = [sys.executable, "-m", "elmkernels", NAME, "--continue", f"--out={folder}"]
-    command += [f"--device={check.device}", f"--minutes={minutes}"]
-    command += [f"--stages={','.join(check.stages)}", *(["--quick"] if check.quick else [])]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-
-
 def _report(args: argparse.Namespace, results: dict[str, Any], folder: Path) -> None:
     text = gpu_report.summary(results)
     checked(replace_text, folder / "summary.md", text)
     drawn = []
     if chart.available() is None:
         drawn = checked(gpu_report.draw, results, folder)
+    say = note if args.json else print
     if not args.json:
         print(text)
         print(f"{folder}: {', '.join(['results.json', 'summary.md', *drawn])}")
+    say(f"the summary is in {folder / 'summary.md'}")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..formats import Arena
 from .config import OpenELMConfig
 
@@ -31,8 +32,8 @@ _ALIGNMENT = 64  # elements between the starts of blocks: whole cache lines in a
 class KVCache:
     """Per layer i, `k[i]` and `v[i]` are [batch, max_length, kv_heads_i, head_dim], views of
     `arena`. max_length: rope_max_length if None. dtype: floating, torch's default if None.
-    Raises ValueError or TypeError for sizes and dtypes that can't be, MemoryError where even the
-    addresses are refused.
+    Raises ValueError or TypeError for sizes and dtypes that can't be, RuntimeError for a GPU that
+    isn't here, MemoryError where even the addresses are refused or a GPU's memory doesn't do.
     """
 
     def __init__(
@@ -71,8 +72,12 @@ class KVCache:
             for which in (0, 1):
                 offsets[layer, which] = end
                 end += -(-prod(shape) // _ALIGNMENT) * _ALIGNMENT
+        gpu.check_here(device)
         with torch.inference_mode(False):  # an inference tensor could not be written outside it
-            data = _zeros(end, dtype, device)
+            try:
+                data = _zeros(end, dtype, device)
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(self._too_large(end * dtype.itemsize, dtype, device)) from error
             self.arena = Arena(data, offsets, self.batch, self.max_length, self.head_dim)
             self.k: list[Tensor] = []
             self.v: list[Tensor] = []
@@ -84,6 +89,21 @@ class KVCache:
                         # under many names, of which some are written.
                         part = torch.from_dlpack(part)
                     tensors.append(part.view(shape).transpose(1, 2))
+
+    def _too_large(self, nbytes: int, dtype: torch.dtype, device: torch.device) -> str:
+        """What a cache needs, what is free, and what fits."""
+        free, total = torch.cuda.mem_get_info(device)
+        token = 2 * sum(self.kv_heads) * self.head_dim * dtype.itemsize  # of one row
+        fits = []
+        if length := min(self.max_length, free // (token * self.batch)):
+            fits.append(f"a max_length of {length} for {self.batch} rows")
+        if batch := free // (token * self.max_length):
+            fits.append(f"{batch} rows of {self.max_length} tokens")
+        return (
+            f"a cache of {self.batch} rows of {self.max_length} tokens needs {nbytes} bytes "
+            f"({nbytes / 2**30:.2f} GiB), {free} of {total} ({free / 2**30:.2f} GiB) are free on "
+            f"{device}: at most {' or '.join(fits) or 'nothing of it'} would fit"
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..compress import check_packed, check_scheme
 from ..formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
+from ..gpu import check_here
 from . import storage
 from .compressed import Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
@@ -76,6 +77,7 @@ def load(
         )
     chosen = _match(config, scheme, stored, path)
     device = torch.get_default_device() if device is None else torch.device(device)
+    check_here(device)
     weights = {}
     for name in progress(chosen, f"loading {path.name}"):
         weight = chosen[name].read()

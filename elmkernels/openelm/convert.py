@@ -10,7 +10,7 @@ from .compressed import Compressed, CompressedEmbedding, weight_of
 from .linear import Linear, TiedHead
 from .model import OpenELM
 from .progress import progress
-from .swap import PROJECTIONS, accelerate, is_accelerated, restore, set_module
+from .swap import PROJECTIONS, accelerate, asked_backend, is_accelerated, restore, set_module
 
 
 @dataclass
@@ -104,7 +104,7 @@ def _options(model: OpenELM) -> dict:
     """How an accelerated model was accelerated."""
     plans = [m.plan for m in model.modules() if isinstance(m, Linear)]
     plans += [m.products.plan for m in model.modules() if isinstance(m, TiedHead)]
-    return {"backend": model.norm.backend, "pack_weights": any(p.packs for p in plans)}
+    return {"backend": asked_backend(model), "pack_weights": any(p.packs for p in plans)}
 
 
 def plain(module: Compressed, weight: Tensor, padding_index: int | None = None) -> nn.Module:

@@ -7,19 +7,24 @@ On a CPU the same calls run in small form. Results are one dict of plain values;
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
+from .. import gpu
 from ..backends import build_report, choose, defined
 from ..testing import device as devices
 from ..testing import op_stages
 from ..testing.stages import FAILED, Clock, Found, Stage, Unit, run_stages
 from ..testing.timing import fingerprint
-from .gpu_models import Models, compiled_units, generation_units, model_units
+from .gpu_generation import generation_units
+from .gpu_models import GENERATION, Models, compiled_units, decode_units, model_units
 
-STAGES = ("machine", "parity", "sanitizer", "generation", "ops", "models", "compiled")
-SHARES = dict(zip(STAGES, (2, 20, 7, 13, 17, 22, 19), strict=True))
+# In the order in which they tell most: is decoding right, how fast is it, and all the rest.
+SHARES = {
+    "machine": 2, "parity": 12, GENERATION: 13, "decode": 22, "compiled": 18, "ops": 14,
+    "models": 9, "other-parity": 7, "sanitizer": 3,
+}  # fmt: skip
+STAGES = tuple(SHARES)
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,9 @@ class Check:
 
 def no_gpu() -> str:
     """What was found instead of a GPU, and what is needed."""
-    built = torch.version.cuda
-    found = f"torch {torch.__version__} sees no CUDA device"
-    found += "" if built else " (this build of torch has no CUDA)"
     return (
-        f"{found}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer and a CUDA "
-        "build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
+        f"{gpu.no_cuda()}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer and a "
+        "CUDA build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
     )
 
 
@@ -56,18 +58,20 @@ def start(check: Check) -> Found:
     }
 
 
-def plan(check: Check) -> list[Stage]:
-    """The stages that were asked for, in their order."""
+def plan(check: Check, results: Found | None = None) -> list[Stage]:
+    """The stages that were asked for, in their order. results: those that they fill."""
     device, quick = check.device, check.quick
-    models = Models(device, quick, check.seed)
+    models = Models(device, quick, check.seed, {} if results is None else results)
     units: dict[str, tuple[Callable, bool]] = {
         "machine": (lambda: [Unit("facts", partial(_machine, device))], False),
-        "parity": (lambda: op_stages.parity_units(device, quick), True),
-        "sanitizer": (lambda: op_stages.sanitizer_units(device, quick), False),
-        "generation": (lambda: generation_units(models), False),
+        "parity": (lambda: op_stages.parity_units(device, quick, first=True), True),
+        GENERATION: (lambda: generation_units(models), False),
+        "decode": (lambda: decode_units(models), False),
+        "compiled": (lambda: compiled_units(models), False),
         "ops": (lambda: op_stages.bench_units(device, quick), False),
         "models": (lambda: model_units(models), False),
-        "compiled": (lambda: compiled_units(models), False),
+        "other-parity": (lambda: op_stages.parity_units(device, quick, first=False), True),
+        "sanitizer": (lambda: op_stages.sanitizer_units(device, quick), True),
     }
     return [Stage(n, SHARES[n], *units[n]) for n in STAGES if n in check.stages]
 
@@ -85,7 +89,7 @@ def run(
 ) -> None:
     """Fill `results`; raises `testing.stages.DeadDevice` where only another process can go on."""
     lives = partial(devices.lives, check.device)
-    run_stages(plan(check), results, Clock(check.seconds), say, keep, lives)
+    run_stages(plan(check, results), results, Clock(check.seconds), say, keep, lives)
 
 
 def passed(results: Found) -> bool:
@@ -95,16 +99,11 @@ def passed(results: Found) -> bool:
 
 
 def _machine(device: torch.device, found: Found, clock: Clock) -> None:
-    capability, built = devices.capability(device), devices.architectures()
+    capability, built = gpu.capability(device), gpu.architectures()
     found |= fingerprint(device) | devices.facts(device)
     found["built"] = build_report()
     found["built_for"] = built
-    found["backends"] = devices.backends_of(device)
+    found["backends"] = gpu.backends_of(device)
     found["ops"] = {op: choose(op, device.type, None) for op in defined()}
     if capability is not None:
-        found["covered"] = devices.runs_on(capability, built) if built else None
-
-
-def all_units(results: dict[str, Any], stage: str) -> dict[str, Found]:
-    """A stage's units by name; none where it hasn't begun."""
-    return results["stages"].get(stage, {}).get("units", {})
+        found["covered"] = gpu.runs_on(capability, built) if built else None

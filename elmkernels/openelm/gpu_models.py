@@ -2,34 +2,45 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import SDPA, choose
-from ..testing.device import architectures, capability, datasheet, gpu_name, unfit
-from ..testing.stages import Clock, Found, LeftOut, Unit, first_line
+from ..backends import SDPA
+from ..gpu import architectures, capability, unfit
+from ..ops.decode_step import MAX_BATCH
+from ..testing.device import datasheet, gpu_name
+from ..testing.stages import FAILED, Clock, Found, LeftOut, Unit, first_line
+from ..testing.watch import HUNG
 from . import olmo, speed, step_race
 from .config import OpenELMConfig
 from .decoding import GRAPH as BY_GRAPH
-from .generate import greedy
+from .decoding import ONE_LAUNCH as BY_ONE_LAUNCH
 from .gpu_runners import (
     COMPILED_FAIR,
     COMPILED_OLMO,
     GRAPH,
     OLMO,
+    ONE_LAUNCH,
+    OTHER_FORMS,
+    QUANTISED,
     SDPA_GRAPH,
     DecoderRunner,
     FairRunner,
 )  # fmt: skip
 from .model import OpenELM
-from .proof import check_model, compare_tokens, free_bytes, twin
-from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner
+from .proof import free_bytes, twin
+from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner, compress
 from .swap import Report, accelerate
+from .ways import ways
 
+GENERATION = "generation"  # the stage whose units named for a way of decoding try it first
+# Seconds after which a unit is taken to hang: models are made in it, graphs captured, kernels
+# compiled. torch.compile takes its minutes; a way of decoding is tried in less.
+LIMIT, WAY_LIMIT, COMPILE_LIMIT = 150.0, 75.0, 420.0
+KEPT = 2  # models in memory: decoding goes to and fro between two
 TINY = {
     "num_transformer_layers": 2,
     "model_dim": 128,
@@ -60,12 +71,17 @@ QUICK = Sizes(("tiny",), (), 16, (16,), (260,), (1, 2), 4, 16, 2)
 
 @dataclass
 class Models:
-    """The model that is looked at, on its device: the reference and its swapped twin."""
+    """The models that are looked at, KEPT of them at a time, on their device: the reference and its
+    swapped twin. results: of the whole check, for what is known of the ways of decoding.
+    """
 
     device: torch.device
     quick: bool = False
     seed: int = 0
+    results: Found = field(default_factory=dict)
+    allowed: dict[tuple, float] = field(default_factory=dict)  # by how much two logits may differ
     _held: dict[tuple, tuple[OpenELM, OpenELM, Report]] = field(default_factory=dict)
+    _forms: dict[tuple[str, str], OpenELM] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Sizes:
@@ -80,9 +96,13 @@ class Models:
         """Both, with what accelerate did. Raises LeftOut where the device or its memory is not
         what they need."""
         if (name, dtype) not in self._held:
-            self.drop()
             config = self.config(name)
-            self.need(config.num_parameters * dtype.itemsize + (1 << 28), f"{name}'s weights")
+            nbytes = config.num_parameters * dtype.itemsize + (1 << 28)
+            if len(self._held) == KEPT:
+                self._drop_one()
+            if self._short(nbytes):
+                self.drop()
+            self.need(nbytes, f"{name}'s weights")
             where = {"dtype": dtype, "device": self.device}
             model = OpenELM.from_config(config, seed=self.seed, **where).eval()
             swapped = twin(model)
@@ -90,59 +110,63 @@ class Models:
             self._held[name, dtype] = model, swapped, report
         return self._held[name, dtype]
 
+    def compressed(self, name: str, form: str) -> OpenELM:
+        """The bfloat16 model with its weights in another form, swapped."""
+        if (name, form) not in self._forms:
+            ours = compress(form, self.get(name, torch.bfloat16)[0], progress=False)
+            accelerate(ours)
+            self._forms[name, form] = ours
+        return self._forms[name, form]
+
+    def lacks(self, way: str, model: OpenELM, trial: bool = False) -> str | None:
+        """Why a model isn't decoded in one of the ways here, or None. trial: to see its tokens, as
+        long as it never hung; to be timed it must not have failed in bfloat16 either.
+        """
+        if self.device.type == "cuda" and (why := ways(model, self.device)[way]):
+            return why
+        units = self.results.get("stages", {}).get(GENERATION, {}).get("units", {})
+        bad = {n: u for n, u in units.items() if n.endswith(way) and u["state"] == FAILED}
+        for name, unit in bad.items():
+            if unit["error"].startswith(HUNG) or (not trial and "bfloat16" in name):
+                return f"it failed as {name!r}: {unit['error']}"
+        return None
+
     def drop(self) -> None:
-        """Let go of it, and of the memory that torch keeps."""
+        """Let go of all, and of the memory that torch keeps."""
         self._held.clear()
+        self._forms.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _drop_one(self) -> None:
+        """Let go of the model that was made first, and of its other forms."""
+        name, dtype = next(iter(self._held))
+        del self._held[name, dtype]
+        if dtype == torch.bfloat16:
+            self._forms = {key: m for key, m in self._forms.items() if key[0] != name}
+        gc.collect()
+
+    def _short(self, nbytes: float) -> int | None:
+        """The bytes that are free, where they are too few."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        free = free_bytes(self.device)
+        return free if free is not None and nbytes > free else None
 
     def need(self, nbytes: float, what: str) -> None:
         """Raise LeftOut for a device that can't run the kernels, or lacks so much free memory."""
         why = unfit("triton", capability(self.device), architectures())
         if why:
             raise LeftOut(why)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        free = free_bytes(self.device)
-        if free is not None and nbytes > free:
+        free = self._short(nbytes)
+        if free is not None:
             raise LeftOut(f"{what} need {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
     def tokens(self, config: OpenELMConfig, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 1)
         ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
         return ids.to(self.device)
-
-
-def generation_units(models: Models) -> list[Unit]:
-    """Swapped models held to the reference, with gradients, and the tokens of a captured step."""
-    names = models.sizes.models
-    units = [(names[0], torch.float32), (names[0], torch.bfloat16)]
-    units += [(name, dtype) for name in names[1:] for dtype in (torch.bfloat16, torch.float32)]
-    return [Unit(f"{n} {_name(d)}", partial(_generation, models, n, d)) for n, d in units]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _generation(models: Models, name: str, dtype: torch.dtype, found: Found, clock: Clock) -> None:
-    eager, swapped, report = models.get(name, dtype)
-    steps = models.sizes.compared if dtype == torch.float32 else models.sizes.compared // 8
-    ids = models.tokens(eager.config, 2, 48)
-    found |= {"ok": False, "backends": report.backends | {"attention": report.attention}}
-    found["decode_step"] = choose("decode_step", models.device.type, None)
-    parity = check_model(eager, swapped, ids, steps, report.gemm)
-    bad = [row for row in parity.rows() if row["parity"] != "ok"]
-    found["parity"] = {"ok": parity.ok, "rule": parity.rule, "truth": parity.truth}
-    found["parity"] |= {"failed": bad, "losses": parity.losses, "greedy": asdict(parity.greedy)}
-    captured = models.device.type == "cuda"
-    expected = greedy(eager, ids, steps)
-    run = DecoderRunner(GRAPH, swapped, BY_GRAPH, captured).run(Task("", ids, steps - 1))
-    got = torch.tensor(run(), device=ids.device)
-    same = compare_tokens(eager, ids, expected, got, parity.greedy.gap_allowed)
-    found["graph"] = asdict(same) | {"ok": same.ok, "captured": captured}
-    found["ok"] = parity.ok and same.ok
 
 
 def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float, str]:
@@ -156,14 +180,20 @@ def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float,
 
 
 def _caches(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> float:
-    """About the bytes of five runners' caches, and of a prompt on its way through a layer."""
+    """About the bytes of ten runners' caches, and of a prompt on its way through a layer."""
     tokens = task.prompts.shape[0] * (task.length + 128)
     cache = 2 * config.head_dim * sum(config.num_kv_heads) * tokens
     layer = (4 * max(config.ffn_dims) + 8 * config.model_dim) * tokens
-    return (5 * cache + layer) * dtype.itemsize
+    return (10 * cache + layer) * dtype.itemsize
 
 
 Makers = dict[str, Callable[[], Runner]]
+OTHER_WEIGHTS = (
+    EAGER,
+    OLMO,
+    COMPILED_OLMO,
+    *QUANTISED,
+)  # whose tokens aren't compared with eager's
 # About the seconds that torch.compile takes, which nothing can stop once it has begun.
 COMPILE_SECONDS = {COMPILED_FAIR: 60.0, COMPILED_OLMO: 40.0, "a training step": 60.0}
 
@@ -175,8 +205,32 @@ def _lacks_time(models: Models, what: str, clock: Clock) -> str | None:
     return None if left > needed else f"no time: about {needed:.0f} s needed, {left:.0f} left"
 
 
+def _decoders(models: Models, name: str, task: Task, forms: bool) -> Makers:
+    """What decodes a task without waiting for the host; forms: also of the weights' other forms."""
+    captured = models.device.type == "cuda"
+    swapped = models.get(name, torch.bfloat16)[1]
+
+    def by(
+        runner: str, way: str, form: str | None = None, attention: str | None = None
+    ) -> Callable[[], Runner]:
+        def make() -> Runner:
+            if why := models.lacks(way, swapped):
+                raise LeftOut(why)
+            model = swapped if form is None else models.compressed(name, form)
+            return DecoderRunner(runner, model, way, captured, attention)
+
+        return make
+
+    found = {GRAPH: by(GRAPH, BY_GRAPH), SDPA_GRAPH: by(SDPA_GRAPH, BY_GRAPH, attention=SDPA)}
+    if task.prompts.shape[0] <= MAX_BATCH:
+        found[ONE_LAUNCH] = by(ONE_LAUNCH, BY_ONE_LAUNCH)
+        for form, runner in OTHER_FORMS.items() if forms else ():
+            found[runner] = by(runner, BY_ONE_LAUNCH, form)
+    return found
+
+
 def _race(
-    models: Models, name: str, task: Task, more: Callable[[OpenELM], Makers],
+    models: Models, name: str, task: Task, more: Callable[[OpenELM], Makers], forms: bool,
     found: Found, clock: Clock,
 ) -> None:  # fmt: skip
     """A task by the reference, the swapped model and rivals; what can't be had is named."""
@@ -189,13 +243,10 @@ def _race(
     own = len(makers)
     rivals: Makers = {"fair": lambda: FairRunner(eager)}
     if task.steps:
-        captured = models.device.type == "cuda"
-        rivals["graph"] = lambda: DecoderRunner(GRAPH, swapped, BY_GRAPH, captured)
-        rivals["graph with torch's attention"] = lambda: DecoderRunner(
-            SDPA_GRAPH, swapped, BY_GRAPH, captured, SDPA
-        )
+        rivals |= _decoders(models, name, task, forms)
     runs, tokens, missing = {}, {}, {}
-    found |= {"model": name, "ok": True, "missing": missing}
+    found |= {"model": name, "ok": True, "missing": missing, "steps": task.steps}
+    found |= dict(zip(("batch", "context"), task.prompts.shape, strict=True))
     for i, (key, make) in enumerate((makers | rivals | more(eager)).items()):
         if i >= own and (why := _lacks_time(models, key, clock)):
             missing[key] = why
@@ -209,8 +260,8 @@ def _race(
             if i < own:
                 raise
             missing[key] = first_line(error)
-    rivals_of_ours = [n for n in tokens if n not in (EAGER, OLMO, COMPILED_OLMO)]
-    found["agree"] = {n: agreement(tokens[EAGER], tokens[n]) for n in rivals_of_ours}
+    compared = [n for n in tokens if n not in OTHER_WEIGHTS]
+    found["agree"] = {n: agreement(tokens[EAGER], tokens[n]) for n in compared}
     found["tokens_each"] = 1 + task.steps
     _measure(models, task, runs, _work(eager.config, task, dtype), dtype, found)
 
@@ -262,26 +313,39 @@ def _task(models: Models, config: OpenELMConfig, batch: int, length: int, steps:
 
 def _race_unit(
     models: Models, name: str, batch: int, length: int, steps: int,
-    more: Callable[[OpenELM], Makers] = _none, suffix: str = "",
+    more: Callable[[OpenELM], Makers] = _none, suffix: str = "", forms: bool = False,
+    limit: float = LIMIT,
 ) -> Unit:  # fmt: skip
     def run(found: Found, clock: Clock) -> None:
         task = _task(models, models.config(name), batch, length, steps)
-        _race(models, name, task, more, found, clock)
+        _race(models, name, task, more, forms, found, clock)
 
     what = f"decode at {length} x {batch}" if steps else f"prefill {length}"
-    return Unit(f"{name} {what}{suffix}", run)
+    return Unit(f"{name} {what}{suffix}", run, limit)
+
+
+def decode_units(models: Models) -> list[Unit]:
+    """Decoding of few sequences by every way and form of weights: the largest model's first, as it
+    is what the last stage left on the device; one sequence after a short prompt before the rest.
+    """
+    s = models.sizes
+    names = s.models[::-1]
+    few = [b for b in s.batches if b <= MAX_BATCH]
+    grid = [(b, c) for b in few for c in s.contexts]
+    first = [(name, *grid[0]) for name in names]
+    rest = [(name, b, c) for name in names for b, c in grid[1:]]
+    return [_race_unit(models, n, b, c, s.steps, forms=True) for n, b, c in first + rest]
 
 
 def model_units(models: Models) -> list[Unit]:
-    """The tasks of a user for each model, then the grid of batches and contexts."""
+    """Prompts and training steps of each model, then the grid of many sequences and contexts."""
     s = models.sizes
     units = []
     for name in s.models:
-        units.append(_race_unit(models, name, 1, s.contexts[0], s.steps))
         units += [_race_unit(models, name, 1, length, 0) for length in s.prefill]
         units.append(_training_unit(models, name, False))
     for name in s.models:
-        grid = [(b, c) for c in s.contexts for b in s.batches if (b, c) != (1, s.contexts[0])]
+        grid = [(b, c) for c in s.contexts for b in s.batches if b > MAX_BATCH]
         units += [_race_unit(models, name, batch, context, s.steps) for batch, context in grid]
     return units
 
@@ -307,9 +371,11 @@ def compiled_units(models: Models) -> list[Unit]:
         return rivals | {COMPILED_OLMO: lambda: runner(COMPILED_OLMO, options)}
 
     context, steps = s.contexts[0], s.steps
-    more = [_race_unit(models, s.models[-1], 1, context, steps, with_olmo, ", compiled and OLMo")]
+    long = {"limit": COMPILE_LIMIT}
+    olmo_too = ", compiled and OLMo"
+    more = [_race_unit(models, s.models[-1], 1, context, steps, with_olmo, olmo_too, **long)]
     more += [
-        _race_unit(models, name, 1, context, steps, compiled, ", compiled")
+        _race_unit(models, name, 1, context, steps, compiled, ", compiled", **long)
         for name in s.models[:-1]
     ]
     more += [_race_unit(models, name, 1, context, steps) for name in s.large]
@@ -341,4 +407,5 @@ def _training_unit(models: Models, name: str, compiled: bool) -> Unit:
         found |= {"floor_tokens": tokens / found["floor"], "datasheet_tokens": top}
 
     suffix = ", compiled" if compiled else ""
-    return Unit(f"{name} training step {models.sizes.training}{suffix}", run)
+    limit = COMPILE_LIMIT if compiled else LIMIT
+    return Unit(f"{name} training step {models.sizes.training}{suffix}", run, limit)

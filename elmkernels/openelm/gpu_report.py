@@ -7,12 +7,13 @@ from typing import Any
 from ..testing.bench import cell
 from ..testing.stages import DONE, FAILED
 from . import chart
-from .gpu_check import all_units
-from .gpu_runners import GRAPH, SDPA_GRAPH
+from .gpu_runners import GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
+from .gpu_targets import all_units, timed, verdicts
 from .speed import SWAPPED
 
 Found = dict[str, Any]
-OURS = (SWAPPED, GRAPH, SDPA_GRAPH)
+OURS = (SWAPPED, GRAPH, SDPA_GRAPH, ONE_LAUNCH)  # in the weights of the rivals
+FORMS = tuple(OTHER_FORMS.values())
 MOST = 12  # rows of what is named one by one
 MOST_PANELS = 24
 
@@ -29,7 +30,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def summary(results: Found) -> str:
     """The whole report; a part that hasn't run yet is absent."""
     parts = [_head(results), _states(results)]
-    parts += [part(results) for part in (_parity, _generation, _ops, _models, _left_out)]
+    parts += [part(results) for part in (_targets, _parity, _generation, _models, _ops, _left_out)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -72,9 +73,16 @@ def _states(results: Found) -> str:
     return "\n".join(["## Stages", "", markdown(rows), *([""] if errors else []), *errors])
 
 
+def _targets(results: Found) -> str:
+    rows = verdicts(results)
+    note = "The peak is what the maker promises, or, of a GPU whose datasheet isn't here, a copy's."
+    return "\n".join(["## Targets", "", note, "", markdown(rows)])
+
+
 def _parity(results: Found) -> str:
     rows, failed = [], []
-    for unit in all_units(results, "parity").values():
+    units = all_units(results, "parity") | all_units(results, "other-parity")
+    for unit in units.values():
         for dtype, d in unit.get("dtypes", {}).items():
             line = {"op": unit["op"], "backend": unit["backend"], "dtype": dtype}
             line |= {"cases": d["run"], "failed": d["failed"]}
@@ -82,7 +90,7 @@ def _parity(results: Found) -> str:
         failed += unit.get("failed", [])
     if not rows:
         return ""
-    wanted = sum(u.get("wanted", 0) for u in all_units(results, "parity").values())
+    wanted = sum(u.get("wanted", 0) for u in units.values())
     lines = ["## Parity", "", f"{sum(r['cases'] for r in rows)} of {wanted} cases.", ""]
     lines.append(markdown(rows))
     if failed:
@@ -97,17 +105,18 @@ def _parity(results: Found) -> str:
 def _generation(results: Found) -> str:
     rows = []
     for name, u in all_units(results, "generation").items():
-        if "parity" not in u:
+        tokens = u["parity"]["greedy"] if "parity" in u else u.get("tokens", u)
+        if "equal" not in tokens:
             continue
-        tokens, graph = u["parity"]["greedy"], u.get("graph")
-        row = {"model": name, "parity": "ok" if u["parity"]["ok"] else "FAILED"}
-        row["tokens equal"] = f"{tokens['equal']} of {tokens['steps']}"
-        if graph is not None:
-            how = "captured" if graph["captured"] else "not captured"
-            verdict = "" if graph["ok"] else ", FAILED"
-            row["by graph"] = f"{graph['equal']} of {graph['steps']} ({how}){verdict}"
-        rows.append(row | {"decode_step": u["decode_step"]})
-    return "\n".join(["## Generation", "", markdown(rows)]) if rows else ""
+        row = {"model": name, "parity": "ok" if u["ok"] else "FAILED"}
+        row["equal"] = f"{tokens['equal']} of {tokens['steps']}"
+        row["captured"] = u.get("captured")
+        rows.append(row | {"decode_step": u.get("decode_step")})
+    note = (
+        "Greedy tokens equal to the reference's, up to a tie; of packed weights steps whose logits "
+    )
+    note += "are those of plain ones, bit for bit."
+    return "\n".join(["## Generation", "", note, "", markdown(rows)]) if rows else ""
 
 
 def _ops(results: Found) -> str:
@@ -132,12 +141,6 @@ def _ops(results: Found) -> str:
     return "\n".join(lines + _losses(lost))
 
 
-def timed(results: Found) -> dict[str, Found]:
-    """The units of whole models that were measured."""
-    both = all_units(results, "models") | all_units(results, "compiled")
-    return {name: u for name, u in both.items() if "times" in u}
-
-
 def _models(results: Found) -> str:
     rows, lost, absent = [], [], []
     for name, u in timed(results).items():
@@ -147,14 +150,17 @@ def _models(results: Found) -> str:
         for i, (who, rate) in enumerate(rates.items()):
             ratio = mine[best] / rate
             row = {"task": "" if i else name, "runner": who, "tokens/s": rate}
-            row["ours is"] = "" if who in OURS else f"{ratio:.2f}x"
-            row["of floor"] = "" if "OLMo" in who else _percent(rate / u["floor_tokens"])
+            other = "OLMo" in who or who in FORMS
+            row["ours is"] = "" if who in (*OURS, *FORMS) else f"{ratio:.2f}x"
+            row["of floor"] = "" if other else _percent(rate / u["floor_tokens"])
+            if who in FORMS and ONE_LAUNCH in rates:
+                row["x own bfloat16"] = f"{rate / rates[ONE_LAUNCH]:.2f}x"
             row["floor"] = None if i else u["floor_tokens"]
             row["datasheet floor"] = None if i else u["datasheet_tokens"]
             agree = u.get("agree", {}).get(who)
             row["tokens equal"] = None if agree is None else f"{agree} of {u['tokens_each']}"
             rows.append(row)
-            if who not in OURS and ratio < 1:
+            if who not in (*OURS, *FORMS) and ratio < 1:
                 lost.append(f"{name}: {who}, {best} is {ratio:.2f}x")
         absent += [f"- {name}: {who}: {why}" for who, why in u["missing"].items()]
     if not rows:

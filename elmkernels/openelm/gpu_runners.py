@@ -18,6 +18,11 @@ from .sampling import Sampler, Sampling
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
 SDPA_GRAPH = f"{GRAPH}, {SDPA}"
+ONE_LAUNCH = "swapped, one launch"
+# The same by weights in other forms, by the names of `runners.compress`. Only those of a packed
+# one are the same weights.
+OTHER_FORMS = {form: f"{ONE_LAUNCH}, {form}" for form in ("int8", "int4", "packed")}
+QUANTISED = (OTHER_FORMS["int8"], OTHER_FORMS["int4"])
 # Names of rivals that hold other weights: their tokens are not compared.
 OLMO, COMPILED_OLMO = "OLMo-1B eager", "OLMo-1B compiled"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..gpu import check_here
 from ..reference import rope_table
 from .cache import KVCache
 from .compressed import weight_of
@@ -44,6 +45,7 @@ class OpenELM(nn.Module):
         self.config = config
         self.gradient_checkpointing: bool | Collection[int] = False
         device = torch.get_default_device() if device is None else torch.device(device)
+        check_here(device)
         # Built on "meta" first, so that nn.Linear's own initialisation costs nothing.
         with torch.device("meta"):
             # Not nn.Embedding(): its normal_() on "meta" imports half of torch, a second or two.

@@ -230,13 +230,13 @@ class LlamaRunner(Runner):
         self.path.unlink(missing_ok=True)
 
 
-def compress(format: str, model: OpenELM) -> OpenELM:
+def compress(format: str, model: OpenELM, progress: bool = True) -> OpenELM:
     """A copy of a model in a format of ours; of plain weights it shares the Parameters."""
     ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     if format == "packed":
-        pack(ours)
+        pack(ours, progress=progress)
     elif format in ("int8", "int4"):
-        quantize(ours, int(format[3:]), 64)
+        quantize(ours, int(format[3:]), 64, progress=progress)
     return ours
 
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..backends import choose, where_it_has
+from ..backends import choose
 from ..ops._rows_choice import described
 from . import fused, linear
 from .compressed import Compressed, weight_of
+from .given import OPS, given_backends
 from .linear import Plan, measure_plan
 from .loss import LossHead
 
-OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
-_STATE = "_elmkernels_swap"
+_STATE, _ASKED = "_elmkernels_swap", "_elmkernels_backend"
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Report:
     packed_bytes: int = 0
     attention: str = ""  # its backend: the preferred one where the named one has it not
     loss: str = ""  # the same of linear_cross_entropy; empty where the model has no `loss`
+    fallbacks: list[str] = field(default_factory=list)  # what can't run on this GPU, and instead
+    ways: dict[str, str | None] = field(default_factory=dict)  # of decoding on a GPU: see `ways`
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -55,6 +57,11 @@ class Report:
         ]
         if self.packed_bytes:
             lines.append(f"packed weights: up to {self.packed_bytes / 2**20:.0f} MiB more memory")
+        lines += self.fallbacks
+        if self.ways:
+            possible = [way for way, reason in self.ways.items() if reason is None]
+            lines.append(f"decoding: by {' or '.join(possible) or 'calls alone'}")
+            lines += [f"not by {way}: {reason}" for way, reason in self.ways.items() if reason]
         lines += [f"left {path}: {reason}" for path, reason in self.left]
         return "\n".join(lines + self.notes)
 
@@ -242,6 +249,11 @@ def _examine(model: nn.Module, body: nn.Module, prefix: str) -> tuple[Convention
     return convention, left
 
 
+def _device_of(weight: Tensor) -> torch.device:
+    """Where a model runs: one without weights yet (meta) as on a CPU."""
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
 def accelerate(
     model: nn.Module,
     *,
@@ -252,10 +264,11 @@ def accelerate(
     """Swap fused modules into an OpenELM model, in place; its Parameters stay the same objects.
 
     model: an `elmkernels.OpenELM`, or any model with the module layout of CoreNet or of Apple's
-    Hugging Face code. backend: None for the best of each device at every call, or a name, which
-    then never falls back. pack_weights: also let projections keep a packed copy of their weights
-    where that measures faster (more memory; see `openelm.linear`). plan: the projections' routines,
-    as an earlier Report's `gemm` says them, instead of measuring which are fastest here.
+    Hugging Face code. backend: None for the best of each device at every call (on a GPU, of what
+    this very one can run: the report names the rest), or a name, which then never falls back.
+    pack_weights: also let projections keep a packed copy of their weights where that measures
+    faster (more memory; see `openelm.linear`). plan: the projections' routines, as an earlier
+    Report's `gemm` says them, instead of measuring which are fastest here.
     Returns a Report. Raises ValueError, with the reason, for a model it doesn't know and for an
     unknown backend, RuntimeError for a backend that can't run here; the model is then unchanged.
     A model that is accelerated already is restored first.
@@ -267,12 +280,15 @@ def accelerate(
     body, prefix = _body(model)
     convention, left = _examine(model, body, prefix)
     weight = body.norm.weight  # an embedding may be compressed
-    device = "cpu" if weight.device.type == "meta" else weight.device.type
-    backends = {op: described(op, device, backend) for op in OPS}
+    device = _device_of(weight)
+    kind = device.type
+    given, fallbacks = given_backends(device, backend)
+    backends = {op: described(op, kind, given[op]) for op in OPS}
     if plan is None:
-        plan = measure_plan(weight.dtype, pack_weights) if device == "cpu" else Plan()
+        plan = measure_plan(weight.dtype, pack_weights) if kind == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
-    report.attention = choose("attention", device, where_it_has("attention", backend))
+    report.attention = choose("attention", kind, given["attention"])
+    report.fallbacks = fallbacks
     if convention.foreign:
         report.notes.append(
             "its cache holds rotated keys from now on: start generation with a new one"
@@ -293,7 +309,7 @@ def accelerate(
     def swap_linear(path: str) -> None:
         original = model.get_submodule(path)
         if isinstance(original, Compressed):
-            original.backend = backend
+            original.backend = given["linear"]
             kept.append(type(original).__name__)
             return
         if not _is_linear(original):
@@ -306,39 +322,53 @@ def accelerate(
         where = f"{prefix}layers.{i}"
         q_heads, kv_heads = _heads(layer.attn)
         gated = _is_gated(layer.ffn)
-        swap(where, "layers", lambda m: convention.layer(m, backend))
+        swap(where, "layers", lambda m: convention.layer(m, given["add_rms_norm"]))
         norms = ["attn_norm"] if where not in skip else ["attn_norm", "ffn_norm"]
         for name in norms:  # a fused layer takes ffn_norm's weight for its add_rms_norm
-            swap(f"{where}.{name}", "norms", lambda m: fused.FusedRMSNorm(m, backend))
+            swap(f"{where}.{name}", "norms", lambda m: fused.FusedRMSNorm(m, given["rms_norm"]))
         swap(
             f"{where}.attn",
             "attentions",
-            lambda m, i=i, q=q_heads, kv=kv_heads: convention.attention(m, i, q, kv, backend),
+            lambda m, i=i, q=q_heads, kv=kv_heads: _attention(convention, given, m, i, q, kv),
         )
         swap(
             f"{where}.ffn",
             "feed-forwards",
-            lambda m, gated=gated: fused.FusedFeedForward(m, gated, backend),
+            lambda m, gated=gated: fused.FusedFeedForward(m, gated, given["swiglu"]),
         )
         for path in PROJECTIONS:
             swap_linear(f"{where}.{path}")
-    swap(f"{prefix}norm", "norms", lambda m: fused.FusedRMSNorm(m, backend))
+    swap(f"{prefix}norm", "norms", lambda m: fused.FusedRMSNorm(m, given["rms_norm"]))
     if isinstance(getattr(model, "classifier", None), nn.Module):
         swap_linear("classifier")
     elif isinstance(getattr(model, "tied_head", None), nn.Module):
-        swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan, backend))
+        swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan, given["linear"]))
     else:
         report.left.append(("the output projection", "the model computes it in its own forward"))
     if isinstance(getattr(model, "loss_head", None), LossHead):
-        swap("loss_head", "loss heads", lambda m: fused.FusedLossHead(backend))
-        named = where_it_has("linear_cross_entropy", backend)
-        report.loss = choose("linear_cross_entropy", device, named)
+        named = given["linear_cross_entropy"]
+        swap("loss_head", "loss heads", lambda m: fused.FusedLossHead(named))
+        report.loss = choose("linear_cross_entropy", kind, named)
     report.swapped = dict(counts)
     report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
     if plan.packs:
         report.packed_bytes = _projection_bytes(model)
     setattr(model, _STATE, originals)
+    setattr(model, _ASKED, backend)
+    if kind == "cuda":
+        from .ways import ways  # late: it describes models, which asks whether they are swapped
+
+        report.ways = ways(model, device)
     return report
+
+
+def _attention(
+    convention: Convention, given: dict[str, str | None], original: nn.Module, index: int,
+    q_heads: int, kv_heads: int,
+) -> fused.FusedAttention:  # fmt: skip
+    made = convention.attention(original, index, q_heads, kv_heads, given["qk_norm_rope"])
+    made.attention_backend = given["attention"]
+    return made
 
 
 def _projection_bytes(model: nn.Module) -> int:
@@ -352,6 +382,11 @@ def _projection_bytes(model: nn.Module) -> int:
 def is_accelerated(model: nn.Module) -> bool:
     """Whether `accelerate` has swapped modules of this very model."""
     return hasattr(model, _STATE)
+
+
+def asked_backend(model: nn.Module) -> str | None:
+    """The backend that `accelerate` was asked for; modules may have been given another."""
+    return getattr(model, _ASKED, None)
 
 
 def restore(model: nn.Module) -> None:
@@ -376,3 +411,4 @@ def restore(model: nn.Module) -> None:
             if path in parameters:
                 module._parameters[key] = parameters[path]
     delattr(model, _STATE)
+    vars(model).pop(_ASKED, None)

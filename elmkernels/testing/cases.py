@@ -239,6 +239,17 @@ CASES: dict[str, list[Case]] = {
 BENCH_ROWS = (1, 8, 64, 512, 4096)
 
 
+LONG = (16, 2048)  # sequences, keys of each: in 1_1B's last layer 64 MiB of keys and values
+
+
+def long_tokens(model: str = "1_1B", layer: int = -1) -> Case:
+    """Attention of a new token of each of LONG's sequences in one layer of a model."""
+    config, (batch, keys) = models()[model], LONG
+    heads = config.num_query_heads[layer], config.num_kv_heads[layer], config.head_dim
+    check = attention_case(f"{model}_token_2x{keys}", *heads, 1, keys, 2)
+    return attention_case(f"{model}_token_{batch}x{keys}", *heads, 1, keys, batch, check=check)
+
+
 def bench_cases(
     op: str, rows: tuple[int, ...] = BENCH_ROWS, model: str = "1_1B", layer: int = -1
 ) -> list[Case]:

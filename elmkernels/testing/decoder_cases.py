@@ -266,7 +266,7 @@ def decode_step_cases() -> list[Case]:
     several = (3, 70, 0, 131)
     found = []
     for form in FORMS:
-        for batch in (1, 2, 3, 8):
+        for batch in (1, 2, 3, 4, 8):
             found.append(_decode_case(f"{form}_batch_{batch}", form, ragged[-batch:]))
         found.append(_decode_case(f"{form}_untied", form, (5, 70), tied=False))
     for name, config in models().items():

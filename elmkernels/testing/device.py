@@ -1,4 +1,4 @@
-"""What a GPU is: facts, what its maker promises, and which of our backends fit it."""
+"""What a GPU is: facts, what its maker promises, and whether it still works."""
 
 import re
 import shutil
@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from ..backends import BACKENDS, build_report
-
-LEAST_CAPABILITY = (8, 0)  # bfloat16, and what Triton compiles for
 SMI_FIELDS = (
     "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "mig.mode.current",
 )  # fmt: skip
@@ -75,44 +72,6 @@ def nvidia_smi(index: int) -> dict[str, str] | str:
     if done.returncode:
         return f"nvidia-smi failed: {(done.stderr or done.stdout).strip()[:200]}"
     return dict(zip(SMI_FIELDS, (x.strip() for x in done.stdout.split(",")), strict=False))
-
-
-def architectures() -> list[str]:
-    """Those that the CUDA library was built for ("80", "90"); none where that isn't known."""
-    return [a.strip() for a in build_report().get("cuda architectures", "").split(",") if a.strip()]
-
-
-def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether one of the architectures runs on a GPU: the same major number, no newer minor."""
-    pairs = [(int(a[:-1]), int(a[-1])) for a in built]
-    return any(major == capability[0] and minor <= capability[1] for major, minor in pairs)
-
-
-def unfit(backend: str, capability: tuple[int, int] | None, built: list[str]) -> str | None:
-    """Why a backend that can run here can't run on a GPU of this compute capability, or None.
-    capability: None for a CPU. An unknown list of architectures is no reason.
-    """
-    if capability is None:
-        return None
-    found = f"this GPU has compute capability {capability[0]}.{capability[1]}"
-    if capability < LEAST_CAPABILITY:
-        return f"needs compute capability 8.0 or newer, {found}"
-    if backend == "cuda" and built and not runs_on(capability, built):
-        return f"built for {', '.join(f'sm_{a}' for a in built)}, {found}"
-    return None
-
-
-def capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-def backends_of(device: torch.device) -> dict[str, str | None]:
-    """{backend: None, or why it can't run on this device}."""
-    found = {}
-    for b in BACKENDS.values():
-        other = None if device.type in b.devices else f"runs on {' or '.join(b.devices)}"
-        found[b.name] = b.missing or other or unfit(b.name, capability(device), architectures())
-    return found
 
 
 def lives(device: torch.device) -> bool:

@@ -2,18 +2,22 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from ..backends import REFERENCE
+from ..gpu import backends_of
 from .bench import bench_op, passes
-from .cases import CASES, bench_cases
-from .device import backends_of, datasheet, gpu_name
+from .cases import CASES, bench_cases, long_tokens
+from .device import datasheet, gpu_name
+from .draw import Case
 from .parity import DTYPES, Record, check_parity, plan
 from .stages import Clock, Found, LeftOut, Unit, first_line
 
@@ -21,13 +25,46 @@ GOLDEN = 0.6180339887498949  # i * GOLDEN mod 1 visits any list evenly, however 
 MOST_ERRORS = 3
 SANITIZER = "compute-sanitizer"
 FOUND = 9  # the exit code that it is asked for where it finds an error
+LONG_TOKENS = 0  # "rows" of a token of each of many sequences, long ones
+BENCH_LIMIT = 150.0  # seconds after which one is taken to hang: rivals are compiled in it
 LEAST_SECONDS = 30.0  # below which no watched process gets to its first case
-# What is measured first: rows and dtypes of most weight; torch.compile has its turn in COMPILED.
+# Whose parity comes first: what a GPU decodes with, and of it the cases by form and few rows.
+FIRST = ("decode_step", "linear", "qk_norm_rope")
+_FORMS = "(plain|affine8_64|affine4_64|packed)"
+FIRST_CASES = {"decode_step": rf"{_FORMS}_batch_[1-4]", "linear": rf"{_FORMS}_rows_[18]"}
+NORMS = ("rms_norm", "add_rms_norm")
+
+
+class Bench(NamedTuple):
+    """Rows of a layer of each model; ops: those measured, all where there are none. compiled: with
+    torch.compile beside them, which takes its time.
+    """
+
+    rows: int
+    dtype: torch.dtype = torch.bfloat16
+    ops: tuple[str, ...] = ()
+    models: tuple[str, ...] = ("1_1B",)
+    compiled: bool = False
+
+
+# The most telling first: a token, what moves far more than any cache holds, few rows.
 BENCHES = (
-    (4096, torch.bfloat16), (1, torch.bfloat16), (512, torch.bfloat16), (4096, torch.float32),
-    (64, torch.bfloat16), (8, torch.bfloat16), (1, torch.float32), (512, torch.float32),
-)  # fmt: skip
-COMPILED = BENCHES[:2]
+    Bench(1, compiled=True),
+    Bench(16384, ops=("rms_norm", "qk_norm_rope"), compiled=True),
+    Bench(LONG_TOKENS, ops=("attention",)),
+    Bench(4, ops=NORMS),
+    Bench(16, ops=NORMS),
+    Bench(8, ops=("linear",), models=("1_1B", "270M")),
+    Bench(16384, ops=("rms_norm",), models=("270M", "450M", "3B")),
+    Bench(16384, ops=("add_rms_norm",)),
+    Bench(4096, compiled=True),
+    Bench(512),
+    Bench(64),
+    Bench(8),
+    Bench(4096, torch.float32),
+    Bench(1, torch.float32),
+    Bench(512, torch.float32),
+)
 
 
 def pairs(device: torch.device, quick: bool = False) -> list[tuple[str, str]]:
@@ -44,14 +81,26 @@ def evenly(items: list) -> list:
     return [items[i] for i in order]
 
 
-def parity_units(device: torch.device, quick: bool) -> list[Unit]:
-    """Each op on each backend: forward and backward, in every dtype."""
-    return [Unit(f"{op} {b}", partial(_parity, op, b, device)) for op, b in pairs(device, quick)]
+def parity_units(device: torch.device, quick: bool, first: bool) -> list[Unit]:
+    """Each op on each backend: forward and backward, in every dtype. first: those in FIRST, or the
+    others.
+    """
+    found = [(op, b) for op, b in pairs(device, quick) if (op in FIRST) == first]
+    if first:
+        found.sort(key=lambda pair: FIRST.index(pair[0]))
+    return [Unit(f"{op} {b}", partial(_parity, op, b, device)) for op, b in found]
+
+
+def in_order(op: str) -> list[Case]:
+    """The op's cases: those that come first, then the others spread evenly."""
+    pattern = FIRST_CASES.get(op, "(?!)")
+    first = [c for c in CASES[op] if re.fullmatch(pattern, c.name)]
+    return first + evenly([c for c in CASES[op] if c not in first])
 
 
 def _parity(op: str, backend: str, device: torch.device, found: Found, clock: Clock) -> None:
     """As many cases as there is time for, one at least; a case that raises doesn't end it."""
-    todo = [(c, d) for c in evenly(CASES[op]) for d in DTYPES.values() if d in c.dtypes]
+    todo = [(c, d) for c in in_order(op) for d in DTYPES.values() if d in c.dtypes]
     dtypes: dict[str, dict] = {}
     found |= {"op": op, "backend": backend, "wanted": len(todo), "run": 0, "ok": False}
     found |= {"failed": [], "raised": {}, "dtypes": dtypes}
@@ -122,22 +171,30 @@ def run_apart(command: list[str], seconds: float) -> tuple[int, str, str]:
 def bench_units(device: torch.device, quick: bool) -> list[Unit]:
     """Forward and forward + backward beside the rivals, the most telling rows first."""
     chosen = [p for p in pairs(device, quick) if p[1] != REFERENCE and p[0] != "decode_step"]
-    units = []
-    for rows, dtype in ((1, torch.bfloat16),) if quick else BENCHES:
+    units: dict[str, Unit] = {}
+    for bench in (Bench(1, models=("270M",)),) if quick else BENCHES:
         for op, backend in chosen:
-            for case in bench_cases(op, (rows,), "270M" if quick else "1_1B"):
-                if dtype not in case.dtypes:
+            if bench.ops and op not in bench.ops:
+                continue
+            for case in _cases(op, bench):
+                if bench.dtype not in case.dtypes:
                     continue
                 for backward in passes(op):
-                    name = str(dtype).removeprefix("torch.")
+                    name = str(bench.dtype).removeprefix("torch.")
                     what = f"{op}{' fwd+bwd' if backward else ''} {case.name} {name} {backend}"
-                    compiled = not quick and (rows, dtype) in COMPILED
-                    args = (op, case, dtype, backend, backward, device, compiled)
-                    units.append(Unit(what, partial(_bench, *args)))
-    return units
+                    run = partial(_bench, op, case, bench, backend, backward, device)
+                    units.setdefault(what, Unit(what, run, BENCH_LIMIT))
+    return list(units.values())
 
 
-def _bench(op, case, dtype, backend, backward, device, compiled, found: Found, clock: Clock):
+def _cases(op: str, bench: Bench) -> list[Case]:
+    if bench.rows == LONG_TOKENS:
+        return [long_tokens(model) for model in bench.models]
+    return [case for model in bench.models for case in bench_cases(op, (bench.rows,), model)]
+
+
+def _bench(op, case, bench, backend, backward, device, found: Found, clock: Clock):
+    dtype, compiled = bench.dtype, bench.compiled
     options = {"min_time": 0.05, "rounds": 7} if device.type == "cuda" else {"min_time": 0.01}
     try:
         record = bench_op(op, case, dtype, backend, backward, device, compiled=compiled, **options)
@@ -147,7 +204,7 @@ def _bench(op, case, dtype, backend, backward, device, compiled, found: Found, c
         # A rival that can be called may yet not be captured: ours is measured without it.
         record = bench_op(op, case, dtype, backend, backward, device, compiled=False, **options)
         record.missing["compiled"] = first_line(error)
-    found |= record.json()
+    found |= record.json() | {"rows": bench.rows}
     promised = datasheet(gpu_name(device))
     found |= {"bandwidth": record.bandwidth, "of_copy": record.of_copy, "ok": record.parity}
     found["ratios"] = {name: record.speedup(name) for name in record.rivals}

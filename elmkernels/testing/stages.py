@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 DONE, FAILED, RUNNING, INTERRUPTED = "done", "failed", "running", "interrupted"
+LIMIT = 90.0  # seconds without an answer after which a unit is taken to hang, beside its share
 
 
 class LeftOut(Exception):
@@ -43,10 +44,14 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """run fills a dict, kept even where it fails, within about the time of its clock."""
+    """run fills a dict, kept even where it fails, within about the time of its clock. limit: the
+    seconds after which it is taken to hang (see `watch`), LIMIT if None; where units split a
+    stage's time, its part of that is added.
+    """
 
     name: str
     run: Callable[[Found, Clock], None]
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ def run_stages(
     lives: Callable[[], bool] = lambda: True,
 ) -> None:
     """Fill results["stages"]; what is there already is not done again. say is told what comes next,
-    keep is called after each unit, lives says whether the device still works after a failure.
-    Raises DeadDevice where it doesn't.
+    keep is called before and after each unit, lives says whether the device still works after a
+    failure. Raises DeadDevice where it doesn't.
     """
     kept = results.setdefault("stages", {})
     for i, stage in enumerate(stages):
@@ -98,7 +103,10 @@ def _run_stage(
                 continue
             say(f"{stage.name}: {unit.name}")
             part = clock.part(clock.left() / (len(todo) - i)) if stage.split else clock
-            _run_unit(unit, found, part)
+            limit = LIMIT if unit.limit is None else unit.limit
+            limit += part.left() if stage.split else 0.0
+            found["units"][unit.name] = {"state": RUNNING, "limit": limit}
+            _run_unit(unit, found, part, keep)
             keep()
             broken = found["units"].get(unit.name, {}).get("state") == FAILED and not lives()
             if broken:
@@ -114,14 +122,15 @@ def _settled(unit: Found | None) -> bool:
         return False
     if unit["state"] == RUNNING:
         unit |= {"state": FAILED, "error": "the process ended in it"}
+        unit.pop("limit", None)
     return True
 
 
-def _run_unit(unit: Unit, stage: Found, clock: Clock) -> None:
-    found: Found = {"state": RUNNING}
-    stage["units"][unit.name] = found
+def _run_unit(unit: Unit, stage: Found, clock: Clock, keep: Callable[[], None]) -> None:
+    found: Found = stage["units"][unit.name]
     begin = clock.now()
     try:
+        keep()
         unit.run(found, clock)
         found["state"] = DONE
     except LeftOut as why:
@@ -137,6 +146,7 @@ def _run_unit(unit: Unit, stage: Found, clock: Clock) -> None:
         found["state"] = INTERRUPTED
         raise
     finally:
+        found.pop("limit", None)
         found["seconds"] = clock.now() - begin
 
 
