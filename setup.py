@@ -32,7 +32,8 @@ INSTRUCTION_SETS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 CPU_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
-CUDA_ARCHITECTURES = ("80", "90", "100")
+# "+PTX": what the driver of a newer GPU compiles for it.
+CUDA_ARCHITECTURES = ("80", "90", "100+PTX")
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 
 
@@ -66,6 +67,13 @@ def run(command: list[str]) -> None:
         print(" ".join(command), done.stdout, done.stderr, sep="\n", file=sys.stderr)
         lines = [x for x in done.stderr.splitlines() if "error" in x.lower()] or ["no message"]
         raise BuildError(f"{Path(command[0]).name} failed: {lines[0].strip()[:300]}")
+
+
+def gencode(architecture: str) -> list[str]:
+    """nvcc's options for "90", or for "90+PTX"."""
+    number, _, ptx = architecture.partition("+")
+    kinds = ("sm", "compute") if ptx else ("sm",)
+    return [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
 
 
 class BuildKernels(build_ext):
@@ -106,7 +114,7 @@ class BuildKernels(build_ext):
             driver = [nvcc() or ""]
             if not driver[0]:
                 raise BuildError("nvcc was not found")
-            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+            codes = [code for a in CUDA_ARCHITECTURES for code in gencode(a)]
             flags = [*CUDA_FLAGS, *codes, f"-ccbin={cxx}", "-DUSE_CUDA"]
             sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
             if not sources:

@@ -43,7 +43,7 @@ def check_here(device: torch.device) -> None:
 
 
 def architectures() -> list[str]:
-    """Those that the CUDA library was built for ("80", "90"); none where that isn't known."""
+    """Those that the CUDA library was built for ("80", "90+PTX"); none where that isn't known."""
     return [a.strip() for a in build_report().get("cuda architectures", "").split(",") if a.strip()]
 
 
@@ -53,9 +53,15 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether one of the architectures runs on a GPU: the same major number, no newer minor."""
-    pairs = [(int(a[:-1]), int(a[-1])) for a in built]
-    return any(major == capability[0] and minor <= capability[1] for major, minor in pairs)
+    """Whether one of the architectures runs on a GPU: the same major number and no newer minor, or
+    with PTX any that is no newer.
+    """
+    for architecture in built:
+        number, _, ptx = architecture.partition("+")
+        least = int(number[:-1]), int(number[-1])
+        if least <= capability and (ptx or least[0] == capability[0]):
+            return True
+    return False
 
 
 def unfit(backend: str, capability: tuple[int, int] | None, built: list[str]) -> str | None:

@@ -171,6 +171,9 @@ def test_which_gpus_a_library_runs_on():
     built = ["80", "90", "100"]
     assert all(runs_on(c, built) for c in ((8, 0), (8, 9), (9, 0), (10, 3)))
     assert not any(runs_on(c, built) for c in ((7, 5), (12, 0)))
+    newer = ["80", "90+PTX"]
+    assert all(runs_on(c, newer) for c in ((8, 6), (9, 0), (10, 0), (12, 0)))
+    assert not runs_on((7, 5), newer)
     assert unfit("triton", (7, 5), built) == (
         "needs compute capability 8.0 or newer, this GPU has compute capability 7.5"
     )

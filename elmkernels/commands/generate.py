@@ -28,9 +28,9 @@ from ..console import (
 from ..formats import BITS, GROUP_SIZES
 from ..openelm import OpenELM, Stream, accelerate, stream
 from ..openelm.config import VARIANTS
-from ..openelm.decoding import WAYS
 from ..openelm.sampling import Sampling
 from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
+from ..openelm.ways import WAYS
 from .model import chosen_model
 
 # Options of the main job that would do nothing here.

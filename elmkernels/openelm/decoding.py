@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import BACKENDS, REFERENCE, choose, where_it_has
 from ..formats import Stack
-from ..ops.decode_step import MAX_BATCH
 from . import graph
 from .cache import KVCache
 from .graph import Window, bucket_of, step, width_of
@@ -33,58 +31,13 @@ from .model import OpenELM
 from .readback import Reader
 from .sampling import Sampler, Sampling
 from .stack import described
-from .swap import is_accelerated
+from .ways import CALLS, GRAPH, ONE_LAUNCH, WAYS, step_backend, why_not
 
-ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"
-WAYS = (ONE_LAUNCH, GRAPH, CALLS)
 AHEAD = 8  # steps that are launched before a token is waited for
 ROUNDS = 7  # of each way, when they are timed
 
 # The faster way for a batch and a bucket, of models that were timed in this process.
 _MEASURED: WeakKeyDictionary[Stack, dict[tuple[int, int], str]] = WeakKeyDictionary()
-
-
-def undescribed(model: OpenELM, cache: KVCache) -> str | None:
-    """Why a model's steps can't be described by its weights and the cache alone, or None."""
-    if not isinstance(model, OpenELM):
-        return f"the model is a {type(model).__name__}"
-    kind = cache.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return "autocast is on"
-    try:
-        known = described(model)
-    except ValueError as error:
-        return str(error)
-    if known.dtypes != {cache.dtype}:
-        found = ", ".join(sorted(str(d) for d in known.dtypes))
-        return f"all weights must be {cache.dtype} like the cache, got {found}"
-    return None
-
-
-def why_not(way: str, model: OpenELM, cache: KVCache) -> str | None:
-    """Why a model can't be decoded in one of the WAYS, or None."""
-    reason = None if way == CALLS else undescribed(model, cache)
-    if reason or way != ONE_LAUNCH:
-        return reason
-    if cache.batch > MAX_BATCH:
-        return f"decode_step takes at most {MAX_BATCH} sequences, got {cache.batch}"
-    if choose("decode_step", cache.device.type, _backend(model)) == REFERENCE:
-        return f"decode_step has no kernel here: {BACKENDS['cuda'].missing}"
-    return None
-
-
-def _backend(model: OpenELM) -> str | None:
-    """What accelerate was asked for, where decode_step can be had of it."""
-    return where_it_has("decode_step", getattr(model.layers[0], "backend", None))
-
-
-def wanted(model: OpenELM, cache: KVCache) -> bool:
-    """Whether a model is decoded by a `Decoder` where nothing was named: on a GPU, unless it is the
-    reference model as it was made.
-    """
-    if cache.device.type != "cuda" or undescribed(model, cache):
-        return False
-    return is_accelerated(model) or described(model).compressed
 
 
 class Decoder:
@@ -124,7 +77,8 @@ class Decoder:
 
     def _examine(self) -> None:
         """What is possible for the model as it is now; what was captured before it changed goes."""
-        known = None if undescribed(self.model, self.cache) else described(self.model)
+        reasons = {way: why_not(way, self.model, self.cache) for way in WAYS}
+        known = None if reasons[GRAPH] else described(self.model)
         if known is self._known and (known or self.refused):
             return
         self._known = known
@@ -132,7 +86,6 @@ class Decoder:
         self._prompts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._begun: set[tuple] = set()  # prompts of these keys were run before
         self.taken: dict[int, str] = {}  # the way of each bucket
-        reasons = {way: why_not(way, self.model, self.cache) for way in WAYS}
         self.refused = {way: reason for way, reason in reasons.items() if reason}
         if self.way in self.refused:
             raise RuntimeError(self._cannot(self.way))
@@ -275,7 +228,7 @@ class Decoder:
             return body
 
         place = self._known.stack, self.tokens, self.lengths, self.cache.arena
-        backend, greedy = _backend(self.model), self.sampler.greedy
+        backend, greedy = step_backend(self.model), self.sampler.greedy
 
         def one_launch() -> None:
             # The kernel itself can choose the largest, and put it where the next step finds it.

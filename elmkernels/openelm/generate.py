@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .decoding import CALLS, Decoder, wanted
+from .decoding import Decoder
 from .model import OpenELM
 from .prompts import Prompts, check_lengths, prompt_ids, stop_set
 from .sampling import Sampler, Sampling, is_integer
 from .stack import next_logits
+from .ways import CALLS, wanted
 
 CHUNK = 512
 

@@ -13,13 +13,13 @@ from .. import ops
 from ..backends import REFERENCE, choose
 from ..testing.stages import Clock, Found, LeftOut, Unit
 from .cache import KVCache
-from .decoding import GRAPH, ONE_LAUNCH
 from .generate import greedy
 from .gpu_models import LIMIT, WAY_LIMIT, Models
 from .gpu_runners import DecoderRunner
 from .proof import ModelParity, check_model, compare_tokens
 from .runners import Task
 from .stack import stack_of
+from .ways import GRAPH, ONE_LAUNCH
 
 BATCH, PROMPT = 2, 48
 EXACT_STEPS = 16  # whose logits are compared bit for bit

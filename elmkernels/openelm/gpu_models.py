@@ -16,8 +16,6 @@ from ..testing.stages import FAILED, Clock, Found, LeftOut, Unit, first_line
 from ..testing.watch import HUNG
 from . import olmo, speed, step_race
 from .config import OpenELMConfig
-from .decoding import GRAPH as BY_GRAPH
-from .decoding import ONE_LAUNCH as BY_ONE_LAUNCH
 from .gpu_runners import (
     COMPILED_FAIR,
     COMPILED_OLMO,
@@ -34,6 +32,8 @@ from .model import OpenELM
 from .proof import free_bytes, twin
 from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner, compress
 from .swap import Report, accelerate
+from .ways import GRAPH as BY_GRAPH
+from .ways import ONE_LAUNCH as BY_ONE_LAUNCH
 from .ways import ways
 
 GENERATION = "generation"  # the stage whose units named for a way of decoding try it first

@@ -21,7 +21,7 @@ from . import fused, linear
 from . import layers as reference
 from .cache import KVCache
 from .model import OpenELM
-from .swap import is_accelerated
+from .swap import asked_backend, is_accelerated
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -45,7 +45,7 @@ def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
         return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
     cache.check_room(1)
     # What accelerate was asked for, where it can be had.
-    backend = where_it_has("decode_step", getattr(model.layers[0], "backend", None))
+    backend = where_it_has("decode_step", asked_backend(model))
     logits = ops.decode_step(known.stack, tokens, cache.lengths, cache.arena, backend=backend)
     cache.advance(1)
     return logits

@@ -11,9 +11,10 @@ from tape import record
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore
 from elmkernels.openelm import KVCache, Session, decoding, stream
-from elmkernels.openelm.decoding import AHEAD, CALLS, GRAPH, ONE_LAUNCH, Decoder, why_not
+from elmkernels.openelm.decoding import AHEAD, Decoder
 from elmkernels.openelm.gpu_models import TINY
 from elmkernels.openelm.sampling import Sampler, Sampling
+from elmkernels.openelm.ways import CALLS, GRAPH, ONE_LAUNCH, why_not
 
 module = importlib.import_module("elmkernels.openelm.generate")
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)
@@ -243,7 +244,9 @@ def test_what_cannot_be_had(model):
     assert why_not(ONE_LAUNCH, model, cache) == "decode_step takes at most 8 sequences, got 9"
     assert why_not(GRAPH, model, cache) is None
     cache = KVCache(CONFIG, 1, 20, dtype=torch.bfloat16)
-    assert "all weights must be torch.bfloat16" in why_not(GRAPH, model, cache)
+    assert "the weights must be torch.bfloat16 like the cache" in why_not(
+        GRAPH, model, cache
+    )
     handle = model.layers[0].register_forward_hook(lambda *_: None)
     cache = KVCache(CONFIG, 1, 20)
     assert "layers.0 has hooks" in why_not(GRAPH, model, cache)
