@@ -124,10 +124,13 @@ HAS_ONLY: dict[str, tuple[str, ...]] = {
         "qk_norm_rope",
         "swiglu",
         "attention",
+        "linear",
         "linear_cross_entropy",
     ),
     SDPA: ("attention",),
 }
+# Kernels that not every backend of their op has. `has_kernel` tells: an op composes the others'.
+SOME_HAVE: dict[str, tuple[str, ...]] = {"linear_fused": ("triton",)}
 # Backends that are torch's own operations, not raw kernels.
 COMPOSED = (SDPA, REFERENCE)
 
@@ -150,6 +153,8 @@ def define(op: str, **kernels: tuple[str, Callable]) -> None:
             continue
         for suffix, (schema, fake) in kernels.items():
             name = f"{op}_{suffix}"
+            if backend.name not in SOME_HAVE.get(name, BACKENDS):
+                continue
             qualified = f"elmkernels_{backend.name}::{name}"
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, fake)
@@ -184,6 +189,11 @@ def _decide(op: str) -> None:
 def kernel(name: str, backend: str) -> Callable:
     """The raw kernel `name` ("rms_norm_fwd") of one backend."""
     return _KERNELS[name, backend]
+
+
+def has_kernel(name: str, backend: str) -> bool:
+    """Whether a backend has the raw kernel `name`, where not all of its op do."""
+    return (name, backend) in _KERNELS
 
 
 def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = ()) -> str:
