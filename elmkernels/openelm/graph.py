@@ -66,7 +66,7 @@ def step(model: OpenELM, tokens: Tensor, window: Window) -> Tensor:
     x = model.token_embeddings(tokens[:, None])
     for layer in model.layers:
         x = layer(x, context)
-    return model.project(model.norm(x))[:, -1]
+    return model.logits(x)[:, -1]
 
 
 def bucket_of(length: int, max_length: int) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..backends import choose, where_it_has
-from . import fused, linear
+from ..ops.linear import MAX_ROWS
+from . import few_rows, fused, linear
 from .compressed import Compressed, weight_of
 from .linear import Plan, measure_plan
 from .loss import LossHead
@@ -334,6 +335,12 @@ def accelerate(
         report.loss = choose("linear_cross_entropy", device, named)
     report.swapped = dict(counts)
     report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
+    if not convention.foreign and few_rows.streams(device, backend):
+        which = "any" if plan.streamed else "compressed"
+        report.notes.append(
+            f"up to {MAX_ROWS} rows without gradients: norms, SwiGLU and additions in the products "
+            f"with {which} weights"
+        )
     if plan.packs:
         report.packed_bytes = _projection_bytes(model)
     setattr(model, _STATE, originals)

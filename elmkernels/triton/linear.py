@@ -37,6 +37,7 @@ __all__ = ["linear_dense", "linear_fused", "linear_fwd"]
 
 _NARROW = "reasoned: 2 rows a program spread 1280 to 4096 rows evenly over 108 to 148 processors"
 _SHARED = "reasoned: 4 rows a program, so that each load of x serves 4 of the weight"
+_SPILLS = "compiled: with 4 rows of the weight and 4 of x sm_100 spills a register"
 _WIDE = "reasoned: programs enough for any GPU, so more rows for each load of x"
 _WAVES = "reasoned: the same number of threads in waves of 64"
 
@@ -44,6 +45,7 @@ _WAVES = "reasoned: the same number of threads in waves of 64"
 # n alone, or the order of sums would depend on the rows.
 PRODUCT = (
     Block(NVIDIA, 4096, 2, 2, 4, _NARROW),
+    Block(("sm_100",), 16384, 4, 2, 4, _SPILLS),
     Block(NVIDIA, 16384, None, 4, 4, _SHARED),
     Block(NVIDIA, None, 1, 8, 4, _WIDE),
     Block(NVIDIA, None, None, 4, 4, _SHARED),
