@@ -125,12 +125,16 @@ HAS_ONLY: dict[str, tuple[str, ...]] = {
         "qk_norm_rope",
         "swiglu",
         "attention",
+        "linear",
         "linear_cross_entropy",
     ),
     SDPA: ("attention",),
 }
-# Raw kernels of an op that a backend does without: `optional_kernel` says so to their callers.
-WITHOUT: dict[str, tuple[str, ...]] = {"triton": ("linear_cross_entropy_add",)}
+# Raw kernels that not every backend of their op has: `optional_kernel` says so to their callers.
+SOME_HAVE: dict[str, tuple[str, ...]] = {
+    "linear_fused": ("triton",),
+    "linear_cross_entropy_add": tuple(_INSTRUCTION_SETS),
+}
 # Backends that are torch's own operations, not raw kernels.
 COMPOSED = (SDPA, REFERENCE)
 
@@ -158,7 +162,7 @@ def define(op: str, **kernels: tuple[str, Callable]) -> None:
             continue
         for suffix, (schema, fake) in kernels.items():
             name = f"{op}_{suffix}"
-            if name in WITHOUT.get(backend.name, ()):
+            if backend.name not in SOME_HAVE.get(name, BACKENDS):
                 continue
             qualified = f"elmkernels_{backend.name}::{name}"
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..backends import where_it_has
 from ..reference import rope_table
-from . import recompute
+from . import few_rows, recompute
 from .documents import in_one_row
 from .layers import Context
 from .loss import LossHead, plain_weight
@@ -124,17 +124,10 @@ class FusedAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, backend={self.backend}"
 
-    def project(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        table: Tensor,
-        make: Callable[[], Tensor] | None = None,
-        **cache,
-    ) -> tuple:
-        """x [batch, length, model_dim] -> q, k, v (see `ops.qk_norm_rope`)."""
+    def project(self, qkv: Tensor, positions: Tensor, table: Tensor, **cache) -> tuple:
+        """qkv_proj's output [batch, length, ...] -> q, k, v (see `ops.qk_norm_rope`)."""
         return ops.qk_norm_rope(
-            recompute.apply(self.qkv_proj, x, make),
+            qkv,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             positions,
@@ -146,18 +139,16 @@ class FusedAttention(nn.Module):
             **cache,
         )
 
-    def forward(
-        self, x: Tensor, context: Context, make: Callable[[], Tensor] | None = None
-    ) -> Tensor:
-        """make gives x again in the backward pass (see `recompute`)."""
-        cache = context.cache
+    def attended(self, qkv: Tensor, context: Context) -> Tensor:
+        """qkv_proj's output -> what out_proj takes, [batch, length, q_heads head_dim]."""
+        cache, length = context.cache, qkv.shape[1]
         if cache is None:
-            q, k, v = self.project(x, context.positions, context.rope_table, make)
+            q, k, v = self.project(qkv, context.positions, context.rope_table)
         else:
             i = self.layer_index
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
-            q, _, _ = self.project(x, context.positions, context.rope_table, **buffers)
-            k, v = cache.filled(i, x.shape[1])
+            q, _, _ = self.project(qkv, context.positions, context.rope_table, **buffers)
+            k, v = cache.filled(i, length)
         if context.cu_seqlens is not None:
             q, k, v = in_one_row((q, k, v))
         out = ops.attention(
@@ -169,7 +160,14 @@ class FusedAttention(nn.Module):
             cu_seqlens=context.cu_seqlens,
             backend=self.attention_backend,
         )
-        return self.out_proj(out.reshape(*x.shape[:2], self.q_heads * self.head_dim))
+        return out.reshape(*qkv.shape[:2], self.q_heads * self.head_dim)
+
+    def forward(
+        self, x: Tensor, context: Context, make: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """make gives x again in the backward pass (see `recompute`)."""
+        make = make if context.cache is None else None
+        return self.out_proj(self.attended(recompute.apply(self.qkv_proj, x, make), context))
 
 
 class FusedDecoderLayer(nn.Module):
@@ -202,6 +200,10 @@ class FusedDecoderLayer(nn.Module):
         return fused and isinstance(self.ffn, FusedFeedForward)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        if few_rows.applies(x, self.backend) and self._lean():
+            weights = few_rows.weights_of(self, x)
+            if weights is not None:
+                return few_rows.forward(self, x, context, weights)
         if not torch.is_grad_enabled() or context.checkpointed or not self._lean():
             return self.feed_forward(self.attn(self.attn_norm(x), context), x)
         normed = _narrowed(self.attn_norm(x))
@@ -267,7 +269,7 @@ class FusedCoreNetAttention(_ForeignAttention):
         length = x.shape[1]
         past = past_keys.shape[2] if use_kv_cache and past_keys is not None else 0
         positions = torch.arange(past, past + length, device=x.device)
-        q, k, v = self.project(x, positions, self.rotation(past + length, x.device))
+        q, k, v = self.project(self.qkv_proj(x), positions, self.rotation(past + length, x.device))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if use_kv_cache:
             if past:
@@ -305,7 +307,7 @@ class FusedHuggingFaceAttention(_ForeignAttention):
         if positions is None:
             positions = torch.arange(past, past + length, device=device)
         table = self.rotation(past + length, device)
-        q, k, v = self.project(hidden_states, positions, table)
+        q, k, v = self.project(self.qkv_proj(hidden_states), positions, table)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if past_key_value is not None:
             k, v = past_key_value.update(k, v, self.layer_index, {"cache_position": cache_position})

@@ -74,7 +74,7 @@ def step(model: OpenELM, tokens: Tensor, window: Window, counts: Tensor | None =
         x = layer(x, context)
     if counts is not None:
         x = x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[2]))
-    return model.project(model.norm(x[:, -1:]))[:, -1]
+    return model.logits(x[:, -1:])[:, -1]
 
 
 def bucket_of(length: int, max_length: int) -> int:

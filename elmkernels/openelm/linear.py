@@ -29,17 +29,25 @@ from .compressed import product
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
 
+# Whether a GPU multiplies up to 8 rows by a plain weight with this package's kernel instead of
+# cuBLAS's (see `few_rows`). Reasoned, not measured: both wait for the weight's bytes, but five
+# launches a layer are gone with the norms, SwiGLU and additions that are part of it.
+STREAMED = True
+
 LINEAR, MV, ONEDNN, PACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN packed"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which routine a projection calls, by the number of rows and by whether gradients are kept."""
+    """Which routine a projection calls on a CPU, by the number of rows and by whether gradients are
+    kept; on a GPU it is F.linear, or few rows are `streamed`.
+    """
 
     one_row: str = LINEAR
     few_rows: str = LINEAR
     many_rows: str = LINEAR
     training: str = LINEAR
+    streamed: bool = STREAMED
 
     @property
     def packs(self) -> bool:

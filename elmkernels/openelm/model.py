@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..gpu import check_here
 from ..reference import rope_table
+from . import few_rows
 from .cache import KVCache
 from .compressed import weight_of
 from .config import OpenELMConfig
@@ -154,7 +155,7 @@ class OpenELM(nn.Module):
             input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
             self.token_embeddings,
         )  # fmt: skip
-        logits = self.project(x)
+        logits = self.logits(x)
         if cache is not None:  # last of all: what fails before leaves the cache as it was
             cache.advance(new)
         return logits
@@ -173,9 +174,15 @@ class OpenELM(nn.Module):
             input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
             self.token_embeddings,
         )  # fmt: skip
+        x = self.norm(x)
         if cache is not None:
             cache.advance(new)
         return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits of what the last layer gives, [..., model_dim]."""
+        found = few_rows.logits(self, x)
+        return self.project(self.norm(x)) if found is None else found
 
     def project(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states [..., model_dim]."""
@@ -211,7 +218,7 @@ class OpenELM(nn.Module):
         head = self.token_embeddings if self.classifier is None else self.classifier
         weight = plain_weight(head) if tied is None else tied.projection()
         return self.loss_head(
-            hidden, targets, weight, self.project, ignore_index=ignore_index,
+            self.norm(hidden), targets, weight, self.project, ignore_index=ignore_index,
             z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction,
         )  # fmt: skip
 
@@ -225,7 +232,7 @@ class OpenELM(nn.Module):
         cu_seqlens: Tensor | None,
         embed: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, int | list[int]]:
-        """The last hidden states, and how many tokens are new to a cache, of each row or of all."""
+        """The last layer's output, and how many tokens are new to a cache, of each row or all."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
         context = self._context(input_ids, attention_mask, cache, cu_seqlens)
@@ -239,7 +246,7 @@ class OpenELM(nn.Module):
                 if i in recomputed
                 else layer(x, context)
             )
-        x = self.norm(_kept(x, logits_to_keep, counts))
+        x = _kept(x, logits_to_keep, counts)
         return x, input_ids.shape[1] if counts is None else counts
 
     def _recomputed(self) -> Collection[int]:

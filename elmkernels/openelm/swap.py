@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import reference
 from ..backends import choose
 from ..ops._rows_choice import described
-from . import fused, linear
+from ..ops.linear import MAX_ROWS
+from . import few_rows, fused, linear
 from .compressed import Compressed, weight_of
 from .given import OPS, given_backends
 from .linear import Plan, measure_plan
@@ -351,6 +352,12 @@ def accelerate(
         report.loss = choose("linear_cross_entropy", kind, named)
     report.swapped = dict(counts)
     report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
+    if not convention.foreign and few_rows.streams(kind, given["linear"]):
+        which = "any" if plan.streamed else "compressed"
+        report.notes.append(
+            f"up to {MAX_ROWS} rows without gradients: norms, SwiGLU and additions in the products "
+            f"with {which} weights"
+        )
     if plan.packs:
         report.packed_bytes = _projection_bytes(model)
     setattr(model, _STATE, originals)

@@ -1,40 +1,53 @@
 """linear: y = x w^T for a weight that is plain, affine-quantised or packed (see `formats`).
 
-Few rows of x (up to MAX_ROWS) are bound by memory: a streaming kernel reads each byte of the weight
-once, as it is stored. More rows are bound by arithmetic: the product is torch's own, and of a
-compressed weight a block of at most BLOCK_BYTES is dense at a time. A compressed weight takes no
-gradient; x does: dx = dy w.
-"""
+Before it maybe a norm, x' = rms_norm(x, norm); after it maybe swiglu(y) or residual + y, each
+rounded as it is on its own.
 
-from itertools import pairwise
-from math import prod
+Few rows of x (up to MAX_ROWS) are bound by memory: a streaming kernel reads each byte of the weight
+once, as it is stored, and where the backend has `linear_fused` it does what comes before and after.
+More rows are bound by arithmetic: the product is torch's own, and of a compressed weight a block of
+at most BLOCK_BYTES is dense at a time. A compressed weight takes no gradient; x does: dx = dy w.
+"""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import reference
-from ..backends import REFERENCE, choose, define, kernel
-from ..checks import fail, floating, last_dim_packed
-from ..formats import Affine, Packed, Weight
-from ..weights import check_weight, parts, rows_of
+from ..backends import REFERENCE, choose, define, kernel, optional_kernel
+from ..checks import fail, floating, last_dim_packed, like, shape
+from ..checks import weight as check_norm
+from ..formats import Affine, Weight
+from ..weights import check_weight, parts
+from ._linear_dense import BLOCK_BYTES, FrozenLinear, blocks, dense_product, dense_rows
+from .rms_norm import rms_norm
+from .swiglu import swiglu as gated
+
+__all__ = ["BLOCK_BYTES", "MAX_ROWS", "blocks", "dense_rows", "linear"]
 
 MAX_ROWS = 8
-# Below what the C library maps anew, zeroed, at every call: page faults there cost more
-# than a larger block gains.
-BLOCK_BYTES = 16 << 20
 
 _PARTS = (
     "Tensor data, Tensor? scales, Tensor? biases, Tensor? exponents, Tensor? escape_starts, "
     "Tensor? escape_columns, Tensor? escape_values"
 )
 
+
+def _fused_fake(x: Tensor, data: Tensor, *rest) -> Tensor:
+    swiglu, n = rest[-2], data.shape[0]
+    return x.new_empty((*x.shape[:-1], n // 2 if swiglu else n))
+
+
 define(
     "linear",
     fwd=(
         f"(Tensor x, {_PARTS}, int bits) -> Tensor",
         lambda x, data, *_: x.new_empty((*x.shape[:-1], data.shape[0])),
+    ),
+    fused=(
+        f"(Tensor x, {_PARTS}, int bits, Tensor? norm, float eps, bool swiglu, Tensor? residual) "
+        "-> Tensor",
+        _fused_fake,
     ),
     dense=(
         f"(Tensor like, {_PARTS}, int bits, int k, int begin, int end) -> Tensor",
@@ -43,91 +56,77 @@ define(
 )
 
 
-def _block(weight: Weight, like: Tensor, begin: int, end: int, backend: str) -> Tensor:
-    *tensors, bits = parts(weight)
-    dense = kernel("linear_dense", backend)
-    return dense(like, *tensors, bits, weight.shape[1], begin, end)
-
-
-def dense_rows(
-    weight: Weight, dtype: torch.dtype, begin: int, end: int, *, backend: str | None = None
+def linear(
+    x: Tensor,
+    weight: Weight,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """Rows [begin, end) of the dense matrix that a weight stands for, [end - begin, k]."""
-    if isinstance(weight, Tensor):
-        return weight[begin:end].to(dtype)
-    backend = choose("linear", weight.device.type, backend)
-    kernel_dtype = torch.bfloat16 if isinstance(weight, Packed) else dtype
-    if backend == REFERENCE or kernel_dtype == torch.float64:
-        return reference.dense(rows_of(weight, begin, end), dtype)
-    like = torch.empty(0, dtype=kernel_dtype, device=weight.device)
-    return _block(weight, like, begin, end, backend).to(dtype)
-
-
-def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """The rows of a weight in runs that take at most BLOCK_BYTES when they are dense."""
-    n, k = weight.shape
-    step = max(1, BLOCK_BYTES // max(1, k * dtype.itemsize))
-    return list(pairwise([*range(0, n, step), n]))
-
-
-def _product(x: Tensor, weight: Weight, backend: str) -> Tensor:
-    """x w^T, the compressed weight being dense one block at a time."""
-    found = blocks(weight, x.dtype)
-    if len(found) == 1:
-        return F.linear(x, dense_rows(weight, x.dtype, *found[0], backend=backend))
-    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    y = x.new_empty((flat.shape[0], weight.shape[0]))
-    for begin, end in found:
-        block = dense_rows(weight, x.dtype, begin, end, backend=backend)
-        torch.mm(flat, block.t(), out=y[:, begin:end])
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, backend):
-        ctx.weight, ctx.backend = weight, backend
-        return _product(x, weight, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        # Added up in float32: the blocks must not cost a rounding each.
-        dx = dy.new_zeros((*dy.shape[:-1], ctx.weight.shape[1]), dtype=torch.float32)
-        for begin, end in blocks(ctx.weight, dy.dtype):
-            block = dense_rows(ctx.weight, dy.dtype, begin, end, backend=ctx.backend)
-            dx += dy[..., begin:end] @ block
-        return dx.to(dy.dtype), None, None
-
-
-def linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:
     """Product with a weight in any form.
 
     x: [..., k] float32, bfloat16 or float16, any strides. weight: a tensor [n, k] of x's dtype, an
-    `Affine` (scales in any of the dtypes) or a `Packed` (x must be bfloat16).
-    Returns [..., n], contiguous, in x's dtype; sums are float32.
+    `Affine` (scales in any of the dtypes) or a `Packed` (x must be bfloat16). norm: [k] in x's
+    dtype or float32, x's RMS norm's (with eps). swiglu: the weight is [gate | up], n is even.
+    residual: [..., n] in x's dtype, what the product is added to; not together with swiglu.
+    Returns [..., n] (swiglu: n / 2), contiguous, in x's dtype; sums are float32.
     Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
     """
+    _check(x, weight, norm, swiglu, residual)
+    chosen = choose("linear", x.device.type, backend)
+    if chosen == REFERENCE:
+        return reference.linear(x, weight, norm, eps, swiglu, residual)
+    others = [t for t in (x, norm, residual, weight) if isinstance(t, Tensor)]
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in others)
+    rows = x.numel() // max(1, x.shape[-1])
+    streamed = not wants and 0 < rows <= MAX_ROWS and x.numel() and weight.shape[0]
+    around = swiglu or norm is not None or residual is not None
+    if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
+        residual = None if residual is None else last_dim_packed(residual)
+        x, found = last_dim_packed(x), parts(_packed_rows(weight))
+        return fused(x, *found, norm, eps, swiglu, residual)
+    if norm is not None:
+        x = rms_norm(x, norm, eps, backend=backend)
+    if streamed:
+        y = kernel("linear_fwd", chosen)(last_dim_packed(x), *parts(_packed_rows(weight)))
+    else:
+        y = _torch_product(x, weight, wants, chosen)
+    if swiglu:
+        y = gated(y, backend=backend)
+    return y if residual is None else residual + y
+
+
+def _torch_product(x: Tensor, weight: Weight, wants: bool, backend: str) -> Tensor:
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    return FrozenLinear.apply(x, weight, backend) if wants else dense_product(x, weight, backend)
+
+
+def _packed_rows(weight: Weight) -> Weight:
+    return last_dim_packed(weight) if isinstance(weight, Tensor) else weight
+
+
+def _check(
+    x: Tensor, weight: Weight, norm: Tensor | None, swiglu: bool, residual: Tensor | None
+) -> None:
     floating("x", x)
     check_weight("weight", weight)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        fail("x", f"[..., {weight.shape[1]}] like weight's columns", list(x.shape))
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        fail("x", f"[..., {k}] like weight's columns", list(x.shape))
     if not isinstance(weight, Affine) and weight.dtype != x.dtype:
         fail("weight", f"{x.dtype} like x", weight.dtype, TypeError)
     if weight.device != x.device:
         fail("weight", f"on {x.device} like x", weight.device)
-    backend = choose("linear", x.device.type, backend)
-    plain = isinstance(weight, Tensor)
-    wants = torch.is_grad_enabled() and (x.requires_grad or (plain and weight.requires_grad))
-    if backend == REFERENCE:
-        return reference.linear(x, weight)
-    rows = x.numel() // max(1, x.shape[-1])
-    if wants or rows > MAX_ROWS or x.numel() == 0 or weight.shape[0] == 0:
-        if plain:
-            return F.linear(x, weight)
-        if wants:
-            return _FrozenLinear.apply(x, weight, backend)
-        return _product(x, weight, backend)
-    if plain:
-        weight = last_dim_packed(weight)
-    return kernel("linear_fwd", backend)(last_dim_packed(x), *parts(weight))
+    if norm is not None:
+        check_norm("norm", norm, k, "x", x)
+    if swiglu and n % 2:
+        fail("weight", "[2n, k] with swiglu", [n, k])
+    if residual is not None:
+        like("residual", residual, "x", x)
+        shape("residual", residual, (*x.shape[:-1], n))
+        if swiglu:
+            fail("residual", "None with swiglu", f"a tensor {list(residual.shape)}")

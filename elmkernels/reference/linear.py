@@ -1,10 +1,15 @@
-"""y = x w^T for a weight in any of its forms; `dense` says what a compressed form stands for."""
+"""y = x w^T for a weight in any of its forms; `dense` says what a compressed form stands for.
+
+Before it maybe a norm, after it maybe SwiGLU or an addition, each rounded as on its own.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats import SEGMENT_COLUMNS, Affine, Packed, Weight
+from .rms_norm import rms_norm
+from .swiglu import swiglu as gated
 
 
 def dense(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
@@ -41,6 +46,14 @@ def _packed(w: Packed) -> Tensor:
     return found
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x [..., k], weight [n, k] in any form -> [..., n] in x's dtype."""
-    return F.linear(x, dense(weight, x.dtype))
+def linear(
+    x: Tensor, weight: Weight, norm: Tensor | None = None, eps: float = 1e-6,
+    swiglu: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., k], weight [n, k] in any form -> [..., n] (swiglu: n / 2) in x's dtype."""
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    y = F.linear(x, dense(weight, x.dtype))
+    if swiglu:
+        y = gated(y)
+    return y if residual is None else residual + y

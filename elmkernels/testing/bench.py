@@ -144,7 +144,7 @@ def bench_op(
         return getattr(ops, op)(*args, backend=backend, **kwargs)
 
     outputs = tuple(o.detach() for o in _tuple(ours(*args, **kwargs)))
-    nbytes = least_bytes(op, args, outputs, backward)
+    nbytes = least_bytes(op, args, outputs, backward, kwargs)
     copies = copies_beyond_cache(nbytes, device) if cold else 1
     inputs = [(args, kwargs), *(make(case, dtype, device, seed) for seed in range(1, copies))]
     measured: dict[str, list[Callable]] = {}

@@ -16,6 +16,7 @@ from ..reference import rope_table
 from .attention_cases import attention_case, attention_cases, mixed_lengths, packed_case
 from .decoder_cases import BENCH, decode_step_cases, linear_cases
 from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
+from .fused_cases import bench_fused, fused_cases
 from .loss_cases import bench_linear_cross_entropy, loss_cases
 
 _NORM_SHAPES = {
@@ -231,7 +232,7 @@ CASES: dict[str, list[Case]] = {
     "qk_norm_rope": _qk_norm_rope_cases(),
     "swiglu": _swiglu_cases(),
     "attention": attention_cases(),
-    "linear": linear_cases(),
+    "linear": linear_cases() + fused_cases(),
     "decode_step": decode_step_cases(),
     "linear_cross_entropy": loss_cases(),
 }
@@ -261,7 +262,8 @@ def bench_cases(
     if op == "linear_cross_entropy":
         return bench_linear_cross_entropy(model, config, rows)
     if op in BENCH:
-        return BENCH[op](model, config, rows)
+        fused = bench_fused(model, config, rows) if op == "linear" else []
+        return BENCH[op](model, config, rows) + fused
     q, kv = config.num_query_heads[layer], config.num_kv_heads[layer]
     d, n, ffn = config.head_dim, config.model_dim, config.ffn_dims[layer]
 

@@ -278,7 +278,8 @@ def _run(
     names = OUTPUTS[case.op]
     found = {name: out.detach() for name, out in zip(names, outputs, strict=True)}
     parameters = list(inspect.signature(getattr(ops, case.op)).parameters)
-    leaves = {n: a for n, a in zip(parameters, args, strict=False) if _needs_grad(a)}
+    named = dict(zip(parameters, args, strict=False)) | kwargs
+    leaves = {name: a for name, a in named.items() if _needs_grad(a)}
     pairs = [
         (out, dy.to(out.dtype))
         for out, dy in zip(outputs, _cotangents(case, like or outputs, seed), strict=True)

@@ -120,10 +120,18 @@ def _by_document(args: tuple, kwargs: dict) -> Callable:
 
 def _eager_linear(args: tuple, kwargs: dict) -> Callable:
     x, weight = args
-    if isinstance(weight, Tensor):
-        return F.linear
-    dense = reference.dense(weight, x.dtype)
-    return lambda x, weight: F.linear(x, dense)
+    dense = weight if isinstance(weight, Tensor) else reference.dense(weight, x.dtype)
+    if not kwargs:
+        return lambda x, weight: F.linear(x, dense)
+
+    def linear(x, weight, norm=None, eps=1e-6, swiglu=False, residual=None):
+        y = F.linear(x if norm is None else F.rms_norm(x, norm.shape, norm, eps), dense)
+        if swiglu:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y if residual is None else residual + y
+
+    return linear
 
 
 def _eager_linear_cross_entropy(args: tuple, kwargs: dict) -> Callable:
@@ -199,12 +207,16 @@ def rivals(
     return {name: fn for name, fn in found.items() if fn is not None}
 
 
-def least_bytes(op: str, args: tuple, outputs: tuple[Tensor, ...], backward: bool) -> int:
+def least_bytes(
+    op: str, args: tuple, outputs: tuple[Tensor, ...], backward: bool, kwargs: dict | None = None
+) -> int:
     """The bytes that an op must move: every input that it needs read once, every output written
-    once; with the backward, also the cotangents and inputs read and the gradients written.
+    once; with the backward, also the cotangents and inputs read and the gradients written. Of the
+    keyword arguments those of linear count.
     """
     if op == "linear":
-        return sum(t.nbytes for t in (*args, *outputs))
+        around = [t for t in (kwargs or {}).values() if isinstance(t, Tensor)]
+        return sum(t.nbytes for t in (*args, *around, *outputs))
     if op == "decode_step":
         return _decode_step_bytes(*args, *outputs)
     if op == "linear_cross_entropy":

@@ -244,9 +244,7 @@ def test_what_cannot_be_had(model):
     assert why_not(ONE_LAUNCH, model, cache) == "decode_step takes at most 8 sequences, got 9"
     assert why_not(GRAPH, model, cache) is None
     cache = KVCache(CONFIG, 1, 20, dtype=torch.bfloat16)
-    assert "the weights must be torch.bfloat16 like the cache" in why_not(
-        GRAPH, model, cache
-    )
+    assert "the weights must be torch.bfloat16 like the cache" in why_not(GRAPH, model, cache)
     handle = model.layers[0].register_forward_hook(lambda *_: None)
     cache = KVCache(CONFIG, 1, 20)
     assert "layers.0 has hooks" in why_not(GRAPH, model, cache)

@@ -1,0 +1,124 @@
+"""A layer and the head on a few rows: four products, with the norms, SwiGLU and additions in them.
+
+    qkv = linear(x, qkv_proj, norm=attn_norm);  out = attention(qk_norm_rope(qkv))
+    x = linear(out, out_proj, residual=x);      h = linear(x, proj_1, norm=ffn_norm, swiglu=True)
+    x = linear(h, proj_2, residual=x);          logits = linear(x, head, norm=norm)
+
+Each rounds where the layer's own modules do. It is for backends whose `linear` has such a kernel
+(Triton's), up to MAX_ROWS tokens at once and without gradients; for this package's own model alone,
+and where nothing hangs on the modules that would then not be called. Everywhere else the layers
+call their modules as ever.
+
+Whether plain weights go this way too, instead of through cuBLAS, is STREAMED's to say; compressed
+ones always do.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..backends import choose, optional_kernel, where_it_has
+from ..formats import Packed, Weight
+from ..ops.linear import MAX_ROWS
+from .compressed import CompressedLinear, weight_of
+from .linear import Linear, TiedHead
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Weights(NamedTuple):
+    """The projections of a layer."""
+
+    qkv_proj: Weight
+    out_proj: Weight
+    proj_1: Weight
+    proj_2: Weight
+
+
+def applies(x: Tensor, backend: str | None) -> bool:
+    """Whether a backend, as a module names it, has the kernel for x [batch, length, model_dim]."""
+    rows, kind = x.shape[0] * x.shape[1], x.device.type
+    if not 0 < rows <= MAX_ROWS or torch.is_grad_enabled():
+        return False
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return False
+    return streams(kind, backend)
+
+
+def streams(device: str, backend: str | None) -> bool:
+    """Whether the backend that `linear` takes on a device type has the kernel."""
+    chosen = choose("linear", device, where_it_has("linear", backend))
+    return optional_kernel("linear_fused", chosen) is not None
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether calling the modules is what their classes say and nothing more."""
+    return not any(
+        "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+        for module in modules
+    )
+
+
+def _fits(x: Tensor, weight: Weight) -> bool:
+    return not isinstance(weight, Tensor | Packed) or weight.dtype == x.dtype
+
+
+def _weight(x: Tensor, module: nn.Module) -> Weight | None:
+    """The weight of a projection that is a product with it and nothing more."""
+    if type(module) is Linear:
+        if module.bias is not None or not module.plan.streamed:
+            return None
+    elif not isinstance(module, CompressedLinear):
+        return None
+    weight = weight_of(module)
+    return weight if unhooked(module) and _fits(x, weight) else None
+
+
+def weights_of(layer: nn.Module, x: Tensor) -> Weights | None:
+    """The projections of a fused layer, where it may go this way; its own classes are checked."""
+    attn, ffn = layer.attn, layer.ffn
+    norms = layer.attn_norm, layer.ffn_norm
+    if not unhooked(attn, ffn, *norms) or any(n.weight.dtype != x.dtype for n in norms):
+        return None
+    found = (_weight(x, m) for m in (attn.qkv_proj, attn.out_proj, ffn.proj_1, ffn.proj_2))
+    weights = tuple(found)
+    return None if any(w is None for w in weights) else Weights(*weights)
+
+
+def forward(layer: nn.Module, x: Tensor, context: NamedTuple, weights: Weights) -> Tensor:
+    """What `FusedDecoderLayer.forward` gives."""
+    attn, ffn = layer.attn, layer.ffn
+    backend = where_it_has("linear", layer.backend)
+    first, second = layer.attn_norm, layer.ffn_norm
+    qkv = ops.linear(x, weights.qkv_proj, norm=first.weight, eps=first.eps, backend=backend)
+    out = attn.attended(qkv, context)
+    x = ops.linear(out, weights.out_proj, residual=x, backend=backend)
+    h = ops.linear(
+        x, weights.proj_1, norm=second.weight, eps=second.eps, swiglu=ffn.gated, backend=backend
+    )
+    if not ffn.gated:
+        h = F.silu(h)
+    return ops.linear(h, weights.proj_2, residual=x, backend=backend)
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The head of the norm of x in one product; None where that is not to be had."""
+    norm, head = model.norm, model.tied_head
+    backend = getattr(norm, "backend", None)
+    if not hasattr(norm, "backend") or norm.weight.dtype != x.dtype or not applies(x, backend):
+        return None
+    if model.classifier is not None:
+        weight = _weight(x, model.classifier)
+    elif type(head) is TiedHead and unhooked(head):
+        weight = weight_of(model.token_embeddings)
+        if isinstance(weight, Tensor) and not head.products.plan.streamed or not _fits(x, weight):
+            weight = None
+    else:
+        weight = None
+    if weight is None or not unhooked(norm):
+        return None
+    backend = where_it_has("linear", backend)
+    return ops.linear(x, weight, norm=norm.weight, eps=norm.eps, backend=backend)

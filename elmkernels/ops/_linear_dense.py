@@ -1,0 +1,77 @@
+"""linear where the product is torch's own: of a compressed weight a block is dense at a time."""
+
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .. import reference
+from ..backends import REFERENCE, choose, kernel
+from ..formats import Packed, Weight
+from ..weights import parts, rows_of
+
+# Below what the C library maps anew, zeroed, at every call: page faults there cost more
+# than a larger block gains.
+BLOCK_BYTES = 16 << 20
+
+
+def _block(weight: Weight, like: Tensor, begin: int, end: int, backend: str) -> Tensor:
+    *tensors, bits = parts(weight)
+    dense = kernel("linear_dense", backend)
+    return dense(like, *tensors, bits, weight.shape[1], begin, end)
+
+
+def dense_rows(
+    weight: Weight, dtype: torch.dtype, begin: int, end: int, *, backend: str | None = None
+) -> Tensor:
+    """Rows [begin, end) of the dense matrix that a weight stands for, [end - begin, k]."""
+    if isinstance(weight, Tensor):
+        return weight[begin:end].to(dtype)
+    backend = choose("linear", weight.device.type, backend)
+    kernel_dtype = torch.bfloat16 if isinstance(weight, Packed) else dtype
+    if backend == REFERENCE or kernel_dtype == torch.float64:
+        return reference.dense(rows_of(weight, begin, end), dtype)
+    like = torch.empty(0, dtype=kernel_dtype, device=weight.device)
+    return _block(weight, like, begin, end, backend).to(dtype)
+
+
+def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """The rows of a weight in runs that take at most BLOCK_BYTES when they are dense."""
+    n, k = weight.shape
+    step = max(1, BLOCK_BYTES // max(1, k * dtype.itemsize))
+    return list(pairwise([*range(0, n, step), n]))
+
+
+def dense_product(x: Tensor, weight: Weight, backend: str) -> Tensor:
+    """x w^T, the compressed weight being dense one block at a time."""
+    found = blocks(weight, x.dtype)
+    if len(found) == 1:
+        return F.linear(x, dense_rows(weight, x.dtype, *found[0], backend=backend))
+    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    y = x.new_empty((flat.shape[0], weight.shape[0]))
+    for begin, end in found:
+        block = dense_rows(weight, x.dtype, begin, end, backend=backend)
+        torch.mm(flat, block.t(), out=y[:, begin:end])
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x w^T of a compressed weight, differentiable in x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, backend):
+        ctx.weight, ctx.backend = weight, backend
+        return dense_product(x, weight, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        # Added up in float32: the blocks must not cost a rounding each.
+        dx = dy.new_zeros((*dy.shape[:-1], ctx.weight.shape[1]), dtype=torch.float32)
+        for begin, end in blocks(ctx.weight, dy.dtype):
+            block = dense_rows(ctx.weight, dy.dtype, begin, end, backend=ctx.backend)
+            dx += dy[..., begin:end] @ block
+        return dx.to(dy.dtype), None, None
