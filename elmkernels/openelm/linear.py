@@ -59,6 +59,19 @@ def onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
+@cache
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a dtype on this processor: float16 it doesn't on every one."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x = torch.ones(16, 16, dtype=dtype, device="cpu")
+    try:
+        onednn(x, x)
+    except RuntimeError:
+        return False
+    return True
+
+
 def pack(weight: Tensor) -> Tensor:
     """A copy of weight [n, k] in oneDNN's blocked layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
@@ -175,7 +188,8 @@ class Products:
             return F.linear(x, weight)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             self.drop()
-            if self.plan.training == ONEDNN and not torch.is_autocast_enabled("cpu"):
+            named = self.plan.training == ONEDNN and onednn_takes(x.dtype)
+            if named and not torch.is_autocast_enabled("cpu"):
                 return _OneDNNLinear.apply(x, weight)
             return F.linear(x, weight)
         rows = x.numel() // x.shape[-1]
@@ -187,6 +201,8 @@ class Products:
             return F.linear(x, weight)
         if routine == MV:
             return mv(x, weight)
+        if not onednn_takes(x.dtype):  # the plan is of another dtype
+            return F.linear(x, weight)
         if routine == PACKED and weight.grad is None:
             return onednn(x, self.packed(weight))
         self.drop()
@@ -251,9 +267,9 @@ def _fastest(seconds: dict[str, float]) -> str:
 def measure_plan(dtype: torch.dtype, packing: bool = False) -> Plan:
     """The fastest routine for each class of rows on this CPU, by timing a [4096, 1280] weight.
 
-    Takes about half a second. Where oneDNN is missing, everything is F.linear.
+    Takes about half a second. Where oneDNN doesn't take the dtype, everything is F.linear.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not onednn_takes(dtype):
         return Plan()
     generator = torch.Generator().manual_seed(0)
     # Four weights in turn, so that a single row reads from memory as it does in a model.

@@ -215,6 +215,20 @@ def test_dtype_moves(tiny):
     assert model.to("meta").layers[0].attn_norm.weight.device.type == "meta"
 
 
+def test_float16_where_onednn_may_not_take_it(tiny):
+    """Measured for it, or for another dtype before."""
+    ids = tiny.tensors["input_ids"]
+    named = Plan(*[ONEDNN] * 4)
+    models = swapped(tiny.model(torch.float16)), swapped(tiny.model(), plan=named).half()
+    with torch.inference_mode():
+        expected = tiny.model(torch.float16)(ids)
+        for model in models:
+            assert_as_accurate(model(ids), expected, tiny.exact["logits"])
+    named = models[1].train()
+    named(ids).float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in named.parameters() if p.grad is not None)
+
+
 def test_compile_is_one_graph(tiny):
     model, ids = swapped(tiny.model()), tiny.tensors["input_ids"]
     got = logits_loss_gradients(torch.compile(model, fullgraph=True), ids)
