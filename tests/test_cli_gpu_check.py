@@ -11,6 +11,7 @@ from elmkernels.openelm import (
     chart,
     gpu_check,
     gpu_generation,
+    gpu_held,
     gpu_models,
     gpu_report,
     gpu_runners,
@@ -107,13 +108,13 @@ def test_tokens_of_the_step_that_a_gpu_captures(rehearsal):
     for dtype in ("float32", "bfloat16"):
         graph = units[f"tiny {dtype} graph"]
         assert graph["ok"] and graph["captured"] is False
-    assert units["tiny float32 graph"]["tokens"]["equal"] == gpu_models.QUICK.compared
+    assert units["tiny float32 graph"]["tokens"]["equal"] == gpu_held.QUICK.compared
 
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled CPU backend can run here")
 def test_tokens_of_one_launch_and_the_bits_of_packed_weights(rehearsal):
     units = rehearsal[1]["stages"]["generation"]["units"]
-    assert units["tiny float32 one-launch"]["tokens"]["equal"] == gpu_models.QUICK.compared
+    assert units["tiny float32 one-launch"]["tokens"]["equal"] == gpu_held.QUICK.compared
     packed = units["tiny bfloat16 packed"]
     assert packed["equal"] == packed["steps"] == gpu_generation.EXACT_STEPS
     decode = rehearsal[1]["stages"]["decode"]["units"]["tiny decode at 260 x 1"]
@@ -254,18 +255,18 @@ def test_no_gpu_is_one_line_with_the_rehearsal(capsys, tmp_path, more):
 
 
 def test_too_little_memory_and_too_old_a_gpu_are_left_out(monkeypatch):
-    models = gpu_models.Models(torch.device("cpu"), quick=True)
-    monkeypatch.setattr(gpu_models, "free_bytes", lambda device: 1 << 20)
-    with pytest.raises(gpu_models.LeftOut, match=r"weights need 0\.3 GiB, 0\.0 are free"):
+    models = gpu_held.Models(torch.device("cpu"), quick=True)
+    monkeypatch.setattr(gpu_held, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(gpu_held.LeftOut, match=r"weights need 0\.3 GiB, 0\.0 are free"):
         models.get("tiny", torch.bfloat16)
-    monkeypatch.setattr(gpu_models, "capability", lambda device: (7, 5))
-    with pytest.raises(gpu_models.LeftOut, match=r"needs compute capability 8\.0"):
+    monkeypatch.setattr(gpu_held, "capability", lambda device: (7, 5))
+    with pytest.raises(gpu_held.LeftOut, match=r"needs compute capability 8\.0"):
         models.get("tiny", torch.bfloat16)
 
 
 def test_a_task_beyond_the_positions_is_left_out():
-    models = gpu_models.Models(torch.device("cpu"), quick=True)
-    with pytest.raises(gpu_models.LeftOut, match="512 positions, 515 needed"):
+    models = gpu_held.Models(torch.device("cpu"), quick=True)
+    with pytest.raises(gpu_held.LeftOut, match="512 positions, 515 needed"):
         gpu_models._task(models, models.config("tiny"), 1, 510, 4)
 
 

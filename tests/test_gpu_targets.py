@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elmkernels.openelm import gpu_check, gpu_models, gpu_report, gpu_runners
+from elmkernels.openelm import gpu_check, gpu_held, gpu_report, gpu_runners
 from elmkernels.openelm.gpu_targets import LARGE, TARGETS, verdicts
 from elmkernels.testing import op_stages
 
@@ -140,13 +140,13 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
 
 
 def test_few_models_are_kept_with_their_other_forms(monkeypatch):
-    models = gpu_models.Models(torch.device("cpu"), True)
+    models = gpu_held.Models(torch.device("cpu"), True)
     half = models.get("tiny", torch.bfloat16)
     packed = models.compressed("tiny", "packed")
     models.get("tiny", torch.float32)
     assert models.get("tiny", torch.bfloat16) is half
     assert models.compressed("tiny", "packed") is packed
-    monkeypatch.setattr(gpu_models, "KEPT", 1)
+    monkeypatch.setattr(gpu_held, "KEPT", 1)
     models.drop()
     half = models.get("tiny", torch.bfloat16)
     packed = models.compressed("tiny", "packed")
@@ -158,7 +158,7 @@ def test_few_models_are_kept_with_their_other_forms(monkeypatch):
 def test_a_way_that_hung_or_failed_is_not_timed():
     units = {"270M float32 one-launch": {"state": "failed", "error": "RuntimeError: odd"}}
     found = results(generation=units)
-    models = gpu_models.Models(torch.device("cpu"), True, results=found)
+    models = gpu_held.Models(torch.device("cpu"), True, results=found)
     assert models.lacks("one-launch", None) is None, "float32 says nothing of bfloat16"
     units["270M bfloat16 one-launch"] = {"state": "failed", "error": "RuntimeError: wrong"}
     assert "'270M bfloat16 one-launch': RuntimeError: wrong" in models.lacks("one-launch", None)

@@ -71,6 +71,7 @@ MAY_IMPORT = {
             "openelm.fair",
             "openelm.gpu_check",
             "openelm.gpu_generation",
+            "openelm.gpu_held",
             "openelm.gpu_models",
             "openelm.gpu_report",
         ),

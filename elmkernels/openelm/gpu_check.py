@@ -17,7 +17,8 @@ from ..testing import op_stages
 from ..testing.stages import FAILED, Clock, Found, Stage, Unit, run_stages
 from ..testing.timing import fingerprint
 from .gpu_generation import generation_units
-from .gpu_models import GENERATION, Models, compiled_units, decode_units, model_units
+from .gpu_held import GENERATION, Models
+from .gpu_models import compiled_units, decode_units, model_units
 
 # In the order in which they tell most: is decoding right, how fast is it, and all the rest.
 SHARES = {

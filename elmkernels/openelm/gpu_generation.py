@@ -14,7 +14,7 @@ from ..backends import REFERENCE, choose
 from ..testing.stages import Clock, Found, LeftOut, Unit
 from .cache import KVCache
 from .generate import greedy
-from .gpu_models import LIMIT, WAY_LIMIT, Models
+from .gpu_held import LIMIT, WAY_LIMIT, Models
 from .gpu_runners import DecoderRunner
 from .proof import ModelParity, check_model, compare_tokens
 from .runners import Task

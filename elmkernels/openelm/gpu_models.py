@@ -1,24 +1,21 @@
 """Whole models as units of a check under a clock: the same tokens, then time beside rivals."""
 
-import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..backends import SDPA
-from ..gpu import architectures, capability, unfit
 from ..ops.decode_step import MAX_BATCH
+from ..ops.linear import MAX_ROWS
 from ..testing.device import datasheet, gpu_name
-from ..testing.stages import FAILED, Clock, Found, LeftOut, Unit, first_line
-from ..testing.watch import HUNG
+from ..testing.stages import Clock, Found, LeftOut, Unit, first_line
 from . import olmo, speed, step_race
 from .config import OpenELMConfig
+from .gpu_held import COMPILE_LIMIT, LIMIT, Models
 from .gpu_runners import (
     COMPILED_FAIR,
     COMPILED_OLMO,
+    CUBLAS_GRAPH,
     GRAPH,
     OLMO,
     ONE_LAUNCH,
@@ -27,146 +24,13 @@ from .gpu_runners import (
     SDPA_GRAPH,
     DecoderRunner,
     FairRunner,
-)  # fmt: skip
+    with_cublas,
+    with_sdpa,
+)
 from .model import OpenELM
-from .proof import free_bytes, twin
-from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner, compress
-from .swap import Report, accelerate
+from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner
 from .ways import GRAPH as BY_GRAPH
 from .ways import ONE_LAUNCH as BY_ONE_LAUNCH
-from .ways import ways
-
-GENERATION = "generation"  # the stage whose units named for a way of decoding try it first
-# Seconds after which a unit is taken to hang: models are made in it, graphs captured, kernels
-# compiled. torch.compile takes its minutes; a way of decoding is tried in less.
-LIMIT, WAY_LIMIT, COMPILE_LIMIT = 150.0, 75.0, 420.0
-KEPT = 2  # models in memory: decoding goes to and fro between two
-TINY = {
-    "num_transformer_layers": 2,
-    "model_dim": 128,
-    "num_gqa_groups": 2,
-    "vocab_size": 256,
-    "ffn_dim_divisor": 64,
-    "rope_max_length": 512,
-}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is run: models by name, tokens that are compared, tasks, and rounds of each."""
-
-    models: tuple[str, ...] = ("270M", "1_1B")
-    large: tuple[str, ...] = ("3B",)
-    compared: int = 256
-    prefill: tuple[int, ...] = (512, 2048)
-    contexts: tuple[int, ...] = (128, 1024, 2048)
-    batches: tuple[int, ...] = (1, 4, 16, 64)
-    steps: int = 32
-    training: int = 2048
-    rounds: int = 5
-
-
-QUICK = Sizes(("tiny",), (), 16, (16,), (260,), (1, 2), 4, 16, 2)
-
-
-@dataclass
-class Models:
-    """The models that are looked at, KEPT of them at a time, on their device: the reference and its
-    swapped twin. results: of the whole check, for what is known of the ways of decoding.
-    """
-
-    device: torch.device
-    quick: bool = False
-    seed: int = 0
-    results: Found = field(default_factory=dict)
-    allowed: dict[tuple, float] = field(default_factory=dict)  # by how much two logits may differ
-    _held: dict[tuple, tuple[OpenELM, OpenELM, Report]] = field(default_factory=dict)
-    _forms: dict[tuple[str, str], OpenELM] = field(default_factory=dict)
-
-    @property
-    def sizes(self) -> Sizes:
-        return QUICK if self.quick else Sizes()
-
-    def config(self, name: str) -> OpenELMConfig:
-        if name == "tiny":
-            return OpenELMConfig.from_name("OpenELM-270M", **TINY)
-        return OpenELMConfig.from_name(f"OpenELM-{name}")
-
-    def get(self, name: str, dtype: torch.dtype) -> tuple[OpenELM, OpenELM, Report]:
-        """Both, with what accelerate did. Raises LeftOut where the device or its memory is not
-        what they need."""
-        if (name, dtype) not in self._held:
-            config = self.config(name)
-            nbytes = config.num_parameters * dtype.itemsize + (1 << 28)
-            if len(self._held) == KEPT:
-                self._drop_one()
-            if self._short(nbytes):
-                self.drop()
-            self.need(nbytes, f"{name}'s weights")
-            where = {"dtype": dtype, "device": self.device}
-            model = OpenELM.from_config(config, seed=self.seed, **where).eval()
-            swapped = twin(model)
-            report = accelerate(swapped)
-            self._held[name, dtype] = model, swapped, report
-        return self._held[name, dtype]
-
-    def compressed(self, name: str, form: str) -> OpenELM:
-        """The bfloat16 model with its weights in another form, swapped."""
-        if (name, form) not in self._forms:
-            ours = compress(form, self.get(name, torch.bfloat16)[0], progress=False)
-            accelerate(ours)
-            self._forms[name, form] = ours
-        return self._forms[name, form]
-
-    def lacks(self, way: str, model: OpenELM, trial: bool = False) -> str | None:
-        """Why a model isn't decoded in one of the ways here, or None. trial: to see its tokens, as
-        long as it never hung; to be timed it must not have failed in bfloat16 either.
-        """
-        if self.device.type == "cuda" and (why := ways(model, self.device)[way]):
-            return why
-        units = self.results.get("stages", {}).get(GENERATION, {}).get("units", {})
-        bad = {n: u for n, u in units.items() if n.endswith(way) and u["state"] == FAILED}
-        for name, unit in bad.items():
-            if unit["error"].startswith(HUNG) or (not trial and "bfloat16" in name):
-                return f"it failed as {name!r}: {unit['error']}"
-        return None
-
-    def drop(self) -> None:
-        """Let go of all, and of the memory that torch keeps."""
-        self._held.clear()
-        self._forms.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _drop_one(self) -> None:
-        """Let go of the model that was made first, and of its other forms."""
-        name, dtype = next(iter(self._held))
-        del self._held[name, dtype]
-        if dtype == torch.bfloat16:
-            self._forms = {key: m for key, m in self._forms.items() if key[0] != name}
-        gc.collect()
-
-    def _short(self, nbytes: float) -> int | None:
-        """The bytes that are free, where they are too few."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        free = free_bytes(self.device)
-        return free if free is not None and nbytes > free else None
-
-    def need(self, nbytes: float, what: str) -> None:
-        """Raise LeftOut for a device that can't run the kernels, or lacks so much free memory."""
-        why = unfit("triton", capability(self.device), architectures())
-        if why:
-            raise LeftOut(why)
-        free = self._short(nbytes)
-        if free is not None:
-            raise LeftOut(f"{what} need {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
-
-    def tokens(self, config: OpenELMConfig, batch: int, length: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
-        return ids.to(self.device)
 
 
 def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float, str]:
@@ -211,17 +75,21 @@ def _decoders(models: Models, name: str, task: Task, forms: bool) -> Makers:
     swapped = models.get(name, torch.bfloat16)[1]
 
     def by(
-        runner: str, way: str, form: str | None = None, attention: str | None = None
-    ) -> Callable[[], Runner]:
+        runner: str, way: str, form: str | None = None,
+        changed: Callable[[OpenELM], OpenELM] = lambda model: model,
+    ) -> Callable[[], Runner]:  # fmt: skip
         def make() -> Runner:
             if why := models.lacks(way, swapped):
                 raise LeftOut(why)
             model = swapped if form is None else models.compressed(name, form)
-            return DecoderRunner(runner, model, way, captured, attention)
+            return DecoderRunner(runner, changed(model), way, captured)
 
         return make
 
-    found = {GRAPH: by(GRAPH, BY_GRAPH), SDPA_GRAPH: by(SDPA_GRAPH, BY_GRAPH, attention=SDPA)}
+    found = {GRAPH: by(GRAPH, BY_GRAPH)}
+    found[SDPA_GRAPH] = by(SDPA_GRAPH, BY_GRAPH, changed=with_sdpa)
+    if task.prompts.shape[0] <= MAX_ROWS:
+        found[CUBLAS_GRAPH] = by(CUBLAS_GRAPH, BY_GRAPH, changed=with_cublas)
     if task.prompts.shape[0] <= MAX_BATCH:
         found[ONE_LAUNCH] = by(ONE_LAUNCH, BY_ONE_LAUNCH)
         for form, runner in OTHER_FORMS.items() if forms else ():

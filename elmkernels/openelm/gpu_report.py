@@ -7,12 +7,12 @@ from typing import Any
 from ..testing.bench import cell
 from ..testing.stages import DONE, FAILED
 from . import chart
-from .gpu_runners import GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
+from .gpu_runners import CUBLAS_GRAPH, GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
 from .gpu_targets import all_units, timed, verdicts
 from .speed import SWAPPED
 
 Found = dict[str, Any]
-OURS = (SWAPPED, GRAPH, SDPA_GRAPH, ONE_LAUNCH)  # in the weights of the rivals
+OURS = (SWAPPED, GRAPH, SDPA_GRAPH, CUBLAS_GRAPH, ONE_LAUNCH)  # in the weights of the rivals
 FORMS = tuple(OTHER_FORMS.values())
 MOST = 12  # rows of what is named one by one
 MOST_PANELS = 24

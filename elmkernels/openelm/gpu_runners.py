@@ -11,13 +11,15 @@ from .cache import KVCache
 from .decoding import Decoder
 from .fair import FairOpenELM
 from .graph import BUCKET
+from .linear import Plan
 from .model import OpenELM
 from .proof import twin
 from .runners import COMPILED, EAGER, OURS, Run, Runner, Task
 from .sampling import Sampler, Sampling
+from .swap import accelerate
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
-SDPA_GRAPH = f"{GRAPH}, {SDPA}"
+SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"
 ONE_LAUNCH = "swapped, one launch"
 # The same by weights in other forms, by the names of `runners.compress`. Only those of a packed
 # one are the same weights.
@@ -79,19 +81,28 @@ class FairRunner(Runner):
         return torch.compile(fair, fullgraph=True, dynamic=False, **self.options)
 
 
+def with_sdpa(model: OpenELM) -> OpenELM:
+    """A swapped model's twin with torch's attention."""
+    model = twin(model)
+    for layer in model.layers:
+        layer.attn.attention_backend = SDPA
+    return model
+
+
+def with_cublas(model: OpenELM) -> OpenELM:
+    """A swapped model's twin whose products are torch's, for few rows too."""
+    model = twin(model)
+    accelerate(model, plan=Plan(streamed=False))
+    return model
+
+
 class DecoderRunner(Runner):
     """A swapped model by one of the ways of `decoding`; captured: False, as on a CPU, calls the
-    same steps instead. attention: the backend of that op, None for the model's own choice.
+    same steps instead.
     """
 
-    def __init__(
-        self, name: str, model: OpenELM, way: str, captured: bool, attention: str | None = None
-    ) -> None:
+    def __init__(self, name: str, model: OpenELM, way: str, captured: bool) -> None:
         self.name, self.kind, self.facts = name, OURS, {}
-        if attention is not None:
-            model = twin(model)
-            for layer in model.layers:
-                layer.attn.attention_backend = attention
         self.model, self.way, self.captured = model, way, captured
 
     def run(self, task: Task) -> Run:

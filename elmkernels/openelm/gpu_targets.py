@@ -8,6 +8,7 @@ from typing import Any
 from .gpu_runners import (
     COMPILED_FAIR,
     COMPILED_OLMO,
+    CUBLAS_GRAPH,
     GRAPH,
     OLMO,
     ONE_LAUNCH,
@@ -17,7 +18,7 @@ from .gpu_runners import (
 from .runners import EAGER
 
 Found = dict[str, Any]
-BY_GRAPH = (GRAPH, SDPA_GRAPH)
+BY_GRAPH = (GRAPH, SDPA_GRAPH, CUBLAS_GRAPH)
 WAYS = (*BY_GRAPH, ONE_LAUNCH)
 LARGE = 64 << 20  # bytes: from here on memory, not caches, is what is measured
 MANY_TOKENS = 16384

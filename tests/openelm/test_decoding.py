@@ -12,7 +12,7 @@ from tape import record
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore
 from elmkernels.openelm import KVCache, Session, decoding, stream
 from elmkernels.openelm.decoding import AHEAD, Decoder
-from elmkernels.openelm.gpu_models import TINY
+from elmkernels.openelm.gpu_held import TINY
 from elmkernels.openelm.sampling import Sampler, Sampling
 from elmkernels.openelm.ways import CALLS, GRAPH, ONE_LAUNCH, why_not
 

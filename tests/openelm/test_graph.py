@@ -8,7 +8,8 @@ from elmkernels.openelm import KVCache
 from elmkernels.openelm.decoding import Decoder
 from elmkernels.openelm.fair import FairOpenELM
 from elmkernels.openelm.generate import greedy
-from elmkernels.openelm.gpu_models import TINY, agreement
+from elmkernels.openelm.gpu_held import TINY
+from elmkernels.openelm.gpu_models import agreement
 from elmkernels.openelm.gpu_runners import DecoderRunner, FairRunner, room_for
 from elmkernels.openelm.graph import Window, bucket_of, step, width_of
 from elmkernels.openelm.proof import twin
