@@ -45,8 +45,8 @@ from .console import (
 )
 from .openelm import chart, job
 from .openelm.config import VARIANTS
+from .openelm.given import OPS
 from .openelm.linear import measure_plan
-from .openelm.swap import OPS
 from .testing import CASES, fingerprint, format_table, run_bench, run_parity, runnable
 
 MAIN_ONLY = ("model", "checkpoint", "config", "rounds", "seed", "pack_weights")

@@ -22,7 +22,7 @@ from ..console import (
 )
 from ..openelm import chart, step_race
 from ..openelm.config import OpenELMConfig
-from ..openelm.swap import OPS
+from ..openelm.given import OPS
 from .model import variant
 
 NAME = "train"

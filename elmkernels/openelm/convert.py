@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from ..ops.linear import dense_rows
 from .compressed import Compressed, CompressedEmbedding, weight_of
+from .layout import PROJECTIONS
 from .linear import Linear, TiedHead
 from .model import OpenELM
 from .progress import progress
-from .swap import PROJECTIONS, accelerate, asked_backend, is_accelerated, restore, set_module
+from .swap import accelerate, asked_backend, is_accelerated, restore, set_module
 
 
 @dataclass

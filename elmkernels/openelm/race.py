@@ -23,6 +23,7 @@ from ..backends import choose
 from ..testing.timing import fingerprint
 from . import llama
 from .config import OpenELMConfig
+from .given import OPS
 from .model import OpenELM
 from .race_figures import figures, own_read, text
 from .runners import (
@@ -38,7 +39,6 @@ from .runners import (
     reading,
 )
 from .speed import peak
-from .swap import OPS
 
 FORMATS = ("fp32", "bf16", "packed", "int8", "int4")
 PROBE_CALLS = 3
