@@ -36,11 +36,13 @@ def nvcc() -> str:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles_for_every_architecture_without_spills(source, nvcc, tmp_path):
+    # What takes a whole GPU for itself may one day take what only Hopper has.
+    architectures = (*ARCHITECTURES, "90a") if source.stem == "decode_step" else ARCHITECTURES
     built = tmp_path / "kernel.o"
     command = [
         nvcc, "-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall", "-DUSE_CUDA",
         "--threads=0", STABLE_ABI, "-DELMKERNELS_BACKEND=elmkernels_cuda",
-        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES),
+        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
         "-isystem", str(Path(torch.__file__).parent / "include"),
         "-c", str(source), "-o", str(built),
     ]  # fmt: skip
@@ -48,11 +50,11 @@ def test_compiles_for_every_architecture_without_spills(source, nvcc, tmp_path):
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert "warning" not in printed, printed
-    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", printed)
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", printed)
     # Of the kernels and of the functions that they call.
     found = r"Function properties for (\w+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads"
     spills = re.findall(found, printed)
-    assert {arch for _, arch in kernels} == set(ARCHITECTURES)
+    assert {arch for _, arch in kernels} == set(architectures)
     assert {name for name, _ in kernels} <= {name for name, *_ in spills}
     spilling = [name for name, *counts in spills if counts != ["0", "0"]]
     assert not spilling, spilling
