@@ -171,7 +171,7 @@ def _product(
     row = i
     if SWIGLU:  # gate's rows and up's by turns
         row = i // 2 + i % 2 * (n // 2)
-    stride = w0 * VEC if FORM == 0 else w0
+    stride = w0.to(tl.int64) * (VEC if FORM == 0 else 1)
     tile = load_tile(data, scales, biases, row, live, stride, 0, k, FORM, GROUP, UNITS, COLS)
     rstds = ()
     if norm is not None:
