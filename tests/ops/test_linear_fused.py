@@ -102,7 +102,8 @@ def test_it_is_traced_whole(form, backend):
     torch.compiler.reset()
 
     def both(x):
-        return [linear(x, w, **options, **each) + 1 for each in around]
+        fused = [linear(x, w, **options, **each) + 1 for each in around]
+        return [linear(x, w, backend=backend) + 1, *fused]
 
     traced = torch.compile(both, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
