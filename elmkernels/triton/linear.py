@@ -171,7 +171,7 @@ def _product(
     row = i
     if SWIGLU:  # gate's rows and up's by turns
         row = i // 2 + i % 2 * (n // 2)
-    stride = w0 * VEC if FORM == 0 else w0
+    stride = w0.to(tl.int64) * (VEC if FORM == 0 else 1)
     tile = load_tile(data, scales, biases, row, live, stride, 0, k, FORM, GROUP, UNITS, COLS)
     rstds = ()
     if norm is not None:
@@ -266,6 +266,9 @@ def _dense(
     for first in range(0, tl.cdiv(k, COLS), UNITS):
         tile = load_tile(data, scales, biases, row, live, w0, first, k, FORM, GROUP, UNITS, COLS)
         w = unpack(tile, exponents, first, k, FORM, True, BLOCK_N, UNITS, COLS)
+        if starts is not None:  # its own bits: a conversion may make another NaN of a NaN
+            bits = w.to(tl.int32, bitcast=True) >> 16
+            w = bits.to(tl.int16).to(out.dtype.element_ty, bitcast=True)
         w = tl.reshape(w.to(out.dtype.element_ty), [BLOCK_N, UNITS * COLS])
         cols = (first * COLS + tl.arange(0, UNITS * COLS))[None, :]
         tl.store(out + cols, w, mask=live[:, None] & (cols < k))

@@ -17,7 +17,7 @@ from elmkernels.testing.decoder_cases import FORMS, arena, decoder, dtypes_of, w
 from elmkernels.testing.draw import Draw
 from elmkernels.testing.parity import compare, with_written
 
-BACKENDS = runnable("linear")
+BACKENDS = runnable("decode_step")
 POSITIONS = torch.tensor([0, 150, 63, 64, 1, 129, 17, 70])
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from elmkernels.testing import CASES, assert_parity
+from elmkernels.testing.decoder_cases import FORMS
+from elmkernels.testing.draw import models
 from elmkernels.testing.parity import runnable
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -12,6 +14,10 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # What takes Triton's interpreter long: for both dtypes, and for float32, whose tiles are smaller.
 LONG = {"large", "packed_long_among_short", "packed_long_first", "packed_short"}
 LONG_FLOAT32 = {"long", "long_prompt", "packed_two_long", "packed_ones", "ragged_long"}
+for form in FORMS:
+    LONG |= {f"{form}_gradient_blocks", f"{form}_rows_9_blocks"}
+    LONG_FLOAT32 |= {f"{form}_many_outputs", f"{form}_norm_swiglu_rows_3"}
+    LONG_FLOAT32 |= {f"{name}_{form}_proj_1" for name in models()}
 
 
 def skipped(case, dtype, backend, device) -> bool:

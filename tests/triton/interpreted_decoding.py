@@ -9,6 +9,9 @@ import torch
 from elmkernels.openelm import KVCache, OpenELM, OpenELMConfig, accelerate, few_rows, pack, quantize
 from elmkernels.openelm.linear import Plan
 from elmkernels.testing.parity import compare
+from elmkernels.triton import linear as kernels
+from elmkernels.triton._linear_weights import Block
+from elmkernels.triton.common import NVIDIA
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=2,
@@ -41,6 +44,12 @@ def model_of(config=CONFIG, bits=None, dtype=torch.float32) -> OpenELM:
     return model
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch) -> None:
+    """The interpreter takes its time by the program; the kernel's own table is tested elsewhere."""
+    monkeypatch.setattr(kernels, "PRODUCT", (Block(NVIDIA, None, None, 32, 1, "a test"),))
+
+
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
     """How many layers went the way of few rows, by their rows."""
@@ -67,7 +76,7 @@ def logits(model: OpenELM, batch: int, dtype: torch.dtype) -> torch.Tensor:
 
 def check(model: OpenELM, batch: int, dtype=torch.float32, plan: Plan | None = None) -> None:
     truth = logits(copy.deepcopy(model).double(), batch, torch.float64)
-    accelerate(model, backend="reference")
+    accelerate(model, backend="reference", plan=Plan())
     yardstick = logits(model, batch, dtype)
     accelerate(model, backend="triton", plan=plan or Plan())
     found = compare(truth, yardstick, logits(model, batch, dtype), "logits")
@@ -94,16 +103,15 @@ def test_decoding_in_float16(passes):
 
 
 def test_decoding_by_packed_weights(passes):
-    """The interpreter truncates bfloat16, an ulp at worst where rounding costs half: what is held
-    here is that nothing is left out."""
+    """The same as by plain ones, up to the order of sums: the interpreter's bfloat16 is its own."""
     model = model_of(dtype=torch.bfloat16)
-    truth = logits(copy.deepcopy(model).double(), 3, torch.float64)
-    error = (logits(model, 3, torch.bfloat16) - truth).square().mean().sqrt()
+    accelerate(model, backend="triton", plan=Plan())
+    plain = logits(model, 3, torch.bfloat16).float()
+    count = len(passes)
     pack(model, progress=False)
-    accelerate(model, backend="triton")
-    got = (logits(model, 3, torch.bfloat16) - truth).square().mean().sqrt()
-    assert got < 4 * error
-    assert passes
+    packed = logits(model, 3, torch.bfloat16).float()
+    assert len(passes) == 2 * count > 0
+    assert (packed - plain).square().mean() < 1e-4 * plain.square().mean()
 
 
 def test_plain_weights_can_stay_with_torch(passes):
@@ -139,13 +147,13 @@ def test_the_report_says_so():
     assert "up to 8 rows" not in str(accelerate(model_of(), backend="reference"))
 
 
-@torch.inference_mode()
 def test_a_step_is_compiled_whole(passes):
     model = model_of(bits=4)
     accelerate(model, backend="triton")
     ids = torch.tensor([[1, 2, 3]])
-    expected = model(ids)
-    assert passes
     torch.compiler.reset()
-    traced = torch.compile(lambda ids: model(ids), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(traced(ids), expected)
+    with torch.inference_mode():
+        expected = model(ids)
+        assert passes
+        traced = torch.compile(lambda ids: model(ids), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(traced(ids), expected)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
 
@@ -180,6 +180,8 @@ def test_a_plain_weight_is_loaded_in_16_bytes_and_nothing_in_two():
 @pytest.mark.parametrize("form", ["affine8", "affine4", "packed"])
 def test_lanes_side_by_side_load_words_side_by_side_of_compressed_weights(form):
     """And none is exchanged for another lane's: shared memory holds the last sums alone."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip("earlier versions pass the words through shared memory")
     each = product("sm_90", "bf16", form, 2048, 1, "alone")
     compiled = each.compile("sm_90")
     assert compiled.metadata.shared <= 4 * each.warps * each.constants["BLOCK_N"]
@@ -193,7 +195,7 @@ def test_every_architecture_has_a_configuration_for_every_size():
             for n in (1, 4096, 4097, 1 << 20):
                 for rows in range(1, 9):
                     constants, block = linear.plan(table, 0, 2, n, rows, arch)
-                    assert block.measured.startswith("reasoned: ")
+                    assert block.measured.startswith(("reasoned: ", "compiled: "))
                     assert constants["BLOCK_N"] & (constants["BLOCK_N"] - 1) == 0
 
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
 OPS = (
-    "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear_cross_entropy",
+    "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "attention", "linear",
+    "linear_cross_entropy",
 )  # fmt: skip
 
 
@@ -46,5 +47,10 @@ def test_contract_of_the_loss():
     run(str(TESTS / "ops" / "test_linear_cross_entropy.py"), "-k", "triton")
 
 
-def test_corners():
-    run(str(TESTS / "triton" / "interpreted.py"))
+@pytest.mark.parametrize("which", ["", "_linear", "_decoding"])
+def test_corners(which):
+    run(str(TESTS / "triton" / f"interpreted{which}.py"))
+
+
+def test_contract_of_linear():
+    run(str(TESTS / "ops" / "test_linear_fused.py"), "-k", "triton")
