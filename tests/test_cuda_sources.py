@@ -4,6 +4,7 @@ Held to what shows without one: the compiler is silent, no register spills, noth
 unstable C++ interface is called, and every kernel that the dispatch expects is registered.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +22,16 @@ ARCHITECTURES = ("80", "90", "100")
 HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
 NVCC = shutil.which("nvcc") or shutil.which(str(Path(HOME) / "bin" / "nvcc"))
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def disassembler() -> str | None:
+    """nvcc's, or the one that Triton brings along."""
+    found = shutil.which("cuobjdump") or shutil.which(str(Path(HOME) / "bin" / "cuobjdump"))
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        bin = Path(triton.origin).parent / "backends" / "nvidia" / "bin"
+        found = shutil.which(str(bin / "cuobjdump"))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +69,13 @@ def test_compiles_for_every_architecture_without_spills(source, nvcc, tmp_path):
     assert {name for name, _ in kernels} <= {name for name, *_ in spills}
     spilling = [name for name, *counts in spills if counts != ["0", "0"]]
     assert not spilling, spilling
+    if dump := disassembler():
+        command = [dump, "-sass", "-arch", "sm_90", str(built)]
+        sass = subprocess.run(command, capture_output=True, text=True).stdout
+        assert "EXIT" in sass
+        assert not re.findall(r"\b(?:LDL|STL)\b", sass), "local memory is used"
+        if source.stem == "decode_step":  # weights by 16 bytes, past the first-level cache
+            assert re.search(r"\bLDG\.E\.NA[\w.]*\.128", sass)
     if nm := shutil.which("nm"):
         symbols = subprocess.run([nm, "-u", built], capture_output=True, text=True).stdout
         assert "aoti_torch_get_current_cuda_stream" in symbols
