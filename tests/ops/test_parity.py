@@ -18,6 +18,9 @@ for form in FORMS:
     LONG |= {f"{form}_gradient_blocks", f"{form}_rows_9_blocks"}
     LONG_FLOAT32 |= {f"{form}_many_outputs", f"{form}_norm_swiglu_rows_3"}
     LONG_FLOAT32 |= {f"{name}_{form}_proj_1" for name in models()}
+for form in ("affine8_32", "affine4_64"):  # the other group sizes run them all
+    LONG |= {f"{form}_norm_swiglu_rows_{rows}" for rows in (1, 2, 3, 5, 8, 9)}
+    LONG.add(f"{form}_many_outputs")
 
 
 def skipped(case, dtype, backend, device) -> bool:
