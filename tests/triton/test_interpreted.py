@@ -35,7 +35,8 @@ def run(*arguments: str) -> None:
 # rows, the smallest and the largest model. The slow test has them all.
 LEFT = {
     "linear": (
-        "affine8_32", "affine4_64", "rows_2", "rows_4", "rows_5", "rows_6", "rows_7", "450M", "1_1B",
+        "affine8_32", "affine4_64", "rows_2", "rows_4", "rows_5", "rows_6", "rows_7",
+        "450M", "1_1B",
     ),
 }  # fmt: skip
 
