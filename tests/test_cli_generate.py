@@ -51,6 +51,7 @@ def test_a_batch_as_json_and_from_a_file(capsys, tmp_path):
     assert [row["tokens"] for row in found["rows"]] == [row.tokens for row in rows]
     assert {row["reason"] for row in found["rows"]} == {"length"}
     assert found["generated_tokens"] == 18 and found["prompt_tokens"] == 6
+    assert found["decoding"] == "calls"
     assert found["tokens_per_second"] == pytest.approx(15 / found["generation_seconds"])
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -187,6 +188,8 @@ def test_a_signal_ends_it_cleanly(tmp_path):
         (["--checkpoint", str(TINY), "--ids", "1", "--bits", "5"], "--bits"),
         (["--checkpoint", str(TINY), "--ids", "1", "--bits", "8", "--pack"], "--pack"),
         (["--checkpoint", str(TINY), "--ids", "1", "--eager", "--backend", "avx2"], "--eager"),
+        (["--checkpoint", str(TINY), "--ids", "1", "--decoding", "graph"], "needs a CUDA device"),
+        (["--checkpoint", str(TINY), "--ids", "1", "--decoding", "magic"], "'magic'"),
         (["--checkpoint", str(TINY), "--model", "270M", "--ids", "1"], "not both"),
         (["--model", "9B", "--ids", "1"], "'9B'"),
     ],

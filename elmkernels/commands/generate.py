@@ -30,7 +30,7 @@ from ..openelm import OpenELM, Stream, accelerate, stream
 from ..openelm.config import VARIANTS
 from ..openelm.sampling import Sampling
 from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
-from ..openelm.ways import WAYS
+from ..openelm.ways import CALLS, WAYS
 from .model import chosen_model
 
 # Options of the main job that would do nothing here.
@@ -292,8 +292,8 @@ def _summary(found: dict[str, Any]) -> str:
     def rate(per_second: float | None) -> str:
         return "" if per_second is None else f" ({per_second:.1f} tokens/s)"
 
+    way = "" if found["decoding"] == CALLS else f", decoded by {found['decoding']}"
     return (
         f"prompt: {found['prompt_tokens']} tokens{rate(found['prompt_tokens_per_second'])}, "
-        f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}, "
-        f"decoded by {found['decoding']}"
+        f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}{way}"
     )
