@@ -1,11 +1,14 @@
 """What the commands of the command line share: options, progress, JSON, and how they end."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +17,7 @@ import torch
 from .backends import BACKENDS, PREFERENCE
 from .gpu import absent
 
-OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -195,6 +198,27 @@ def note(text: str) -> None:
     print(f"elmkernels: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a measurement as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated meanwhile. Only the main thread may ask for signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def measure(
     args: argparse.Namespace,
     stages: Stages | None,
@@ -207,15 +231,16 @@ def measure(
     folder = out_folder(args)
     code = OK
     try:
-        work()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
+        with _terminable():
+            work()
+    except KeyboardInterrupt as error:
+        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     finally:
         if stages is not None:
             stages.close()
         save(folder, results)
     if args.json:
         print(dump(results))
-    if code == INTERRUPTED:
+    if code != OK:
         note("interrupted" + (f"; {folder / 'results.json'} has what was measured" * bool(folder)))
     return code

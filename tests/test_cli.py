@@ -216,12 +216,13 @@ def test_interrupted_main_job_keeps_what_was_measured(capsys, monkeypatch, tmp_p
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_interrupted_by_a_signal(tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_by_a_signal(tmp_path, sent, code):
     process = start("parity", "attention", "--out", str(tmp_path))
     assert "parity attention" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err
     assert json.loads((tmp_path / "results.json").read_text())["complete"] is False
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..console import (
-    INTERRUPTED,
+    OK,
     Stages,
     WrongInput,
     checked,
@@ -98,6 +98,6 @@ def run(args: argparse.Namespace, version: str) -> int:
     if folder is not None and chart.available() is None:
         title = f"{name} ({weights})"
         checked(chart.draw_race, title, plain(results["groups"]), Path(folder) / "chart.png")
-    if code == INTERRUPTED and folder is None and not args.json:
+    if code != OK and folder is None and not args.json:
         note("the groups that were measured are printed; --out keeps them in a file")
     return code

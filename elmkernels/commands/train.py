@@ -15,6 +15,7 @@ from ..console import (
     INTERRUPTED,
     OK,
     REFUSALS,
+    TERMINATED,
     WRONG,
     WrongInput,
     dump,
@@ -25,7 +26,6 @@ from ..console import (
 )
 from ..testing import fingerprint
 
-TERMINATED = 143
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
 
