@@ -14,14 +14,12 @@ from torch import Tensor
 from .backends import kernel, optional_kernel
 from .checks import within
 
-# Bytes of a chunk of logits. Adding a chunk's share into dweight is free in float32 on a CPU, where
-# the product itself adds; in bfloat16 it is a pass of its own, the dearer
-# the fewer rows a chunk has. More rows than these gain nothing there. A GPU's are reasoned.
+# Bytes of a chunk of logits, reasoned. On a CPU adding a chunk's share into dweight is part of the
+# product in float32; in bfloat16 it is a pass of its own, the dearer the fewer rows a chunk has.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
-ALIKE = 64  # rows of a chunk are few or multiples of it: dhidden of 512 is made faster than of 524
-# Bytes of weight in one product where a block that lies in a cache is worth having: MKL makes
-# logits of few rows faster so, and a block of dweight is added while it is there. In bfloat16 half
-# as many rows are no faster, and threads then wait for each other twice as often.
+ALIKE = 64  # rows of a chunk are few or multiples of it: whole tiles of a matrix product
+# Bytes of weight in one product, reasoned: a block that lies in a cache is read again there, and a
+# block of dweight is added while it is there.
 BLOCK_BYTES = {"cpu": 10 << 20, "cuda": 128 << 20}
 # Bytes of the parts that a float32 dweight is summed in, if its own dtype is another: each is freed
 # as soon as it is rounded, which the C library does at once only above 32 MB.

@@ -9,7 +9,7 @@ namespace heads {
 constexpr int kWarps = 4;  // of a block: each has a head at a time
 constexpr int64_t kMostBlocks = 1 << 30, kMostGroups = 65535;  // of a grid's two sides
 
-// Numbers of 32 bits are divided in a quarter of the time.
+// No instruction divides: of 32 bits it takes a short sequence of them, of 64 a long one.
 DECODE_BOTH int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;

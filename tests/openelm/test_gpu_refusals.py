@@ -1,7 +1,9 @@
 """What a GPU can't run, by stand-ins for GPUs: what is named, what is taken instead, what works."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -214,3 +216,9 @@ def test_info_shows_every_gpu_and_what_fits_it(stand_in, monkeypatch, capsys, fo
         assert lines[0] == "cuda:0 NVIDIA Something, compute capability 12.0, 24 GiB"
         assert "triton fits" in lines and "reference fits" in lines
         assert any(line.startswith("cuda can't run there: built for") for line in lines)
+
+
+def test_the_most_layers_are_those_of_the_kernel():
+    plan = Path(__file__).parents[2] / "csrc" / "cuda" / "decode_plan.cuh"
+    found = re.search(r"kMaxLayers = (\d+);", plan.read_text())
+    assert found and int(found[1]) == MOST_LAYERS
