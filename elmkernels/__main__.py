@@ -47,7 +47,10 @@ from .openelm import chart, job
 from .openelm.config import VARIANTS
 from .openelm.given import OPS
 from .openelm.linear import measure_plan
-from .testing import CASES, fingerprint, format_table, run_bench, run_parity, runnable
+from .testing.bench import format_table, run_bench
+from .testing.cases import CASES
+from .testing.parity import run_parity, runnable
+from .testing.timing import fingerprint
 
 MAIN_ONLY = ("model", "checkpoint", "config", "rounds", "seed", "pack_weights")
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..console import DTYPES, OK, WrongInput, checked
-from ..formats import BITS, GROUP_SIZES
-from ..openelm import OpenELM, pack, quantize
+from ..openelm.model import OpenELM
+from ..openelm.pack import pack
+from ..openelm.quantize import quantize
+from ..weights.formats import BITS, GROUP_SIZES
 
 # Spelled out: loading them needs no package, which other commands must not ask for.
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")

@@ -25,12 +25,14 @@ from ..console import (
     note,
     positive,
 )
-from ..formats import BITS, GROUP_SIZES
-from ..openelm import OpenELM, Stream, accelerate, stream
 from ..openelm.config import VARIANTS
+from ..openelm.generate import Stream, stream
+from ..openelm.model import OpenELM
 from ..openelm.sampling import Sampling
+from ..openelm.swap import accelerate
 from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
 from ..openelm.ways import CALLS, WAYS
+from ..weights.formats import BITS, GROUP_SIZES
 from .model import chosen_model
 
 # Options of the main job that would do nothing here.

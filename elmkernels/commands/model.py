@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from ..console import WrongInput
-from ..openelm import OpenELM, job
+from ..openelm import job
 from ..openelm.config import VARIANTS
+from ..openelm.model import OpenELM
 
 
 def chosen_model(

@@ -24,7 +24,7 @@ from ..console import (
     positive,
     save,
 )
-from ..testing import fingerprint
+from ..testing.timing import fingerprint
 
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu
-from ..formats import Arena
+from ..weights.formats import Arena
 from .config import OpenELMConfig
 
 _ALIGNMENT = 64  # elements between the starts of blocks: whole cache lines in any dtype

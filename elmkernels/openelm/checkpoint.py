@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress import check_packed, check_scheme
-from ..formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
 from ..gpu import check_here
+from ..weights.affine import check_scheme
+from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
+from ..weights.packed12 import check_packed
 from . import storage
 from .compressed import Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig

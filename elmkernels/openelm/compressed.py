@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..formats import Affine, Packed, Weight
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
+from ..weights.formats import Affine, Packed, Weight
 
 
 def weight_of(module: nn.Module) -> Weight:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..formats import Stack
+from ..weights.formats import Stack
 from . import graph
 from .cache import KVCache
 from .graph import Window, bucket_of, step, width_of

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..backends import choose, optional_kernel, where_it_has
-from ..formats import Packed, Weight
 from ..ops.linear import MAX_ROWS
+from ..weights.formats import Packed, Weight
 from .compressed import CompressedLinear, weight_of
 from .linear import Linear, TiedHead
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compress import each_chunk
 from ..ops.linear import dense_rows
-from ..weights import rows_of
+from ..weights.checks import rows_of
+from ..weights.chunks import each_chunk
 from .compressed import weight_of
 from .config import OpenELMConfig
 from .model import OpenELM

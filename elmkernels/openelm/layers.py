@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..formats import Weight
 from ..reference import attention, qk_norm_rope, rms_norm, swiglu
+from ..weights.formats import Weight
 from .cache import KVCache
 from .compressed import product
 from .config import OpenELMConfig

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..formats import Weight
+from ..weights.formats import Weight
 from .compressed import product
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..compress import count_exponents, pack_weight
-from ..formats import ESCAPE, Packed
+from ..weights.formats import ESCAPE, Packed
+from ..weights.packed12 import count_exponents, pack_weight
 from .compressed import Compressed, CompressedEmbedding, CompressedLinear
 from .convert import Conversion, convert, dense_weight, plain
 from .model import OpenELM

@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from ..compress import check_scheme, quantize_weight
-from ..compress.affine import DTYPES
-from ..formats import Affine
+from ..weights.affine import DTYPES, check_scheme, quantize_weight
+from ..weights.formats import Affine
 from .compressed import Compressed, CompressedEmbedding, CompressedLinear
 from .convert import Conversion, convert, dense_weight
 from .model import OpenELM

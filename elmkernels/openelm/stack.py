@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import where_it_has
-from ..formats import Affine, Layer, Packed, Stack, Weight
 from ..ops.decode_step import MAX_BATCH
+from ..weights.formats import Affine, Layer, Packed, Stack, Weight
 from . import fused, linear
 from . import layers as reference
 from .cache import KVCache

@@ -135,7 +135,7 @@ def run(
     keep: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure everything, filling `results` as it comes; keep() after each part."""
-    from ..testing import format_table
+    from ..testing.bench import format_table
 
     if race.device.type == "cpu":
         keep_pages()

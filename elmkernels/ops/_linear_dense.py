@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backends import REFERENCE, choose, kernel
-from ..formats import Packed, Weight
-from ..weights import parts, rows_of
+from ..weights.checks import parts, rows_of
+from ..weights.formats import Packed, Weight
 
 # Below what the C library maps anew, zeroed, at every call: page faults there cost more
 # than a larger block gains.

@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import reference
 from ..backends import REFERENCE, choose, define, kernel
 from ..checks import fail, integers, tensor, within
-from ..formats import Affine, Arena, Stack, Weight
-from ..weights import check_stack, parts
+from ..weights.checks import check_stack, parts
+from ..weights.formats import Affine, Arena, Stack, Weight
 from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS

@@ -17,8 +17,8 @@ from .. import reference
 from ..backends import REFERENCE, choose, define, kernel, optional_kernel
 from ..checks import fail, floating, last_dim_packed, like, shape
 from ..checks import weight as check_norm
-from ..formats import Affine, Weight
-from ..weights import check_weight, parts
+from ..weights.checks import check_weight, parts
+from ..weights.formats import Affine, Weight
 from ._linear_dense import BLOCK_BYTES, FrozenLinear, blocks, dense_product, dense_rows
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated

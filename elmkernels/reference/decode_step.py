@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ..formats import Arena, Stack
+from ..weights.formats import Arena, Stack
 from .attention import attention
 from .linear import dense, linear
 from .qk_norm_rope import qk_norm_rope

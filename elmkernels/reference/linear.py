@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats import SEGMENT_COLUMNS, Affine, Packed, Weight
+from ..weights.formats import SEGMENT_COLUMNS, Affine, Packed, Weight
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated
 

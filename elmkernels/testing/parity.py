@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
-from ..formats import Arena, Stack
+from ..weights.formats import Arena, Stack
 from .cases import CASES
 from .draw import Case, make
 

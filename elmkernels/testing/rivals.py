@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..formats import Arena, Layer, Stack, Weight
 from ..reference.common import document_of
+from ..weights.formats import Arena, Layer, Stack, Weight
 from .parity import specification
 from .timing import total_bytes
 

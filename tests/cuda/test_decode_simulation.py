@@ -12,13 +12,13 @@ import torch
 from on_host import DTYPES, compiled
 from torch import Tensor
 
-from elmkernels.compress import quantize_weight
-from elmkernels.formats import Affine, Arena, Stack
 from elmkernels.ops.decode_step import table_of
 from elmkernels.testing import CASES
 from elmkernels.testing.decoder_cases import FORMS, arena, decoder, dtypes_of
 from elmkernels.testing.draw import Draw, make, models
 from elmkernels.testing.parity import compare, specification, with_written
+from elmkernels.weights.affine import quantize_weight
+from elmkernels.weights.formats import Affine, Arena, Stack
 
 ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
 POSITIONS = (3, 200, 0, 131)

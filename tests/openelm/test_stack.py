@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elmkernels import ops, reference
-from elmkernels.formats import Affine, Arena, Stack
 from elmkernels.openelm import (
     KVCache,
     OpenELM,
@@ -26,6 +25,7 @@ from elmkernels.openelm import (
     restore,
     stack_of,
 )
+from elmkernels.weights.formats import Affine, Arena, Stack
 
 
 def plain_step(

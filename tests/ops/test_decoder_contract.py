@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from elmkernels import decode_step, linear, reference
-from elmkernels.compress import pack_weight
-from elmkernels.formats import Layer, Packed
 from elmkernels.ops.decode_step import _TABLES
 from elmkernels.testing import runnable
 from elmkernels.testing.decoder_cases import FORMS, arena, decoder, dtypes_of, weight
 from elmkernels.testing.draw import Draw
 from elmkernels.testing.parity import compare, with_written
+from elmkernels.weights.formats import Layer, Packed
+from elmkernels.weights.packed12 import pack_weight
 
 BACKENDS = runnable("decode_step")
 POSITIONS = torch.tensor([0, 150, 63, 64, 1, 129, 17, 70])

@@ -9,9 +9,10 @@ import torch
 
 from elmkernels import linear, rms_norm, swiglu
 from elmkernels.backends import SOME_HAVE, optional_kernel
-from elmkernels.compress import pack_weight, quantize_weight
 from elmkernels.testing import runnable
 from elmkernels.testing.decoder_cases import FORMS, compressed
+from elmkernels.weights.affine import quantize_weight
+from elmkernels.weights.packed12 import pack_weight
 
 BACKENDS = [*runnable("linear"), "reference"]
 X, W = torch.randn(3, 64), torch.randn(10, 64)

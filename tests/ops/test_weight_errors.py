@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from elmkernels import decode_step, linear
-from elmkernels.compress import pack_weight, quantize_weight
 from elmkernels.testing.decoder_cases import arena, decoder
 from elmkernels.testing.draw import Draw
+from elmkernels.weights.affine import quantize_weight
+from elmkernels.weights.packed12 import pack_weight
 
 X = torch.randn(2, 3, 64)
 PLAIN = torch.randn(5, 64)

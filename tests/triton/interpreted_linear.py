@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from elmkernels import ops, reference
-from elmkernels.compress import pack_weight, quantize_weight
-from elmkernels.formats import Packed
 from elmkernels.ops.linear import dense_rows
 from elmkernels.testing.decoder_cases import FORMS, _many_escapes, compressed
 from elmkernels.testing.draw import Draw
 from elmkernels.testing.parity import compare, poisoned
 from elmkernels.triton import linear as kernels
-from elmkernels.weights import parts
+from elmkernels.weights.affine import quantize_weight
+from elmkernels.weights.checks import parts
+from elmkernels.weights.formats import Packed
+from elmkernels.weights.packed12 import pack_weight
 
 HALF = torch.float16
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .checks import fail, floating, positive, tensor
-from .checks import weight as check_norm
+from ..checks import fail, floating, positive, tensor
+from ..checks import weight as check_norm
 from .formats import (
     BITS,
     GROUP_SIZES,

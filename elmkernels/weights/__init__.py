@@ -2,7 +2,7 @@
 
 from .affine import check_scheme, quantize_weight
 from .chunks import each_chunk
-from .packed import check_packed, count_exponents, pack_weight
+from .packed12 import check_packed, count_exponents, pack_weight
 
 __all__ = [
     "check_packed",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, Packed
 from .chunks import each_chunk
+from .formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, Packed
 
 
 class Table(NamedTuple):

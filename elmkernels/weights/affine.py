@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..formats import BITS, GROUP_SIZES, Affine
 from .chunks import each_chunk
+from .formats import BITS, GROUP_SIZES, Affine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
