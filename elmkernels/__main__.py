@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import numpy
 import torch
 
-from . import __version__, gpu
+from . import __version__
+from . import devices as gpu
 from .backends import BACKENDS, REFERENCE, build_report, choose, defined
 from .commands import bench_generate, bench_train, convert, generate, gpu_check, train
 from .commands.model import chosen_model

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from .backends import BACKENDS, PREFERENCE
-from .gpu import absent
+from .devices import absent
 
 OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 DTYPES = {

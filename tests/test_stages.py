@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elmkernels.gpu import runs_on, unfit
+from elmkernels.devices import runs_on, unfit
 from elmkernels.testing import op_stages
 from elmkernels.testing.device import datasheet
 from elmkernels.testing.stages import (

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gpu
+from .. import devices
 from ..weights.formats import Arena
 from .config import OpenELMConfig
 
@@ -72,7 +72,7 @@ class KVCache:
             for which in (0, 1):
                 offsets[layer, which] = end
                 end += -(-prod(shape) // _ALIGNMENT) * _ALIGNMENT
-        gpu.check_here(device)
+        devices.check_here(device)
         with torch.inference_mode(False):  # an inference tensor could not be written outside it
             try:
                 data = _zeros(end, dtype, device)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gpu import check_here
+from ..devices import check_here
 from ..weights.affine import check_scheme
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
 from ..weights.packed12 import check_packed

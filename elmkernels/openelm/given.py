@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import gpu
+from .. import devices
 from ..backends import COMPOSED, PREFERENCE, choose, implements, where_it_has
 
 OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
@@ -21,13 +21,13 @@ def given_backends(
         for op in OPS:
             choose(op, kind, asked)
         if kind == "cuda":
-            gpu.check_backend(asked, device)
+            devices.check_backend(asked, device)
         given = {op: where_it_has(op, asked) for op in ("attention", "linear_cross_entropy")}
         return dict.fromkeys(ALL_OPS, asked) | given, []
     if kind != "cuda":
         return dict.fromkeys(ALL_OPS), []
-    fit = gpu.backends_of(device)
-    given = {op: gpu.narrowed(op, fit, kind) for op in ALL_OPS}
+    fit = devices.backends_of(device)
+    given = {op: devices.narrowed(op, fit, kind) for op in ALL_OPS}
     lines = []
     for name in PREFERENCE[kind]:
         if name in COMPOSED or not (why := fit[name]):

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .. import gpu
+from .. import devices as gpu
 from ..backends import build_report, choose, defined
 from ..testing import device as devices
 from ..testing import op_stages

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..gpu import architectures, capability, unfit
+from ..devices import architectures, capability, unfit
 from ..testing.stages import FAILED, Found, LeftOut
 from ..testing.watch import HUNG
 from .config import OpenELMConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..gpu import check_here
+from ..devices import check_here
 from ..reference import rope_table
 from . import few_rows
 from .cache import KVCache

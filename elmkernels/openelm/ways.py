@@ -8,7 +8,7 @@ calls        one operation after the other, waiting for each token
 import torch
 from torch import nn
 
-from .. import gpu
+from .. import devices
 from ..backends import BACKENDS, REFERENCE, choose, where_it_has
 from ..checks import DTYPES
 from ..ops.decode_step import MAX_BATCH
@@ -93,13 +93,13 @@ def _no_kernel(model: OpenELM, device: torch.device) -> str | None:
         if choose("decode_step", device.type, step_backend(model)) == REFERENCE:
             return f"decode_step has no kernel here: {BACKENDS[_KERNEL].missing}"
         return None
-    if why := gpu.backends_of(device)[_KERNEL]:
+    if why := devices.backends_of(device)[_KERNEL]:
         return f"its kernel is backend {_KERNEL!r}: {why}"
     if step_backend(model) == REFERENCE:
         return f"its kernel is backend {_KERNEL!r}, the model was given {REFERENCE!r}"
     layers = len(model.layers)
     if layers > MOST_LAYERS:
         return f"decode_step on CUDA takes at most {MOST_LAYERS} layers, the model has {layers}"
-    if gpu.cooperative(device) is False:
+    if devices.cooperative(device) is False:
         return "decode_step needs a device with cooperative launches, this one has none"
     return None

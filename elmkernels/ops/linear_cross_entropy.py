@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from ..backends import REFERENCE, choose, define
 from ..checks import fail, floating, integers
-from ..chunked_loss import check_targets, joined, run
+from ._chunked_loss import check_targets, joined, run
 
 define(
     "linear_cross_entropy",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import REFERENCE
-from ..gpu import backends_of
+from ..devices import backends_of
 from .bench import bench_op, passes
 from .cases import CASES, bench_cases, long_tokens
 from .device import datasheet, gpu_name

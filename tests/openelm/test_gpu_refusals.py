@@ -11,7 +11,7 @@ import torch
 from golden import GLU_FREE, load_tiny
 from torch import nn
 
-from elmkernels import OpenELM, accelerate, backends, gpu, pack, restore
+from elmkernels import OpenELM, accelerate, backends, pack, restore
 from elmkernels.__main__ import main
 from elmkernels.backends import BACKENDS
 from elmkernels.openelm import KVCache, Session, cache, decoding, swap
@@ -33,9 +33,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(backends, "_CHOICE", {})
         for op in backends.defined():
             backends._decide(op)
-        monkeypatch.setattr(gpu, "capability", lambda d: capability if d.type == "cuda" else None)
-        monkeypatch.setattr(gpu, "architectures", lambda: list(built))
-        monkeypatch.setattr(gpu, "cooperative", lambda device: True)
+        monkeypatch.setattr(
+            devices, "capability", lambda d: capability if d.type == "cuda" else None
+        )
+        monkeypatch.setattr(devices, "architectures", lambda: list(built))
+        monkeypatch.setattr(devices, "cooperative", lambda device: True)
         monkeypatch.setattr(swap, "_device_of", lambda weight: GPU)
 
     return make
@@ -145,7 +147,7 @@ def test_ways_and_why_not(stand_in, monkeypatch):
     mixed = tiny()
     mixed.layers[0].attn.out_proj.bfloat16()
     assert "of one dtype, got torch.bfloat16, torch.float32" in ways(mixed, GPU)["graph"]
-    monkeypatch.setattr(gpu, "cooperative", lambda device: False)
+    monkeypatch.setattr(devices, "cooperative", lambda device: False)
     assert "cooperative launches" in ways(model, GPU)["one-launch"]
     monkeypatch.setattr("elmkernels.openelm.ways.MOST_LAYERS", 2)
     assert f"2 layers, the model has {len(model.layers)}" in ways(model, GPU)["one-launch"]
@@ -159,7 +161,7 @@ def no_memory(monkeypatch, free: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cache, "_zeros", full)
-    monkeypatch.setattr(gpu, "check_here", lambda device: None)
+    monkeypatch.setattr(devices, "check_here", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 34))
 
 
@@ -191,14 +193,14 @@ def test_no_gpu_is_named_with_what_works(tmp_path):
             make()
     assert Session(model).cache.device.type == "cpu"
     with pytest.raises(RuntimeError, match="'cpu:3' is not here: torch sees 1 of cpu"):
-        gpu.check_here(torch.device("cpu", 3))
+        devices.check_here(torch.device("cpu", 3))
 
 
 def test_a_gpu_that_is_not_there_beside_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert gpu.absent(torch.device("cuda:1")) is gpu.absent(torch.device("cuda")) is None
-    assert gpu.absent(torch.device("cuda:2")).endswith("torch sees 2 of cuda")
+    assert devices.absent(torch.device("cuda:1")) is devices.absent(torch.device("cuda")) is None
+    assert devices.absent(torch.device("cuda:2")).endswith("torch sees 2 of cuda")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from elmkernels import chunked_loss, linear_cross_entropy
+from elmkernels import linear_cross_entropy
 from elmkernels.backends import BACKENDS as ALL_BACKENDS
 from elmkernels.backends import kernel, optional_kernel
+from elmkernels.ops import _chunked_loss
 from elmkernels.testing import CASES, assert_parity, compare, runnable
 
 BACKENDS = runnable("linear_cross_entropy")
@@ -46,10 +47,10 @@ def run(hidden, weight, targets, **options):
 
 
 def small_chunks(monkeypatch, rows, v, itemsize, part_rows=None, d=24):
-    monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cpu", rows * v * itemsize)
-    monkeypatch.setitem(chunked_loss.BLOCK_BYTES, "cpu", 50 * d * itemsize)
+    monkeypatch.setitem(_chunked_loss.CHUNK_BYTES, "cpu", rows * v * itemsize)
+    monkeypatch.setitem(_chunked_loss.BLOCK_BYTES, "cpu", 50 * d * itemsize)
     if part_rows:
-        monkeypatch.setattr(chunked_loss, "PART_BYTES", part_rows * d * 4)
+        monkeypatch.setattr(_chunked_loss, "PART_BYTES", part_rows * d * 4)
 
 
 @every_backend
@@ -59,9 +60,9 @@ def test_chunks_are_parity_too(backend, name, rows, monkeypatch):
     """With blocks and parts of weight whose ends meet those of nothing else."""
     for dtype in (torch.float32, half(backend)):
         v = 1003 if "every" in name else 131
-        monkeypatch.setattr(chunked_loss, "PART_BYTES", 90 * 96 * 4)
-        monkeypatch.setitem(chunked_loss.BLOCK_BYTES, "cpu", 64 * 96 * dtype.itemsize)
-        monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cpu", rows * v * dtype.itemsize)
+        monkeypatch.setattr(_chunked_loss, "PART_BYTES", 90 * 96 * 4)
+        monkeypatch.setitem(_chunked_loss.BLOCK_BYTES, "cpu", 64 * 96 * dtype.itemsize)
+        monkeypatch.setitem(_chunked_loss.CHUNK_BYTES, "cpu", rows * v * dtype.itemsize)
         assert_parity("linear_cross_entropy", CASE[name], dtype, backend)
 
 
@@ -389,7 +390,7 @@ def test_raw_kernel_and_chunks_pass_opcheck(backend, dtype):
         logits = torch.randn(len(targets), 131).to(dtype)
         torch.library.opcheck(rows, (logits, targets, given, -100, 0.1, 0.1, grad))
         args = (hidden, weight, targets, given, -100, 0.1, 0.1, grad, grad, backend)
-        torch.library.opcheck(chunked_loss.run, args)
+        torch.library.opcheck(_chunked_loss.run, args)
     add = kernel("linear_cross_entropy_add", backend)
     for scale, fresh in itertools.product((None, torch.tensor(0.5)), (False, True)):
         torch.library.opcheck(add, (torch.randn(3, 24), weight[:3], scale, fresh))
@@ -438,4 +439,4 @@ def test_logits_never_lie_in_memory(backend, reduction):
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run(hidden, weight, targets, reduction=reduction, backend=backend)
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= chunked_loss.CHUNK_BYTES["cpu"] + (1 << 20)
+    assert 0 < largest <= _chunked_loss.CHUNK_BYTES["cpu"] + (1 << 20)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .backends import kernel, optional_kernel
-from .checks import within
+from ..backends import kernel, optional_kernel
+from ..checks import within
 
 # Bytes of a chunk of logits, reasoned. On a CPU adding a chunk's share into dweight is part of the
 # product in float32; in bfloat16 it is a pass of its own, the dearer the fewer rows a chunk has.
