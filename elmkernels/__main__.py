@@ -20,6 +20,8 @@ import torch
 
 from . import __version__
 from . import devices as gpu
+from .acceleration.backend_choice import OPS
+from .acceleration.projections import measure_plan
 from .backends import BACKENDS, REFERENCE, build_report, choose, defined
 from .commands import bench_generate, bench_train, convert, generate, gpu_check, train
 from .commands.model import chosen_model
@@ -46,8 +48,6 @@ from .console import (
 )
 from .openelm import chart, job
 from .openelm.config import VARIANTS
-from .openelm.given import OPS
-from .openelm.linear import measure_plan
 from .testing.bench import format_table, run_bench
 from .testing.cases import CASES
 from .testing.parity import run_parity, runnable

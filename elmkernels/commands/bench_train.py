@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..acceleration.backend_choice import OPS
 from ..backends import choose
 from ..console import (
     FAILED,
@@ -22,7 +23,6 @@ from ..console import (
 )
 from ..openelm import chart, step_race
 from ..openelm.config import OpenELMConfig
-from ..openelm.given import OPS
 from .model import variant
 
 NAME = "train"

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..acceleration.decode_modes import CALLS, WAYS
+from ..acceleration.swap import accelerate
 from ..console import (
     DTYPES,
     INTERRUPTED,
@@ -29,9 +31,7 @@ from ..openelm.config import VARIANTS
 from ..openelm.generate import Stream, stream
 from ..openelm.model import OpenELM
 from ..openelm.sampling import Sampling
-from ..openelm.swap import accelerate
 from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
-from ..openelm.ways import CALLS, WAYS
 from ..weights.formats import BITS, GROUP_SIZES
 from .model import chosen_model
 

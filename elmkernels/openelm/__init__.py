@@ -1,5 +1,7 @@
 """OpenELM models: configuration, reference model, checkpoints, cache and generation."""
 
+from ..acceleration.decoder_weights import next_logits, stack_of
+from ..acceleration.swap import Report, accelerate, restore
 from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import Row, Session, Stream, generate, greedy, stream
@@ -7,8 +9,6 @@ from .loss import LossHead, next_token_loss, next_tokens
 from .model import OpenELM
 from .pack import pack, unpack
 from .quantize import quantize
-from .stack import next_logits, stack_of
-from .swap import Report, accelerate, restore
 
 __all__ = [
     "KVCache",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..acceleration.swap import set_module
 from ..devices import check_here
 from ..weights.affine import check_scheme
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
@@ -35,7 +36,6 @@ from .pack import packed_module
 from .progress import progress
 from .quantize import quantized_module
 from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
-from .swap import set_module
 
 _CONFIG = "config.json"
 _PACKED = {"format": "packed12", "version": 1}

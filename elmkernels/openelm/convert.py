@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ..acceleration.layout import PROJECTIONS
+from ..acceleration.projections import Linear, TiedHead
+from ..acceleration.swap import accelerate, asked_backend, is_accelerated, restore, set_module
 from ..ops.linear import dense_rows
 from .compressed import Compressed, CompressedEmbedding, weight_of
-from .layout import PROJECTIONS
-from .linear import Linear, TiedHead
 from .model import OpenELM
 from .progress import progress
-from .swap import accelerate, asked_backend, is_accelerated, restore, set_module
 
 
 @dataclass

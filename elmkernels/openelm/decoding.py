@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, WAYS, step_backend, why_not
+from ..acceleration.decoder_weights import described
 from ..weights.formats import Stack
 from . import graph
 from .cache import KVCache
@@ -30,8 +32,6 @@ from .graph import Window, bucket_of, step, width_of
 from .model import OpenELM
 from .readback import Reader
 from .sampling import Sampler, Sampling
-from .stack import described
-from .ways import CALLS, GRAPH, ONE_LAUNCH, WAYS, step_backend, why_not
 
 AHEAD = 8  # steps that are launched before a token is waited for
 ROUNDS = 7  # of each way, when they are timed

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.decode_modes import CALLS, wanted
+from ..acceleration.decoder_weights import next_logits
 from .cache import KVCache
 from .decoding import Decoder
 from .model import OpenELM
 from .prompts import Prompts, check_lengths, prompt_ids, stop_set
 from .sampling import Sampler, Sampling, is_integer
-from .stack import next_logits
-from .ways import CALLS, wanted
 
 CHUNK = 512
 

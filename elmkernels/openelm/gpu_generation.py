@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..acceleration.decode_modes import GRAPH, ONE_LAUNCH
+from ..acceleration.decoder_weights import stack_of
 from ..backends import REFERENCE, choose
 from ..testing.stages import Clock, Found, LeftOut, Unit
 from .cache import KVCache
@@ -18,8 +20,6 @@ from .gpu_held import LIMIT, WAY_LIMIT, Models
 from .gpu_runners import DecoderRunner
 from .proof import ModelParity, check_model, compare_tokens
 from .runners import Task
-from .stack import stack_of
-from .ways import GRAPH, ONE_LAUNCH
 
 BATCH, PROMPT = 2, 48
 EXACT_STEPS = 16  # whose logits are compared bit for bit

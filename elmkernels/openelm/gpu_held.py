@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..acceleration.decode_modes import ways
+from ..acceleration.swap import Report, accelerate
 from ..devices import architectures, capability, unfit
 from ..testing.stages import FAILED, Found, LeftOut
 from ..testing.watch import HUNG
@@ -13,8 +15,6 @@ from .config import OpenELMConfig
 from .model import OpenELM
 from .proof import free_bytes, twin
 from .runners import compress
-from .swap import Report, accelerate
-from .ways import ways
 
 GENERATION = "generation"  # the stage whose units named for a way of decoding try it first
 # Seconds after which a unit is taken to hang: models are made in it, graphs captured, kernels

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..acceleration.decode_modes import GRAPH as BY_GRAPH
+from ..acceleration.decode_modes import ONE_LAUNCH as BY_ONE_LAUNCH
 from ..ops.decode_step import MAX_BATCH
 from ..ops.linear import MAX_ROWS
 from ..testing.device import datasheet, gpu_name
@@ -29,8 +31,6 @@ from .gpu_runners import (
 )
 from .model import OpenELM
 from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner
-from .ways import GRAPH as BY_GRAPH
-from .ways import ONE_LAUNCH as BY_ONE_LAUNCH
 
 
 def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float, str]:

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.projections import Plan
+from ..acceleration.swap import accelerate
 from ..backends import SDPA
 from .cache import KVCache
 from .decoding import Decoder
 from .fair import FairOpenELM
 from .graph import BUCKET
-from .linear import Plan
 from .model import OpenELM
 from .proof import twin
 from .runners import COMPILED, EAGER, OURS, Run, Runner, Task
 from .sampling import Sampler, Sampling
-from .swap import accelerate
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.swap import accelerate
 from ..testing.bench import format_table
 from ..testing.timing import fingerprint
 from . import speed
 from .config import OpenELMConfig
 from .model import OpenELM
 from .proof import ModelParity, check_model, twin
-from .swap import accelerate
 
 STAGES = ("model", "parity", "prefill", "generation", "training step")
 

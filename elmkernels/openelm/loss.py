@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..acceleration.projections import Linear
 from ..reference import cross_entropy
-from .linear import Linear
-from .tied import Tied
+from .shared_weight import Tied
 
 
 class LossHead(nn.Module):

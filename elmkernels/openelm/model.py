@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..acceleration import small_batch
 from ..devices import check_here
 from ..reference import rope_table
-from . import few_rows
 from .cache import KVCache
 from .compressed import weight_of
 from .config import OpenELMConfig
@@ -181,7 +181,7 @@ class OpenELM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits of what the last layer gives, [..., model_dim]."""
-        found = few_rows.logits(self, x)
+        found = small_batch.logits(self, x)
         return self.project(self.norm(x)) if found is None else found
 
     def project(self, hidden: Tensor) -> Tensor:

@@ -38,14 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.decoder_weights import next_logits
+from ..acceleration.projections import LINEAR, Plan
 from ..testing.parity import Comparison, compare
 from .cache import KVCache
 from .config import OpenELMConfig
 from .generate import greedy
-from .linear import LINEAR, Plan
 from .loss import next_tokens
 from .model import OpenELM
-from .stack import next_logits
 
 DECODED = 8  # tokens that go one by one through a cache for their logits
 STRICT = (2.0, 1.5)  # times the yardstick's max and rms error, as `compare` allows

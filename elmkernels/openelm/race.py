@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.backend_choice import OPS
 from ..backends import choose
 from ..testing.timing import fingerprint
 from . import llama
 from .config import OpenELMConfig
-from .given import OPS
 from .model import OpenELM
 from .race_figures import figures, own_read, text
 from .runners import (

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..acceleration.decoder_weights import next_logits, stack_of
+from ..acceleration.swap import accelerate, is_accelerated, restore
 from . import llama
 from .cache import KVCache
 from .compressed import Compressed
@@ -25,8 +27,6 @@ from .gguf import export_gguf, rounded
 from .model import OpenELM
 from .pack import pack
 from .quantize import quantize
-from .stack import next_logits, stack_of
-from .swap import accelerate, is_accelerated, restore
 
 EAGER, COMPILED, OURS, LLAMA = "eager", "compiled", "ours", "llama.cpp"
 TRIAL_STEPS = 16  # to choose llama.cpp's attention by

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration import projections
+from ..acceleration.decoder_weights import next_logits
 from ..testing.timing import Timing, copies_of, interleave, peak_memory, synchronize
-from . import linear
 from .cache import KVCache
 from .config import OpenELMConfig
 from .loss import next_token_loss, next_tokens
 from .model import OpenELM
-from .stack import next_logits
 
 EAGER, SWAPPED = "eager", "swapped"
 EVERY_LOGIT = "eager, every logit"
@@ -107,8 +107,8 @@ def _product_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Pr
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     ways: dict[str, Callable[[], object]] = {"matmul": lambda: a @ b}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        packed = linear.pack(b)
-        ways["packed"] = lambda: linear.onednn(a, packed)
+        packed = projections.pack(b)
+        ways["packed"] = lambda: projections.onednn(a, packed)
     return {name: (way, 2.0 * n**3) for name, way in ways.items()}
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.projections import Plan
+from ..acceleration.swap import accelerate
 from ..testing.timing import fingerprint, keep_pages
 from . import proof, speed
 from .config import OpenELMConfig
-from .linear import Plan
 from .model import OpenELM
-from .swap import accelerate
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILED = "compiled"

@@ -24,11 +24,11 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .. import checks
+from ..acceleration.projections import Plan, measure_plan
+from ..acceleration.swap import accelerate
 from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig
-from ..openelm.linear import Plan, measure_plan
 from ..openelm.model import OpenELM
-from ..openelm.swap import accelerate
 from . import optim, speed, state
 from .journal import Journal
 from .packing import IGNORE, PackedBatch, Sequences

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import checks
+from ..acceleration.projections import Plan
 from ..openelm.config import OpenELMConfig
-from ..openelm.linear import Plan
 from ..openelm.model import OpenELM
 from . import data, state, tokenizers
 from .journal import FILE, Journal

@@ -10,11 +10,11 @@ import torch
 from tape import record
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore
+from elmkernels.acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, why_not
 from elmkernels.openelm import KVCache, Session, decoding, stream
 from elmkernels.openelm.decoding import AHEAD, Decoder
 from elmkernels.openelm.gpu_held import TINY
 from elmkernels.openelm.sampling import Sampler, Sampling
-from elmkernels.openelm.ways import CALLS, GRAPH, ONE_LAUNCH, why_not
 
 module = importlib.import_module("elmkernels.openelm.generate")
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)

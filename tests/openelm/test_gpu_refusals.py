@@ -13,10 +13,11 @@ from torch import nn
 
 from elmkernels import OpenELM, accelerate, backends, pack, restore
 from elmkernels.__main__ import main
+from elmkernels.acceleration import swap
+from elmkernels.acceleration.decode_modes import MOST_LAYERS, ways
+from elmkernels.acceleration.swap import Report, asked_backend
 from elmkernels.backends import BACKENDS
-from elmkernels.openelm import KVCache, Session, cache, decoding, swap
-from elmkernels.openelm.swap import Report, asked_backend
-from elmkernels.openelm.ways import MOST_LAYERS, ways
+from elmkernels.openelm import KVCache, Session, cache, decoding
 
 GPU = torch.device("cuda", 0)
 NO_TRITON = {"triton": "triton is not installed (pip install triton)"}
@@ -149,7 +150,7 @@ def test_ways_and_why_not(stand_in, monkeypatch):
     assert "of one dtype, got torch.bfloat16, torch.float32" in ways(mixed, GPU)["graph"]
     monkeypatch.setattr(devices, "cooperative", lambda device: False)
     assert "cooperative launches" in ways(model, GPU)["one-launch"]
-    monkeypatch.setattr("elmkernels.openelm.ways.MOST_LAYERS", 2)
+    monkeypatch.setattr("elmkernels.acceleration.decode_modes.MOST_LAYERS", 2)
     assert f"2 layers, the model has {len(model.layers)}" in ways(model, GPU)["one-launch"]
     assert ways(model, GPU)["graph"] is None and MOST_LAYERS == 128
     model.layers[0].register_forward_hook(lambda *_: None)

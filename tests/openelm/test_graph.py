@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
+from elmkernels.acceleration.decode_modes import GRAPH, ONE_LAUNCH
 from elmkernels.openelm import KVCache
 from elmkernels.openelm.decoding import Decoder
 from elmkernels.openelm.fair import FairOpenELM
@@ -15,7 +16,6 @@ from elmkernels.openelm.graph import Window, bucket_of, step, width_of
 from elmkernels.openelm.proof import twin
 from elmkernels.openelm.runners import Task
 from elmkernels.openelm.sampling import Sampler, Sampling
-from elmkernels.openelm.ways import GRAPH, ONE_LAUNCH
 
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)
 LENGTH, STEPS = 250, 12  # across the border of the first bucket

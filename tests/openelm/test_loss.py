@@ -10,8 +10,8 @@ from golden import load_tiny
 from torch import nn
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore
+from elmkernels.acceleration.fused import FusedLossHead
 from elmkernels.openelm import LossHead, next_token_loss, next_tokens
-from elmkernels.openelm.fused import FusedLossHead
 from elmkernels.testing import compare
 from elmkernels.testing.parity import ATTENTION_SLACK
 

@@ -8,7 +8,8 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig
 from elmkernels.__main__ import main
-from elmkernels.openelm import chart, linear, llama, race, swap
+from elmkernels.acceleration import projections, swap
+from elmkernels.openelm import chart, llama, race
 from elmkernels.openelm.race_figures import BEST
 from elmkernels.openelm.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
 
@@ -40,7 +41,7 @@ LLAMA = {"fp32": ["F32"], "16-bit": ["F16", "BF16"], "int8": ["Q8_0"], "int4": [
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """One thread, and no timing of routines: on models as small as these both only cost time."""
-    monkeypatch.setattr(swap, "measure_plan", lambda dtype, packing=False: linear.Plan())
+    monkeypatch.setattr(swap, "measure_plan", lambda dtype, packing=False: projections.Plan())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -7,8 +7,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm import next_token_loss, recompute
-from elmkernels.openelm.tied import Tied
+from elmkernels.acceleration import recompute
+from elmkernels.openelm import next_token_loss
+from elmkernels.openelm.shared_weight import Tied
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=2,

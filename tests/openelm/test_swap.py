@@ -18,9 +18,10 @@ from golden import (
 from torch import nn
 
 from elmkernels import OpenELM, accelerate, restore
+from elmkernels.acceleration import fused
+from elmkernels.acceleration.projections import ONEDNN, PACKED, Linear, Plan
 from elmkernels.backends import BACKENDS
-from elmkernels.openelm import KVCache, fused, greedy
-from elmkernels.openelm.linear import ONEDNN, PACKED, Linear, Plan
+from elmkernels.openelm import KVCache, greedy
 from elmkernels.testing.parity import ATTENTION_SLACK, compare
 
 CPU_BACKENDS = [

@@ -9,19 +9,11 @@ import pytest
 import torch
 from tape import record
 
-from elmkernels.openelm import (
-    KVCache,
-    OpenELM,
-    OpenELMConfig,
-    Session,
-    accelerate,
-    few_rows,
-    pack,
-    quantize,
-)  # fmt: skip
+from elmkernels.acceleration import small_batch  # fmt: skip
+from elmkernels.acceleration.decode_modes import CALLS, GRAPH
+from elmkernels.acceleration.projections import Plan
+from elmkernels.openelm import KVCache, OpenELM, OpenELMConfig, Session, accelerate, pack, quantize
 from elmkernels.openelm.decoding import Decoder
-from elmkernels.openelm.linear import Plan
-from elmkernels.openelm.ways import CALLS, GRAPH
 from elmkernels.testing.parity import ATTENTION_SLACK, compare
 from elmkernels.triton import linear as kernels
 from elmkernels.triton._linear_weights import Block
@@ -70,13 +62,13 @@ def few_programs(monkeypatch) -> None:
 def passes(monkeypatch) -> list[int]:
     """How many layers went the way of few rows, by their rows."""
     taken: list[int] = []
-    forward = few_rows.forward
+    forward = small_batch.forward
 
     def counted(layer, x, *rest):
         taken.append(x.shape[0] * x.shape[1])
         return forward(layer, x, *rest)
 
-    monkeypatch.setattr(few_rows, "forward", counted)
+    monkeypatch.setattr(small_batch, "forward", counted)
     return taken
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..openelm.compressed import product
 from ..weights.formats import Weight
-from .compressed import product
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time

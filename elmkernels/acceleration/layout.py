@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..openelm.compressed import weight_of
 from . import fused
-from .compressed import weight_of
 
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import where_it_has
+from ..openelm import layers as reference
+from ..openelm.cache import KVCache
+from ..openelm.model import OpenELM
 from ..ops.decode_step import MAX_BATCH
 from ..weights.formats import Affine, Layer, Packed, Stack, Weight
-from . import fused, linear
-from . import layers as reference
-from .cache import KVCache
-from .model import OpenELM
+from . import fused, projections
 from .swap import asked_backend, is_accelerated
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -198,10 +198,10 @@ def _describe(model: OpenELM) -> Stack:
 
 def _head(model: OpenELM, embedding: Weight) -> Weight:
     if model.classifier is not None:
-        return _matrix("classifier", model.classifier, nn.Linear, linear.Linear)
+        return _matrix("classifier", model.classifier, nn.Linear, projections.Linear)
     weight = _compressed("tied_head", model.tied_head)
     if weight is None and not hasattr(model.tied_head, "compressed"):
-        _plain("tied_head", model.tied_head, reference.TiedHead, linear.TiedHead)
+        _plain("tied_head", model.tied_head, reference.TiedHead, projections.TiedHead)
     return embedding if weight is None else weight
 
 
@@ -210,7 +210,7 @@ def _layer(path: str, layer: nn.Module, eps: float, gated: bool) -> Layer:
     attn, ffn = layer.attn, layer.ffn
     _plain(f"{path}.attn", attn, reference.Attention, fused.FusedAttention)
     _plain(f"{path}.ffn", ffn, reference.FeedForward, fused.FusedFeedForward)
-    plain = (nn.Linear, linear.Linear)
+    plain = (nn.Linear, projections.Linear)
     normalised = attn.q_norm is not None
     return Layer(
         attn_norm=_norm(f"{path}.attn_norm", layer.attn_norm, eps),

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..backends import choose, optional_kernel, where_it_has
+from ..openelm.compressed import CompressedLinear, weight_of
 from ..ops.linear import MAX_ROWS
 from ..weights.formats import Packed, Weight
-from .compressed import CompressedLinear, weight_of
-from .linear import Linear, TiedHead
+from .projections import Linear, TiedHead
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 

@@ -11,10 +11,10 @@ from torch import nn
 from .. import devices
 from ..backends import BACKENDS, REFERENCE, choose, where_it_has
 from ..checks import DTYPES
+from ..openelm.cache import KVCache
+from ..openelm.model import OpenELM
 from ..ops.decode_step import MAX_BATCH
-from .cache import KVCache
-from .model import OpenELM
-from .stack import described
+from .decoder_weights import described
 from .swap import asked_backend, is_accelerated
 
 ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..backends import where_it_has
+from ..openelm.documents import in_one_row
+from ..openelm.layers import Context
+from ..openelm.loss import LossHead, plain_weight
+from ..openelm.shared_weight import Tied
 from ..reference import rope_table
-from . import few_rows, recompute
-from .documents import in_one_row
-from .layers import Context
-from .loss import LossHead, plain_weight
-from .tied import Tied
+from . import recompute, small_batch
 
 
 def _projected(x: Tensor) -> torch.dtype:
@@ -200,10 +200,10 @@ class FusedDecoderLayer(nn.Module):
         return fused and isinstance(self.ffn, FusedFeedForward)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if few_rows.applies(x, self.backend) and self._lean():
-            weights = few_rows.weights_of(self, x)
+        if small_batch.applies(x, self.backend) and self._lean():
+            weights = small_batch.weights_of(self, x)
             if weights is not None:
-                return few_rows.forward(self, x, context, weights)
+                return small_batch.forward(self, x, context, weights)
         if not torch.is_grad_enabled() or context.checkpointed or not self._lean():
             return self.feed_forward(self.attn(self.attn_norm(x), context), x)
         normed = _narrowed(self.attn_norm(x))

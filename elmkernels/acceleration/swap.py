@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import choose
+from ..openelm.compressed import Compressed, weight_of
+from ..openelm.loss import LossHead
 from ..ops._rows_choice import described
 from ..ops.linear import MAX_ROWS
-from . import few_rows, fused, linear
-from .compressed import Compressed, weight_of
-from .given import OPS, given_backends
+from . import fused, projections, small_batch
+from .backend_choice import OPS, given_backends
 from .layout import PROJECTIONS, Convention, body_of, examine, heads_of, is_gated, is_linear
-from .linear import Plan, measure_plan
-from .loss import LossHead
+from .projections import Plan, measure_plan
 
 _STATE, _ASKED = "_elmkernels_swap", "_elmkernels_backend"
 
@@ -44,7 +44,7 @@ class Report:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.swapped.items())
         backends = ", ".join(f"{op}: {name}" for op, name in self.backends.items())
         gemm = (
-            f"1 row {self.gemm.one_row}, up to {linear.FEW_ROWS} {self.gemm.few_rows}, "
+            f"1 row {self.gemm.one_row}, up to {projections.FEW_ROWS} {self.gemm.few_rows}, "
             f"more {self.gemm.many_rows}, training {self.gemm.training}"
         )
         lines = [
@@ -138,7 +138,7 @@ def accelerate(
             if path not in skip:
                 report.left.append((path, f"{type(original).__name__} is not nn.Linear"))
             return
-        swap(path, "projections", lambda m: linear.Linear(m, plan))
+        swap(path, "projections", lambda m: projections.Linear(m, plan))
 
     for i, layer in enumerate(body.layers):
         where = f"{prefix}layers.{i}"
@@ -164,7 +164,7 @@ def accelerate(
     if isinstance(getattr(model, "classifier", None), nn.Module):
         swap_linear("classifier")
     elif isinstance(getattr(model, "tied_head", None), nn.Module):
-        swap("tied_head", "tied heads", lambda m: linear.TiedHead(plan, given["linear"]))
+        swap("tied_head", "tied heads", lambda m: projections.TiedHead(plan, given["linear"]))
     else:
         report.left.append(("the output projection", "the model computes it in its own forward"))
     if isinstance(getattr(model, "loss_head", None), LossHead):
@@ -173,7 +173,7 @@ def accelerate(
         report.loss = choose("linear_cross_entropy", kind, named)
     report.swapped = dict(counts)
     report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
-    if not convention.foreign and few_rows.streams(kind, given["linear"]):
+    if not convention.foreign and small_batch.streams(kind, given["linear"]):
         which = "any" if plan.streamed else "compressed"
         report.notes.append(
             f"up to {MAX_ROWS} rows without gradients: norms, SwiGLU and additions in the products "
@@ -184,7 +184,9 @@ def accelerate(
     setattr(model, _STATE, originals)
     setattr(model, _ASKED, backend)
     if kind == "cuda":
-        from .ways import ways  # late: it describes models, which asks whether they are swapped
+        from .decode_modes import (
+            ways,  # late: it describes models, which asks whether they are swapped
+        )
 
         report.ways = ways(model, device)
     return report
@@ -200,8 +202,8 @@ def _attention(
 
 
 def _projection_bytes(model: nn.Module) -> int:
-    total = sum(m.weight.nbytes for m in model.modules() if isinstance(m, linear.Linear))
-    if any(isinstance(m, linear.TiedHead) for m in model.modules()):
+    total = sum(m.weight.nbytes for m in model.modules() if isinstance(m, projections.Linear))
+    if any(isinstance(m, projections.TiedHead) for m in model.modules()):
         head = weight_of(model.token_embeddings)
         total += head.nbytes if isinstance(head, Tensor) else 0
     return total
