@@ -184,9 +184,7 @@ def accelerate(
     setattr(model, _STATE, originals)
     setattr(model, _ASKED, backend)
     if kind == "cuda":
-        from .decode_modes import (
-            ways,  # late: it describes models, which asks whether they are swapped
-        )
+        from .decode_modes import ways
 
         report.ways = ways(model, device)
     return report

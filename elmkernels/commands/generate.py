@@ -27,10 +27,10 @@ from ..console import (
     note,
     positive,
 )
+from ..generation.sampling import Sampling
+from ..generation.session import Stream, stream
 from ..openelm.config import VARIANTS
-from ..openelm.generate import Stream, stream
 from ..openelm.model import OpenELM
-from ..openelm.sampling import Sampling
 from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
 from ..weights.formats import BITS, GROUP_SIZES
 from .model import chosen_model

@@ -2,9 +2,9 @@
 
 from ..acceleration.decoder_weights import next_logits, stack_of
 from ..acceleration.swap import Report, accelerate, restore
+from ..generation.session import Row, Session, Stream, generate, greedy, stream
 from .cache import KVCache
 from .config import OpenELMConfig
-from .generate import Row, Session, Stream, generate, greedy, stream
 from .loss import LossHead, next_token_loss, next_tokens
 from .model import OpenELM
 from .pack import pack, unpack

@@ -13,9 +13,9 @@ from .. import ops
 from ..acceleration.decode_modes import GRAPH, ONE_LAUNCH
 from ..acceleration.decoder_weights import stack_of
 from ..backends import REFERENCE, choose
+from ..generation.session import greedy
 from ..testing.stages import Clock, Found, LeftOut, Unit
 from .cache import KVCache
-from .generate import greedy
 from .gpu_held import LIMIT, WAY_LIMIT, Models
 from .gpu_runners import DecoderRunner
 from .proof import ModelParity, check_model, compare_tokens

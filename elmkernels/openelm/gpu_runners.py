@@ -9,14 +9,14 @@ from torch import Tensor
 from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
 from ..backends import SDPA
+from ..generation.cuda_graph import BUCKET
+from ..generation.gpu_decoder import Decoder
+from ..generation.sampling import Sampler, Sampling
 from .cache import KVCache
-from .decoding import Decoder
 from .fair import FairOpenELM
-from .graph import BUCKET
 from .model import OpenELM
 from .proof import twin
 from .runners import COMPILED, EAGER, OURS, Run, Runner, Task
-from .sampling import Sampler, Sampling
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"

@@ -40,10 +40,10 @@ from torch import Tensor
 
 from ..acceleration.decoder_weights import next_logits
 from ..acceleration.projections import LINEAR, Plan
+from ..generation.session import greedy
 from ..testing.parity import Comparison, compare
 from .cache import KVCache
 from .config import OpenELMConfig
-from .generate import greedy
 from .loss import next_tokens
 from .model import OpenELM
 

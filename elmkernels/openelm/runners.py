@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..acceleration.decoder_weights import next_logits, stack_of
 from ..acceleration.swap import accelerate, is_accelerated, restore
+from ..generation.session import greedy
 from . import llama
 from .cache import KVCache
 from .compressed import Compressed
 from .convert import convert, dense_weight, plain
-from .generate import greedy
 from .gguf import export_gguf, rounded
 from .model import OpenELM
 from .pack import pack

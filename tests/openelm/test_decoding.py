@@ -11,12 +11,13 @@ from tape import record
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore
 from elmkernels.acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, why_not
-from elmkernels.openelm import KVCache, Session, decoding, stream
-from elmkernels.openelm.decoding import AHEAD, Decoder
+from elmkernels.generation import gpu_decoder
+from elmkernels.generation.gpu_decoder import AHEAD, Decoder
+from elmkernels.generation.sampling import Sampler, Sampling
+from elmkernels.openelm import KVCache, Session, stream
 from elmkernels.openelm.gpu_held import TINY
-from elmkernels.openelm.sampling import Sampler, Sampling
 
-module = importlib.import_module("elmkernels.openelm.generate")
+module = importlib.import_module("elmkernels.generation.session")
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)
 RAGGED = [[5, 9, 2], list(range(40, 60)), [7]]
 LONG = list(range(250))  # the first steps after it are across the border of a bucket
@@ -35,7 +36,7 @@ def device(request, monkeypatch):
     """Sessions decode as on a GPU."""
     monkeypatch.setattr(module, "wanted", lambda model, cache: True)
     monkeypatch.setattr(module, "Decoder", partial(Decoder, captured=False))
-    monkeypatch.setattr(decoding, "_MEASURED", {})
+    monkeypatch.setattr(gpu_decoder, "_MEASURED", {})
     if request.param == "replayed":
         captured = lambda self, body: record(body, self._restorer())  # noqa: E731
         monkeypatch.setattr(Decoder, "_captured", captured)
@@ -131,13 +132,13 @@ def test_the_faster_way_is_measured_once(model, device, monkeypatch, fastest):
         replay()
         return 1.0 if (len(asked) % 2 == 1) == (fastest == ONE_LAUNCH) else 2.0
 
-    monkeypatch.setattr(decoding, "_timed", timed)
+    monkeypatch.setattr(gpu_decoder, "_timed", timed)
     expected = rows_of(model, [[1, 2, 3]], 6, CALLS)
     for _ in range(2):
         session = Session(model, 1, 200)
         assert session.generate([[1, 2, 3]], 6) == expected
         assert session.decoder().taken == {200: fastest}
-        assert len(asked) == 2 * decoding.ROUNDS
+        assert len(asked) == 2 * gpu_decoder.ROUNDS
 
 
 @pytest.mark.parametrize("failing", [{ONE_LAUNCH}, {GRAPH}, {ONE_LAUNCH, GRAPH}])

@@ -17,7 +17,8 @@ from elmkernels.acceleration import swap
 from elmkernels.acceleration.decode_modes import MOST_LAYERS, ways
 from elmkernels.acceleration.swap import Report, asked_backend
 from elmkernels.backends import BACKENDS
-from elmkernels.openelm import KVCache, Session, cache, decoding
+from elmkernels.generation import gpu_decoder
+from elmkernels.openelm import KVCache, Session, cache
 
 GPU = torch.device("cuda", 0)
 NO_TRITON = {"triton": "triton is not installed (pip install triton)"}
@@ -141,7 +142,7 @@ def test_ways_and_why_not(stand_in, monkeypatch):
     stand_in()
     model = tiny()
     cpu = ways(model, torch.device("cpu"))
-    assert set(cpu) == set(decoding.WAYS) - {decoding.CALLS}
+    assert set(cpu) == set(gpu_decoder.WAYS) - {gpu_decoder.CALLS}
     assert cpu == dict.fromkeys(cpu, "it needs a CUDA device, the model is on cpu")
     assert "Linear, not an elmkernels.OpenELM" in ways(nn.Linear(2, 2), GPU)["graph"]
     assert "the model is torch.float64" in ways(tiny().double(), GPU)["one-launch"]

@@ -5,17 +5,17 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration.decode_modes import GRAPH, ONE_LAUNCH
+from elmkernels.generation.cuda_graph import Window, bucket_of, step, width_of
+from elmkernels.generation.gpu_decoder import Decoder
+from elmkernels.generation.sampling import Sampler, Sampling
+from elmkernels.generation.session import greedy
 from elmkernels.openelm import KVCache
-from elmkernels.openelm.decoding import Decoder
 from elmkernels.openelm.fair import FairOpenELM
-from elmkernels.openelm.generate import greedy
 from elmkernels.openelm.gpu_held import TINY
 from elmkernels.openelm.gpu_models import agreement
 from elmkernels.openelm.gpu_runners import DecoderRunner, FairRunner, room_for
-from elmkernels.openelm.graph import Window, bucket_of, step, width_of
 from elmkernels.openelm.proof import twin
 from elmkernels.openelm.runners import Task
-from elmkernels.openelm.sampling import Sampler, Sampling
 
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)
 LENGTH, STEPS = 250, 12  # across the border of the first bucket

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from elmkernels.openelm.sampling import Sampler, Sampling, draw, penalise, warp
+from elmkernels.generation.sampling import Sampler, Sampling, draw, penalise, warp
 
 VOCAB = 700  # more than the candidates that top_p looks at first
 

@@ -12,8 +12,8 @@ from tape import record
 from elmkernels.acceleration import small_batch  # fmt: skip
 from elmkernels.acceleration.decode_modes import CALLS, GRAPH
 from elmkernels.acceleration.projections import Plan
+from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.openelm import KVCache, OpenELM, OpenELMConfig, Session, accelerate, pack, quantize
-from elmkernels.openelm.decoding import Decoder
 from elmkernels.testing.parity import ATTENTION_SLACK, compare
 from elmkernels.triton import linear as kernels
 from elmkernels.triton._linear_weights import Block
@@ -169,7 +169,7 @@ def test_a_step_is_compiled_whole(passes):
 
 def test_a_session_replays_the_graph_of_a_step(passes, monkeypatch):
     """From a tape, as a GPU does: prompts of their own lengths, then tokens one by one."""
-    generate = importlib.import_module("elmkernels.openelm.generate")
+    generate = importlib.import_module("elmkernels.generation.session")
     monkeypatch.setattr(generate, "wanted", lambda model, cache: True)
     monkeypatch.setattr(generate, "Decoder", partial(Decoder, captured=False))
     captured = lambda self, body: record(body, self._restorer())  # noqa: E731

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..backends import COMPOSED, REFERENCE
+from ..openelm.cache import KVCache
+from ..openelm.layers import Context
+from ..openelm.model import OpenELM
 from ..ops._attention_choice import attention_backend
-from .cache import KVCache
-from .layers import Context
-from .model import OpenELM
 
 BUCKET = 256  # slots of the smallest
 # Widths of a prompt, which is padded to the next. Reasoned: up to 128 tokens reading the weights

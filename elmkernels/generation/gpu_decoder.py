@@ -25,11 +25,11 @@ from torch import Tensor
 from .. import ops
 from ..acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, WAYS, step_backend, why_not
 from ..acceleration.decoder_weights import described
+from ..openelm.cache import KVCache
+from ..openelm.model import OpenELM
 from ..weights.formats import Stack
-from . import graph
-from .cache import KVCache
-from .graph import Window, bucket_of, step, width_of
-from .model import OpenELM
+from . import cuda_graph
+from .cuda_graph import Window, bucket_of, step, width_of
 from .readback import Reader
 from .sampling import Sampler, Sampling
 
@@ -292,7 +292,7 @@ class Decoder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         before = torch.cuda.memory_reserved(device)
-        replay = graph.capture(body, self._restorer(), device, self._pool)
+        replay = cuda_graph.capture(body, self._restorer(), device, self._pool)
         self.graph_bytes += max(0, torch.cuda.memory_reserved(device) - before)
         return replay
 

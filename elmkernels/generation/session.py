@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..acceleration.decode_modes import CALLS, wanted
 from ..acceleration.decoder_weights import next_logits
-from .cache import KVCache
-from .decoding import Decoder
-from .model import OpenELM
+from ..openelm.cache import KVCache
+from ..openelm.model import OpenELM
+from .gpu_decoder import Decoder
 from .prompts import Prompts, check_lengths, prompt_ids, stop_set
 from .sampling import Sampler, Sampling, is_integer
 

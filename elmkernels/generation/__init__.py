@@ -1,0 +1,1 @@
+"""Tokens: sessions, streams, sampling, and how a GPU decodes."""
