@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..compression.packing import pack
+from ..compression.quantization import quantize
 from ..console import DTYPES, OK, WrongInput, checked
 from ..openelm.model import OpenELM
-from ..openelm.pack import pack
-from ..openelm.quantize import quantize
 from ..weights.formats import BITS, GROUP_SIZES
 
 # Spelled out: loading them needs no package, which other commands must not ask for.

@@ -210,14 +210,14 @@ def _compressor(args: argparse.Namespace) -> Callable[[OpenELM], object]:
     """What --bits or --pack does to a model."""
     if args.bits is not None:
         try:
-            from ..openelm.quantize import quantize
+            from ..compression.quantization import quantize
         except ImportError as error:
             raise WrongInput("--bits: this version of elmkernels can't quantise") from error
         size = {} if args.group_size is None else {"group_size": args.group_size}
         return lambda model: quantize(model, bits=args.bits, **size)
     if args.pack:
         try:
-            from ..openelm.pack import pack
+            from ..compression.packing import pack
         except ImportError as error:
             raise WrongInput("--pack: this version of elmkernels can't pack") from error
         return pack

@@ -2,13 +2,13 @@
 
 from ..acceleration.decoder_weights import next_logits, stack_of
 from ..acceleration.swap import Report, accelerate, restore
+from ..compression.packing import pack, unpack
+from ..compression.quantization import quantize
 from ..generation.session import Row, Session, Stream, generate, greedy, stream
 from .cache import KVCache
 from .config import OpenELMConfig
 from .loss import LossHead, next_token_loss, next_tokens
 from .model import OpenELM
-from .pack import pack, unpack
-from .quantize import quantize
 
 __all__ = [
     "KVCache",

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..acceleration.swap import set_module
+from ..compression.packing import packed_module
+from ..compression.quantization import quantized_module
 from ..devices import check_here
 from ..weights.affine import check_scheme
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
@@ -32,9 +34,7 @@ from . import storage
 from .compressed import Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
 from .model import OpenELM
-from .pack import packed_module
 from .progress import progress
-from .quantize import quantized_module
 from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 
 _CONFIG = "config.json"

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from ..acceleration.decoder_weights import next_logits, stack_of
 from ..acceleration.swap import accelerate, is_accelerated, restore
+from ..compression.conversion import convert, dense_weight, plain
+from ..compression.packing import pack
+from ..compression.quantization import quantize
 from ..generation.session import greedy
 from . import llama
 from .cache import KVCache
 from .compressed import Compressed
-from .convert import convert, dense_weight, plain
 from .gguf import export_gguf, rounded
 from .model import OpenELM
-from .pack import pack
-from .quantize import quantize
 
 EAGER, COMPILED, OURS, LLAMA = "eager", "compiled", "ours", "llama.cpp"
 TRIAL_STEPS = 16  # to choose llama.cpp's attention by

@@ -8,15 +8,15 @@ import torch
 from checkpoints import CONFIG, GROUPED, assert_held, assert_same, same_bits
 
 from elmkernels import OpenELM, accelerate, pack, quantize, reference, restore, unpack
-from elmkernels.openelm import greedy
-from elmkernels.openelm.compressed import gather_rows, product
-from elmkernels.openelm.pack import (
+from elmkernels.compression.packing import (
     MAX_ESCAPES,
     PackedEmbedding,
     PackedLinear,
     count_exponents,
     pack_weight,
 )
+from elmkernels.openelm import greedy
+from elmkernels.openelm.compressed import gather_rows, product
 
 IDS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(4))
 GENERATOR = torch.Generator().manual_seed(7)

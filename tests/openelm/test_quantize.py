@@ -11,9 +11,9 @@ from golden import FOLDER, GLU_FREE, assert_as_accurate
 from safetensors.torch import load_file
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, reference, restore
+from elmkernels.compression.quantization import QuantizedEmbedding, QuantizedLinear, quantize_weight
 from elmkernels.openelm import greedy
 from elmkernels.openelm.compressed import product
-from elmkernels.openelm.quantize import QuantizedEmbedding, QuantizedLinear, quantize_weight
 from elmkernels.weights.formats import Affine
 
 SCHEMES = [(bits, group_size) for bits in (8, 4) for group_size in (32, 64)]

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
+from ..openelm.compressed import Compressed, CompressedEmbedding, CompressedLinear
+from ..openelm.model import OpenELM
 from ..weights.affine import DTYPES, check_scheme, quantize_weight
 from ..weights.formats import Affine
-from .compressed import Compressed, CompressedEmbedding, CompressedLinear
-from .convert import Conversion, convert, dense_weight
-from .model import OpenELM
+from .conversion import Conversion, convert, dense_weight
 
 
 def quantize(

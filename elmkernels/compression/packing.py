@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ..openelm.compressed import Compressed, CompressedEmbedding, CompressedLinear
+from ..openelm.model import OpenELM
 from ..weights.formats import ESCAPE, Packed
 from ..weights.packed12 import count_exponents, pack_weight
-from .compressed import Compressed, CompressedEmbedding, CompressedLinear
-from .convert import Conversion, convert, dense_weight, plain
-from .model import OpenELM
+from .conversion import Conversion, convert, dense_weight, plain
 
 # An escape takes 6 bytes and, in a product, a step of its own where the others go 32 or more at a
 # time: from 1 in 64 on, those steps would be as long as all the rest.

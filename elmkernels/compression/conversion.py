@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from ..acceleration.layout import PROJECTIONS
 from ..acceleration.projections import Linear, TiedHead
 from ..acceleration.swap import accelerate, asked_backend, is_accelerated, restore, set_module
+from ..openelm.compressed import Compressed, CompressedEmbedding, weight_of
+from ..openelm.model import OpenELM
+from ..openelm.progress import progress
 from ..ops.linear import dense_rows
-from .compressed import Compressed, CompressedEmbedding, weight_of
-from .model import OpenELM
-from .progress import progress
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Changing the weights of a model in place: quantize, pack, unpack."""
