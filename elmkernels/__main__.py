@@ -49,7 +49,7 @@ from .console import (
 from .openelm import chart, job
 from .openelm.config import VARIANTS
 from .testing.bench import format_table, run_bench
-from .testing.cases import CASES
+from .testing.cases.ops import CASES
 from .testing.parity import run_parity, runnable
 from .testing.timing import fingerprint
 

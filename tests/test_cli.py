@@ -13,8 +13,8 @@ import torch
 import elmkernels
 from elmkernels import backends
 from elmkernels.__main__ import main
-from elmkernels.openelm import chart, job, proof, speed
-from elmkernels.testing import CASES, parity
+from elmkernels.openelm import chart, job, speed
+from elmkernels.testing import CASES, model_parity, parity
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"
 QUICK = ["--quick", "--checkpoint", str(TINY), "--device", "cpu", "--dtype", "bf16"]
@@ -177,10 +177,10 @@ def test_main_job_finds_a_wrong_kernel(capsys, wrong_swiglu):
 def test_without_truth_a_weaker_rule_still_finds_a_wrong_kernel(wrong_swiglu):
     model = elmkernels.OpenELM.from_pretrained(TINY)
     ids = torch.arange(24).view(1, 24)
-    plain, swapped = proof.twin(model), proof.twin(model)
+    plain, swapped = model_parity.twin(model), model_parity.twin(model)
     elmkernels.accelerate(swapped)
-    assert proof.check_model(model, plain, ids, 4, truth=False).ok
-    found = proof.check_model(model, swapped, ids, 4, truth=False)
+    assert model_parity.check_model(model, plain, ids, 4, truth=False).ok
+    found = model_parity.check_model(model, swapped, ids, 4, truth=False)
     assert found.rule.startswith("weak")
     assert not found.ok
 

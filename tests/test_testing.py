@@ -19,7 +19,7 @@ from elmkernels.testing import (
     run_bench,
     run_parity,
 )
-from elmkernels.testing.attention_cases import mixed_lengths
+from elmkernels.testing.cases.attention import mixed_lengths
 from elmkernels.testing.parity import poisoned, ulp
 from elmkernels.testing.rivals import operations, rivals
 from elmkernels.testing.timing import copies_beyond_cache, fingerprint, summary

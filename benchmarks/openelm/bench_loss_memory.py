@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from elmkernels.testing import make, peak_memory
-from elmkernels.testing.cases import bench_cases
+from elmkernels.testing.cases.ops import bench_cases
 from elmkernels.testing.rivals import rivals
 
 OP = "linear_cross_entropy"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm import proof, speed
+from elmkernels.openelm import speed
+from elmkernels.testing import model_parity
 
 SMALL = OpenELMConfig(
     num_transformer_layers=2,
@@ -30,12 +31,12 @@ def test_model(benchmark, full, dtype, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
     eager = OpenELM.from_config(config, seed=0, dtype=dtype, device=device)
-    swapped = proof.twin(eager)
+    swapped = model_parity.twin(eager)
     report = accelerate(swapped)
     models = {speed.EAGER: eager, speed.SWAPPED: swapped}
     length, rounds = (512, 5) if full else (32, 2)
     ids = torch.randint(config.vocab_size, (1, length), device=device)
-    parity = proof.check_model(eager, swapped, ids[:, : min(length, 64)], 8)
+    parity = model_parity.check_model(eager, swapped, ids[:, : min(length, 64)], 8)
     assert parity.ok, "the swapped model is not the reference"
     if task == "generation":
         arguments = (models, ids[:, : length // 4], length // 8, rounds, not full)

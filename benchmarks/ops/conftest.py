@@ -8,7 +8,7 @@ import torch
 from elmkernels import ops
 from elmkernels.testing import bench_cases, bench_op, format_table, make, runnable
 from elmkernels.testing.bench import closure, passes
-from elmkernels.testing.cases import BENCH_ROWS
+from elmkernels.testing.cases.ops import BENCH_ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = pytest.StashKey[list]()

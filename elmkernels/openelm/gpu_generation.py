@@ -14,11 +14,11 @@ from ..acceleration.decode_modes import GRAPH, ONE_LAUNCH
 from ..acceleration.decoder_weights import stack_of
 from ..backends import REFERENCE, choose
 from ..generation.session import greedy
+from ..testing.model_parity import ModelParity, check_model, compare_tokens
 from ..testing.stages import Clock, Found, LeftOut, Unit
 from .cache import KVCache
 from .gpu_held import LIMIT, WAY_LIMIT, Models
 from .gpu_runners import DecoderRunner
-from .proof import ModelParity, check_model, compare_tokens
 from .runners import Task
 
 BATCH, PROMPT = 2, 48

@@ -12,10 +12,10 @@ from ..backends import SDPA
 from ..generation.cuda_graph import BUCKET
 from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
+from ..testing.model_parity import twin
 from .cache import KVCache
 from .fair import FairOpenELM
 from .model import OpenELM
-from .proof import twin
 from .runners import COMPILED, EAGER, OURS, Run, Runner, Task
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..acceleration.swap import accelerate
 from ..testing.bench import format_table
+from ..testing.model_parity import ModelParity, check_model, twin
 from ..testing.timing import fingerprint
 from . import speed
 from .config import OpenELMConfig
 from .model import OpenELM
-from .proof import ModelParity, check_model, twin
 
 STAGES = ("model", "parity", "prefill", "generation", "training step")
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
+from ..testing import model_parity
 from ..testing.timing import fingerprint, keep_pages
-from . import proof, speed
+from . import speed
 from .config import OpenELMConfig
 from .model import OpenELM
 
@@ -143,7 +144,7 @@ def run(
     stage("parity")
     (eager, _), (swapped, plan) = (_model(race, name) for name in (speed.EAGER, speed.SWAPPED))
     models = {speed.EAGER: eager, speed.SWAPPED: swapped}
-    parity = proof.check_model(eager, swapped, ids[:, :64], 8, plan)
+    parity = model_parity.check_model(eager, swapped, ids[:, :64], 8, plan)
     results["parity"] = parity.ok
     emit(f"parity: {'ok' if parity.ok else 'FAILED'}")
     tokens = race.sizes.batch * race.sizes.tokens

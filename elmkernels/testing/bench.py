@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .cases import BENCH_ROWS, bench_cases
-from .draw import Case, make
+from .cases.draw import Case, make
+from .cases.ops import BENCH_ROWS, bench_cases
 from .parity import DTYPES, check_parity, plan
 from .rivals import NO_BACKWARD, least_bytes, operations, rivals
 from .timing import Timing, copies_beyond_cache, copies_of, interleave, keep_pages

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .cases import CASES
-from .draw import Case, make
+from .cases.draw import Case, make
+from .cases.ops import CASES
 from .parity import check_parity, plan
 
 MOST_ELEMENTS = 1 << 16

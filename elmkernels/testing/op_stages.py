@@ -15,9 +15,9 @@ import torch
 from ..backends import REFERENCE
 from ..devices import backends_of
 from .bench import bench_op, passes
-from .cases import CASES, bench_cases, long_tokens
+from .cases.draw import Case
+from .cases.ops import CASES, bench_cases, long_tokens
 from .device import datasheet, gpu_name
-from .draw import Case
 from .parity import DTYPES, Record, check_parity, plan
 from .stages import Clock, Found, LeftOut, Unit, first_line
 

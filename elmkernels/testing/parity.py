@@ -26,8 +26,8 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
 from ..weights.formats import Arena, Stack
-from .cases import CASES
-from .draw import Case, make
+from .cases.draw import Case, make
+from .cases.ops import CASES
 
 EPS32 = torch.finfo(torch.float32).eps
 SLACK = 4.0

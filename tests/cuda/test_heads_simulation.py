@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elmkernels import qk_norm_rope, reference
 from elmkernels.testing import CASES
-from elmkernels.testing.cases import _qk_case
+from elmkernels.testing.cases.ops import _qk_case
 from elmkernels.testing.parity import assert_parity
 
 OP = sys.modules["elmkernels.ops.qk_norm_rope"]

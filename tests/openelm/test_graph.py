@@ -14,8 +14,8 @@ from elmkernels.openelm.fair import FairOpenELM
 from elmkernels.openelm.gpu_held import TINY
 from elmkernels.openelm.gpu_models import agreement
 from elmkernels.openelm.gpu_runners import DecoderRunner, FairRunner, room_for
-from elmkernels.openelm.proof import twin
 from elmkernels.openelm.runners import Task
+from elmkernels.testing.model_parity import twin
 
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)
 LENGTH, STEPS = 250, 12  # across the border of the first bucket

@@ -21,10 +21,10 @@ from elmkernels.openelm import (
     generate,
     greedy,
     next_logits,
-    proof,
     restore,
     stack_of,
 )
+from elmkernels.testing import model_parity
 from elmkernels.weights.formats import Affine, Arena, Stack
 
 
@@ -287,9 +287,9 @@ def test_greedy_and_the_proof_use_it(step, hf_tiny):
     assert len(step) == 23
     del step[:]
     with torch.inference_mode():
-        logits = proof._token_by_token(model, expected[:, :20])
-    assert len(step) == proof.DECODED
-    torch.testing.assert_close(logits, model(expected[:, :20])[:, -proof.DECODED - 1 :])
+        logits = model_parity._token_by_token(model, expected[:, :20])
+    assert len(step) == model_parity.DECODED
+    torch.testing.assert_close(logits, model(expected[:, :20])[:, -model_parity.DECODED - 1 :])
 
 
 def test_the_backend_that_was_asked_for(step):

@@ -11,8 +11,8 @@ import torch
 from elmkernels import decode_step, linear, reference
 from elmkernels.ops.decode_step import _TABLES
 from elmkernels.testing import runnable
-from elmkernels.testing.decoder_cases import FORMS, arena, decoder, dtypes_of, weight
-from elmkernels.testing.draw import Draw
+from elmkernels.testing.cases.decoder import FORMS, arena, decoder, dtypes_of, weight
+from elmkernels.testing.cases.draw import Draw
 from elmkernels.testing.parity import compare, with_written
 from elmkernels.weights.formats import Layer, Packed
 from elmkernels.weights.packed12 import pack_weight

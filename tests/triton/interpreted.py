@@ -5,8 +5,8 @@ import torch
 
 from elmkernels import ops, reference
 from elmkernels.backends import BACKENDS
-from elmkernels.testing.attention_cases import attention_case
-from elmkernels.testing.cases import Case, _qk_case, grad
+from elmkernels.testing.cases.attention import attention_case
+from elmkernels.testing.cases.ops import Case, _qk_case, grad
 from elmkernels.testing.parity import assert_parity
 from elmkernels.triton import attention
 from elmkernels.triton import qk_norm_rope as kernels

@@ -9,8 +9,8 @@ import torch
 
 from elmkernels import ops, reference
 from elmkernels.ops.linear import dense_rows
-from elmkernels.testing.decoder_cases import FORMS, _many_escapes, compressed
-from elmkernels.testing.draw import Draw
+from elmkernels.testing.cases.decoder import FORMS, _many_escapes, compressed
+from elmkernels.testing.cases.draw import Draw
 from elmkernels.testing.parity import compare, poisoned
 from elmkernels.triton import linear as kernels
 from elmkernels.weights.affine import quantize_weight

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..openelm.config import OpenELMConfig
-from ..reference import rope_table
-from ..weights.affine import quantize_weight
-from ..weights.formats import Arena, Layer, Stack, Weight
-from ..weights.packed12 import pack_weight
+from ...openelm.config import OpenELMConfig
+from ...reference import rope_table
+from ...weights.affine import quantize_weight
+from ...weights.formats import Arena, Layer, Stack, Weight
+from ...weights.packed12 import pack_weight
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 
 # {form of a weight: (bits, group_size)}; a plain or a packed one has none.

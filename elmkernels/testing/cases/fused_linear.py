@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..openelm.config import OpenELMConfig
-from .decoder_cases import FORMS, dtypes_of, weight
+from ...openelm.config import OpenELMConfig
+from .decoder import FORMS, dtypes_of, weight
 from .draw import HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..openelm.config import VARIANTS, OpenELMConfig
+from ...openelm.config import VARIANTS, OpenELMConfig
 
 ALL = (torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..reference import rope_table
-from .attention_cases import attention_case, attention_cases, mixed_lengths, packed_case
-from .decoder_cases import BENCH, decode_step_cases, linear_cases
+from ...reference import rope_table
+from .attention import attention_case, attention_cases, mixed_lengths, packed_case
+from .decoder import BENCH, decode_step_cases, linear_cases
 from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
-from .fused_cases import bench_fused, fused_cases
-from .loss_cases import bench_linear_cross_entropy, loss_cases
+from .fused_linear import bench_fused, fused_cases
+from .loss import bench_linear_cross_entropy, loss_cases
 
 _NORM_SHAPES = {
     "one_row": (1, 1280),

@@ -41,11 +41,11 @@ from torch import Tensor
 from ..acceleration.decoder_weights import next_logits
 from ..acceleration.projections import LINEAR, Plan
 from ..generation.session import greedy
-from ..testing.parity import Comparison, compare
-from .cache import KVCache
-from .config import OpenELMConfig
-from .loss import next_tokens
-from .model import OpenELM
+from ..openelm.cache import KVCache
+from ..openelm.config import OpenELMConfig
+from ..openelm.loss import next_tokens
+from ..openelm.model import OpenELM
+from .parity import Comparison, compare
 
 DECODED = 8  # tokens that go one by one through a cache for their logits
 STRICT = (2.0, 1.5)  # times the yardstick's max and rms error, as `compare` allows

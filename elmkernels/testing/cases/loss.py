@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..openelm.config import OpenELMConfig
+from ...openelm.config import OpenELMConfig
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 
 VOCABULARY = 32000  # that of the benchmarks
