@@ -23,6 +23,9 @@ from . import devices as gpu
 from .acceleration.backend_choice import OPS
 from .acceleration.projections import measure_plan
 from .backends import BACKENDS, REFERENCE, build_report, choose, defined
+from .bench import chart, end_to_end
+from .bench.ops import format_table, run_bench
+from .bench.timing import fingerprint
 from .commands import bench_generate, bench_train, convert, generate, gpu_check, train
 from .commands.model import chosen_model
 from .console import (
@@ -46,12 +49,9 @@ from .console import (
     plain,
     positive,
 )
-from .openelm import chart, job
 from .openelm.config import VARIANTS
-from .testing.bench import format_table, run_bench
 from .testing.cases.ops import CASES
 from .testing.parity import run_parity, runnable
-from .testing.timing import fingerprint
 
 MAIN_ONLY = ("model", "checkpoint", "config", "rounds", "seed", "pack_weights")
 
@@ -108,7 +108,7 @@ def _main_job(args: argparse.Namespace) -> int:
     for op in OPS:
         checked(choose, op, device.type, backends[0])
     out_folder(args)
-    sizes = job.QUICK if args.quick else job.Sizes()
+    sizes = end_to_end.QUICK if args.quick else end_to_end.Sizes()
     sizes = replace(sizes, rounds=args.rounds or sizes.rounds)
     dtypes, seed = dtypes_of(args, default), args.seed or 0
     name, weights, load = chosen_model(args, device, seed, "OpenELM-270M")
@@ -119,7 +119,7 @@ def _main_job(args: argparse.Namespace) -> int:
     def take(dtype: torch.dtype) -> Any:
         return loaded.pop(dtype) if dtype in loaded else checked(load, dtype)
 
-    todo = job.Job(
+    todo = end_to_end.Job(
         take,
         name,
         weights,
@@ -133,14 +133,14 @@ def _main_job(args: argparse.Namespace) -> int:
     )
     if args.out is not None and (why := chart.available()):
         note(why)
-    results = {"elmkernels": __version__, **job.start(todo)}
-    stages = Stages(len(job.STAGES) * len(dtypes))
+    results = {"elmkernels": __version__, **end_to_end.start(todo)}
+    stages = Stages(len(end_to_end.STAGES) * len(dtypes))
     emit = (lambda text: None) if args.json else stages.print
-    code = measure(args, stages, results, lambda: job.run(todo, results, stages, emit))
+    code = measure(args, stages, results, lambda: end_to_end.run(todo, results, stages, emit))
     if args.out is not None and chart.available() is None:
         speeds = {dtype: found["speed"] for dtype, found in plain(results["dtypes"]).items()}
         checked(chart.draw, f"{name} ({weights})", speeds, Path(args.out) / "chart.png")
-    return code or (OK if job.passed(results) else FAILED)
+    return code or (OK if end_to_end.passed(results) else FAILED)
 
 
 def _ops(args: argparse.Namespace, device: torch.device) -> dict[str, list[str]]:

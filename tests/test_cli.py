@@ -13,7 +13,7 @@ import torch
 import elmkernels
 from elmkernels import backends
 from elmkernels.__main__ import main
-from elmkernels.openelm import chart, job, speed
+from elmkernels.bench import chart, end_to_end, roofline
 from elmkernels.testing import CASES, model_parity, parity
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"
@@ -127,7 +127,7 @@ def test_a_wrong_kernel_fails_parity(capsys, few_cases, wrong_swiglu):
 
 
 def test_bench_quick(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("elmkernels.testing.bench.QUICK_ROWS", (1,))
+    monkeypatch.setattr("elmkernels.bench.ops.QUICK_ROWS", (1,))
     argv = ["bench", "swiglu" if COMPILED else "attention", "--quick", "--dtype", "bf16"]
     found = run_json(capsys, *argv, "--out", str(tmp_path))
     for record in found["records"]:
@@ -192,20 +192,23 @@ def test_packed_weights_are_proved_too(capsys):
 
 
 def test_a_speed_below_eager_is_shown_as_such():
-    def measured(eager: float) -> speed.Measured:
-        times = {"eager": speed.Timing(eager, eager, eager, 3), "swapped": speed.Timing(2, 2, 2, 3)}
-        return speed.Measured("task", 8, times, dict.fromkeys(times), 1.0, 1.0, speed.MEMORY)
+    def measured(eager: float) -> roofline.Measured:
+        times = {
+            "eager": roofline.Timing(eager, eager, eager, 3),
+            "swapped": roofline.Timing(2, 2, 2, 3),
+        }
+        return roofline.Measured("task", 8, times, dict.fromkeys(times), 1.0, 1.0, roofline.MEMORY)
 
     assert measured(1.5).rows()[0]["swapped is"] == "0.75x"
-    assert "slower than eager: task (0.75x)" in job.speed_text([measured(1.5)])
-    assert "slower" not in job.speed_text([measured(3.0)])
+    assert "slower than eager: task (0.75x)" in end_to_end.speed_text([measured(1.5)])
+    assert "slower" not in end_to_end.speed_text([measured(3.0)])
 
 
 def test_interrupted_main_job_keeps_what_was_measured(capsys, monkeypatch, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(speed, "generation", interrupted)
+    monkeypatch.setattr(roofline, "generation", interrupted)
     assert main([*QUICK, "--out", str(tmp_path)]) == 130
     captured = capsys.readouterr()
     assert "prefill 64" in captured.out

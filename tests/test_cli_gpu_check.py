@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from elmkernels.__main__ import main
+from elmkernels.bench import chart
 from elmkernels.openelm import (
-    chart,
     gpu_check,
     gpu_generation,
     gpu_held,

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from elmkernels.bench.op_baselines import operations, rivals
+from elmkernels.bench.timing import copies_beyond_cache, fingerprint, summary
 from elmkernels.testing import (
     CASES,
     bench_cases,
@@ -21,8 +23,6 @@ from elmkernels.testing import (
 )
 from elmkernels.testing.cases.attention import mixed_lengths
 from elmkernels.testing.parity import poisoned, ulp
-from elmkernels.testing.rivals import operations, rivals
-from elmkernels.testing.timing import copies_beyond_cache, fingerprint, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ without torch.compile; full runs OpenELM-270M with all rivals that are installed
 import pytest
 
 from elmkernels import OpenELM, OpenELMConfig
-from elmkernels.openelm import race
+from elmkernels.bench import generation
 
 SMALL = OpenELMConfig(
     num_transformer_layers=2,
@@ -25,20 +25,20 @@ SMALL = OpenELMConfig(
 )
 
 
-@pytest.mark.parametrize("group", race.GROUPS, ids=lambda group: group.name)
+@pytest.mark.parametrize("group", generation.GROUPS, ids=lambda group: group.name)
 def test_generate(benchmark, full, group):
     config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
-    todo = race.Race(
+    todo = generation.Race(
         lambda dtype: OpenELM.from_config(config, seed=0, dtype=dtype),
         config.model_name or "small",
         "random weights of seed 0",
         group.formats,
-        race.Sizes() if full else race.QUICK,
+        generation.Sizes() if full else generation.QUICK,
         compiled=full,
     )
-    results = race.start(todo)
+    results = generation.start(todo)
     stages = lambda text: None  # noqa: E731
-    benchmark.pedantic(race.run, (todo, results, stages, print), rounds=1, iterations=1)
+    benchmark.pedantic(generation.run, (todo, results, stages, print), rounds=1, iterations=1)
     assert results["complete"]
     found = results["groups"][group.name]
     for format in group.formats:

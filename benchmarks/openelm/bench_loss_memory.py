@@ -11,9 +11,9 @@ import multiprocessing
 import pytest
 import torch
 
+from elmkernels.bench.op_baselines import rivals
 from elmkernels.testing import make, peak_memory
 from elmkernels.testing.cases.ops import bench_cases
-from elmkernels.testing.rivals import rivals
 
 OP = "linear_cross_entropy"
 OURS = "ours"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm import speed
+from elmkernels.bench import roofline
 from elmkernels.testing import model_parity
 
 SMALL = OpenELMConfig(
@@ -33,7 +33,7 @@ def test_model(benchmark, full, dtype, task):
     eager = OpenELM.from_config(config, seed=0, dtype=dtype, device=device)
     swapped = model_parity.twin(eager)
     report = accelerate(swapped)
-    models = {speed.EAGER: eager, speed.SWAPPED: swapped}
+    models = {roofline.EAGER: eager, roofline.SWAPPED: swapped}
     length, rounds = (512, 5) if full else (32, 2)
     ids = torch.randint(config.vocab_size, (1, length), device=device)
     parity = model_parity.check_model(eager, swapped, ids[:, : min(length, 64)], 8)
@@ -42,5 +42,5 @@ def test_model(benchmark, full, dtype, task):
         arguments = (models, ids[:, : length // 4], length // 8, rounds, not full)
     else:
         arguments = (models, ids, rounds, not full)
-    measured = benchmark.pedantic(getattr(speed, task), arguments, rounds=1, iterations=1)
+    measured = benchmark.pedantic(getattr(roofline, task), arguments, rounds=1, iterations=1)
     benchmark.extra_info.update(measured.json(), backends=report.backends)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from elmkernels import OpenELMConfig
-from elmkernels.openelm import speed, step_race
+from elmkernels.bench import roofline, training_step
 
 SMALL = OpenELMConfig(
     num_transformer_layers=2,
@@ -25,21 +25,21 @@ SMALL = OpenELMConfig(
 )
 
 
-@pytest.mark.parametrize("precision", step_race.PRECISIONS)
+@pytest.mark.parametrize("precision", training_step.PRECISIONS)
 def test_train(benchmark, full, precision):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    race = step_race.StepRace(
+    race = training_step.StepRace(
         OpenELMConfig.from_name("OpenELM-270M") if full else SMALL,
         (precision,),
-        step_race.Sizes() if full else step_race.QUICK,
+        training_step.Sizes() if full else training_step.QUICK,
         compiled=full,
         device=device,
     )
-    results = step_race.start(race)
+    results = training_step.start(race)
     stages = lambda text: None  # noqa: E731
-    benchmark.pedantic(step_race.run, (race, results, stages, print), rounds=1, iterations=1)
+    benchmark.pedantic(training_step.run, (race, results, stages, print), rounds=1, iterations=1)
     assert results["complete"] and results["parity"]
     found = results["precisions"][precision]
-    for name in (speed.EAGER, speed.SWAPPED):
+    for name in (roofline.EAGER, roofline.SWAPPED):
         assert found["peak"][name]["first"] is not None, f"{name} has no peak"
     benchmark.extra_info.update(found)

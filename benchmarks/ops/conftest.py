@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from elmkernels import ops
+from elmkernels.bench.ops import closure, passes
 from elmkernels.testing import bench_cases, bench_op, format_table, make, runnable
-from elmkernels.testing.bench import closure, passes
 from elmkernels.testing.cases.ops import BENCH_ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..bench import chart, generation
 from ..console import (
     OK,
     Stages,
@@ -24,7 +25,6 @@ from ..console import (
     positive,
     save,
 )
-from ..openelm import chart, race
 from ..openelm.config import VARIANTS
 from .model import chosen_model
 
@@ -46,9 +46,9 @@ def add_options(parser: Any) -> None:
     add("--seed", type=int, default=absent, help="of random weights and tokens (default 0)")
     add(
         "--formats",
-        type=one_of(race.FORMATS, "formats"),
+        type=one_of(generation.FORMATS, "formats"),
         metavar="NAME[,...]",
-        help=f"{', '.join(race.FORMATS)} (default: all)",
+        help=f"{', '.join(generation.FORMATS)} (default: all)",
     )
     add("--steps", type=positive, help="tokens to decode (default 128)")
     add("--prompt", type=positive, help="tokens before them, not timed (default 128)")
@@ -66,19 +66,19 @@ def run(args: argparse.Namespace, version: str) -> int:
     backends = args.backend or [None]
     if len(backends) > 1:
         raise WrongInput(f"--backend takes one name here, got {', '.join(backends)}")
-    checked(race.check_backend, backends[0])
-    sizes = race.QUICK if args.quick else race.Sizes()
+    checked(generation.check_backend, backends[0])
+    sizes = generation.QUICK if args.quick else generation.Sizes()
     given = {
         name: getattr(args, name) for name in ("rounds", "steps", "prompt", "prefill", "batch")
     }
     sizes = replace(sizes, **{name: n for name, n in given.items() if n is not None})
     seed = args.seed or 0
     name, weights, load = chosen_model(args, torch.device("cpu"), seed, "OpenELM-270M")
-    todo = race.Race(
+    todo = generation.Race(
         lambda dtype: checked(load, dtype),
         name,
         weights,
-        tuple(args.formats or race.FORMATS),
+        tuple(args.formats or generation.FORMATS),
         sizes,
         not args.no_compile,
         backends[0],
@@ -87,12 +87,12 @@ def run(args: argparse.Namespace, version: str) -> int:
     folder = out_folder(args)
     if folder is not None and (why := chart.available()):
         note(why)
-    results = {"elmkernels": version, **race.start(todo)}
+    results = {"elmkernels": version, **generation.start(todo)}
     stages = Stages(todo.stages)
     emit = (lambda text: None) if args.json else stages.print
 
     def work() -> None:
-        race.run(todo, results, stages, emit, lambda: save(folder, results))
+        generation.run(todo, results, stages, emit, lambda: save(folder, results))
 
     code = measure(args, stages, results, work)
     if folder is not None and chart.available() is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..acceleration.backend_choice import OPS
 from ..backends import choose
+from ..bench import chart, training_step
 from ..console import (
     FAILED,
     OK,
@@ -21,7 +22,6 @@ from ..console import (
     positive,
     save,
 )
-from ..openelm import chart, step_race
 from ..openelm.config import OpenELMConfig
 from .model import variant
 
@@ -45,26 +45,26 @@ def run(args: argparse.Namespace, version: str) -> int:
     device = find_device(args.device)
     for op in OPS:
         checked(choose, op, device.type, backends[0])
-    precisions = tuple(dict.fromkeys(args.dtype or step_race.PRECISIONS))
+    precisions = tuple(dict.fromkeys(args.dtype or training_step.PRECISIONS))
     if "fp16" in precisions:
         raise WrongInput("--dtype must be bf16 or fp32 for bench train, got fp16")
-    sizes = step_race.QUICK if args.quick else step_race.Sizes()
+    sizes = training_step.QUICK if args.quick else training_step.Sizes()
     given = {"tokens": args.tokens, "batch": args.batch, "rounds": args.rounds}
     sizes = replace(sizes, **{name: n for name, n in given.items() if n is not None})
     config = OpenELMConfig.from_name(variant(args.model, "OpenELM-270M"))
     compiled = not (args.no_compile or args.quick)
-    race = step_race.StepRace(
+    race = training_step.StepRace(
         config, precisions, sizes, compiled, backends[0], args.seed or 0, device
     )
     folder = out_folder(args)
     if folder is not None and (why := chart.available()):
         note(why)
-    results = {"elmkernels": version, **step_race.start(race)}
+    results = {"elmkernels": version, **training_step.start(race)}
     stages = Stages(race.stages)
     emit = (lambda text: None) if args.json else stages.print
 
     def work() -> None:
-        step_race.run(race, results, stages, emit, lambda: save(folder, results))
+        training_step.run(race, results, stages, emit, lambda: save(folder, results))
 
     code = measure(args, stages, results, work)
     if folder is not None and chart.available() is None:

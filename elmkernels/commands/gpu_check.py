@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..bench import chart
 from ..console import (
     FAILED,
     OK,
@@ -34,7 +35,7 @@ from ..console import (
     replace_text,
     save,
 )
-from ..openelm import chart, gpu_check, gpu_report
+from ..openelm import gpu_check, gpu_report
 from ..testing.stages import Clock, DeadDevice
 from ..testing.watch import Stuck, Worker, run_watched
 

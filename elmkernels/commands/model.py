@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ..bench import end_to_end
 from ..console import WrongInput
-from ..openelm import job
 from ..openelm.config import VARIANTS
 from ..openelm.model import OpenELM
 
@@ -22,12 +22,12 @@ def chosen_model(
         if args.config is not None:
             raise WrongInput("--config describes a --checkpoint, which is missing")
         name = variant(args.model, default)
-        load = job.weights_of(None, None, name, seed, device)
+        load = end_to_end.weights_of(None, None, name, seed, device)
         return name, f"random weights of seed {seed}", load
     if args.model is not None:
         raise WrongInput("--model draws random weights: give it or --checkpoint, not both")
     path = Path(args.checkpoint)
-    load = job.weights_of(path, args.config, "", seed, device)
+    load = end_to_end.weights_of(path, args.config, "", seed, device)
     return path.resolve().stem if path.is_file() else path.resolve().name, f"from {path}", load
 
 

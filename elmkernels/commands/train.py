@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..bench.timing import fingerprint
 from ..console import (
     FAILED,
     INTERRUPTED,
@@ -24,7 +25,6 @@ from ..console import (
     positive,
     save,
 )
-from ..testing.timing import fingerprint
 
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
@@ -171,7 +171,7 @@ def _text(done: dict[str, Any]) -> str:
 
 
 def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: Any) -> int:
-    from ..openelm import chart
+    from ..bench import chart
     from ..training import compare
 
     if world.size > 1:

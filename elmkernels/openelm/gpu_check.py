@@ -12,10 +12,10 @@ import torch
 
 from .. import devices as gpu
 from ..backends import build_report, choose, defined
+from ..bench.timing import fingerprint
 from ..testing import device as devices
 from ..testing import op_stages
 from ..testing.stages import FAILED, Clock, Found, Stage, Unit, run_stages
-from ..testing.timing import fingerprint
 from .gpu_generation import generation_units
 from .gpu_held import GENERATION, Models
 from .gpu_models import compiled_units, decode_units, model_units

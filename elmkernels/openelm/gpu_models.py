@@ -7,11 +7,12 @@ import torch
 
 from ..acceleration.decode_modes import GRAPH as BY_GRAPH
 from ..acceleration.decode_modes import ONE_LAUNCH as BY_ONE_LAUNCH
+from ..bench import olmo, roofline, training_step
+from ..bench.runners import EAGER, OURS, Run, Runner, Task, TorchRunner
 from ..ops.decode_step import MAX_BATCH
 from ..ops.linear import MAX_ROWS
 from ..testing.device import datasheet, gpu_name
 from ..testing.stages import Clock, Found, LeftOut, Unit, first_line
-from . import olmo, speed, step_race
 from .config import OpenELMConfig
 from .gpu_held import COMPILE_LIMIT, LIMIT, Models
 from .gpu_runners import (
@@ -30,17 +31,16 @@ from .gpu_runners import (
     with_sdpa,
 )
 from .model import OpenELM
-from .runners import EAGER, OURS, Run, Runner, Task, TorchRunner
 
 
 def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float, str]:
     """The least work of a task, in the unit of what bounds it."""
     batch, length = task.prompts.shape
     if not task.steps:
-        operations = speed.matmul_operations(config, length, 1, training=False)
-        return batch * operations, speed.PRODUCTS
+        operations = roofline.matmul_operations(config, length, 1, training=False)
+        return batch * operations, roofline.PRODUCTS
     past = batch * (length + task.steps / 2)
-    return task.steps * speed.token_bytes(config, dtype, past), speed.MEMORY
+    return task.steps * roofline.token_bytes(config, dtype, past), roofline.MEMORY
 
 
 def _caches(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> float:
@@ -107,7 +107,7 @@ def _race(
     models.need(_caches(eager.config, task, dtype), f"caches for {task.name}")
     torch.compiler.reset()  # what other tasks were compiled for is never called again
     makers: Makers = {EAGER: lambda: TorchRunner(EAGER, EAGER, eager)}
-    makers[speed.SWAPPED] = lambda: TorchRunner(speed.SWAPPED, OURS, swapped)
+    makers[roofline.SWAPPED] = lambda: TorchRunner(roofline.SWAPPED, OURS, swapped)
     own = len(makers)
     rivals: Makers = {"fair": lambda: FairRunner(eager)}
     if task.steps:
@@ -148,7 +148,7 @@ def _measure(
     dtype: torch.dtype, found: Found,
 ) -> None:  # fmt: skip
     amount, bound = work
-    measured = speed.measure_tasks(
+    measured = roofline.measure_tasks(
         task.name, task.tokens, runs, amount, bound, dtype, task.prompts,
         models.sizes.rounds, models.quick, peaks=models.device.type == "cuda",
     )  # fmt: skip
@@ -156,13 +156,13 @@ def _measure(
     found |= floors(measured, models.device)
 
 
-def floors(measured: speed.Measured, device: torch.device) -> dict[str, Any]:
+def floors(measured: roofline.Measured, device: torch.device) -> dict[str, Any]:
     """Tokens a second at the measured ceiling, and at what the GPU's maker promises (None where
     that isn't known)."""
     promised = datasheet(gpu_name(device))
     top = None
     if promised is not None:
-        rate = promised.bandwidth if measured.bound == speed.MEMORY else promised.bf16
+        rate = promised.bandwidth if measured.bound == roofline.MEMORY else promised.bf16
         top = measured.tokens / (measured.work / rate)
     return {"floor_tokens": measured.tokens / measured.floor, "datasheet_tokens": top}
 
@@ -261,13 +261,13 @@ def _training_unit(models: Models, name: str, compiled: bool) -> Unit:
             16 * config.num_parameters + 24 * tokens * config.vocab_size + (1 << 28),
             f"{name}'s training step",
         )
-        sizes = step_race.Sizes(tokens, 1, models.sizes.rounds)
-        race = step_race.StepRace(
+        sizes = training_step.Sizes(tokens, 1, models.sizes.rounds)
+        race = training_step.StepRace(
             config, ("bf16",), sizes, compiled, device=models.device, memory=False
         )
-        results = step_race.start(race)
+        results = training_step.start(race)
         quiet = lambda text: None  # noqa: E731
-        step_race.run(race, results, quiet, quiet)
+        training_step.run(race, results, quiet, quiet)
         found |= {"model": name, "missing": {}, "ok": bool(results["parity"])}
         found |= results["precisions"]["bf16"]
         promised = datasheet(gpu_name(models.device))

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..testing.bench import cell
+from ..bench import chart
+from ..bench.ops import cell
+from ..bench.roofline import SWAPPED
 from ..testing.stages import DONE, FAILED
-from . import chart
 from .gpu_runners import CUBLAS_GRAPH, GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
 from .gpu_targets import all_units, timed, verdicts
-from .speed import SWAPPED
 
 Found = dict[str, Any]
 OURS = (SWAPPED, GRAPH, SDPA_GRAPH, CUBLAS_GRAPH, ONE_LAUNCH)  # in the weights of the rivals

@@ -9,14 +9,14 @@ from torch import Tensor
 from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
 from ..backends import SDPA
+from ..bench.runners import COMPILED, EAGER, OURS, Run, Runner, Task
+from ..bench.torch_baseline import FairOpenELM
 from ..generation.cuda_graph import BUCKET
 from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
 from ..testing.model_parity import twin
 from .cache import KVCache
-from .fair import FairOpenELM
 from .model import OpenELM
-from .runners import COMPILED, EAGER, OURS, Run, Runner, Task
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..bench.runners import EAGER
 from .gpu_runners import (
     COMPILED_FAIR,
     COMPILED_OLMO,
@@ -15,7 +16,6 @@ from .gpu_runners import (
     OTHER_FORMS,
     SDPA_GRAPH,
 )
-from .runners import EAGER
 
 Found = dict[str, Any]
 BY_GRAPH = (GRAPH, SDPA_GRAPH, CUBLAS_GRAPH)

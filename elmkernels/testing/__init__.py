@@ -1,10 +1,17 @@
 """What tests, benchmarks and the command line share: cases, parity (all tolerance) and timing."""
 
-from .bench import BenchRecord, bench_op, format_table, run_bench
+from ..bench.ops import BenchRecord, bench_op, format_table, run_bench
+from ..bench.timing import (
+    Timing,
+    copy_bandwidth,
+    fingerprint,
+    interleave,
+    matmul_ceiling,
+    peak_memory,
+)
 from .cases.draw import Case, make
 from .cases.ops import CASES, bench_cases
 from .parity import ParityError, assert_parity, check_parity, compare, run_parity, runnable
-from .timing import Timing, copy_bandwidth, fingerprint, interleave, matmul_ceiling, peak_memory
 
 __all__ = [
     "CASES",

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from ..backends import REFERENCE
+from ..bench.ops import bench_op, passes
 from ..devices import backends_of
-from .bench import bench_op, passes
 from .cases.draw import Case
 from .cases.ops import CASES, bench_cases, long_tokens
 from .device import datasheet, gpu_name

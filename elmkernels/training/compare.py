@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..openelm import chart
+from ..bench import chart
 from ..openelm.model import OpenELM
 from . import run
 from .journal import FILE, curve

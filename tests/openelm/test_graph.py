@@ -5,16 +5,16 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration.decode_modes import GRAPH, ONE_LAUNCH
+from elmkernels.bench.runners import Task
+from elmkernels.bench.torch_baseline import FairOpenELM
 from elmkernels.generation.cuda_graph import Window, bucket_of, step, width_of
 from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.generation.sampling import Sampler, Sampling
 from elmkernels.generation.session import greedy
 from elmkernels.openelm import KVCache
-from elmkernels.openelm.fair import FairOpenELM
 from elmkernels.openelm.gpu_held import TINY
 from elmkernels.openelm.gpu_models import agreement
 from elmkernels.openelm.gpu_runners import DecoderRunner, FairRunner, room_for
-from elmkernels.openelm.runners import Task
 from elmkernels.testing.model_parity import twin
 
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)

@@ -9,9 +9,9 @@ import torch
 from elmkernels import OpenELM, OpenELMConfig
 from elmkernels.__main__ import main
 from elmkernels.acceleration import projections, swap
-from elmkernels.openelm import chart, llama, race
-from elmkernels.openelm.race_figures import BEST
-from elmkernels.openelm.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
+from elmkernels.bench import chart, generation, llama_cpp
+from elmkernels.bench.generation_figures import BEST
+from elmkernels.bench.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
 
 # Heads and groups that llama.cpp and every format take.
 CONFIG = OpenELMConfig(
@@ -28,7 +28,7 @@ CONFIG = OpenELMConfig(
     share_input_output_layers=True,
     rope_max_length=64,
 )
-SIZES = race.Sizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
+SIZES = generation.Sizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
 RIVALS = {
     "fp32": {"eager fp32", "ours fp32"},
     "16-bit": {"eager bf16", "ours bf16", "ours packed"},
@@ -60,9 +60,9 @@ def load(dtype: torch.dtype) -> OpenELM:
 def raced(**options) -> tuple[dict, list[str], list[str]]:
     """The results, the stages and the texts of a race."""
     options = {"sizes": SIZES, "compiled": False} | options
-    todo = race.Race(load, "tiny", "random weights", **options)
-    results, stages, texts = race.start(todo), [], []
-    race.run(todo, results, stages.append, texts.append)
+    todo = generation.Race(load, "tiny", "random weights", **options)
+    results, stages, texts = generation.start(todo), [], []
+    generation.run(todo, results, stages.append, texts.append)
     absent = any(group["missing"] for group in results["groups"].values())
     assert len(stages) < todo.stages if absent else len(stages) == todo.stages
     return results, stages, texts
@@ -110,7 +110,7 @@ def test_every_group_has_every_figure(without_llama):
 
 
 def test_formats_choose_the_groups(without_llama):
-    results, _, _ = raced(formats=("packed", "int4"), sizes=race.replace(SIZES, batch=1))
+    results, _, _ = raced(formats=("packed", "int4"), sizes=generation.replace(SIZES, batch=1))
     assert list(results["groups"]) == ["16-bit", "int4"]
     assert set(results["groups"]["16-bit"]["runners"]) == {"eager bf16", "ours packed"}
     assert len(results["groups"]["int4"]["tasks"]) == 2
@@ -120,14 +120,14 @@ def test_the_bytes_of_a_step():
     model = load(torch.bfloat16)
     plain = TorchRunner("eager", EAGER, model).weight_bytes
     assert plain == sum(p.nbytes for p in model.parameters())
-    sizes = [TorchRunner(f, OURS, compress(f, model)).weight_bytes for f in race.FORMATS[1:]]
+    sizes = [TorchRunner(f, OURS, compress(f, model)).weight_bytes for f in generation.FORMATS[1:]]
     assert sizes[0] == plain and 0.7 < sizes[1] / plain < 0.9
     assert 0.5 < sizes[2] / plain < 0.6 and 0.25 < sizes[3] / plain < 0.33
 
 
 @pytest.mark.parametrize("load", [0.0, 1e3])
 def test_a_busy_machine_is_named(without_llama, monkeypatch, load):
-    monkeypatch.setattr(race.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(generation.os, "getloadavg", lambda: (load, 0.0, 0.0))
     results, _, texts = raced(formats=("fp32",))
     assert results["load_before"] == load
     assert ("busy: a load of 1000.0" in texts[0]) == (load > 0)
@@ -169,12 +169,12 @@ def test_what_fails_is_named(without_llama, monkeypatch):
 
 def test_a_format_that_does_not_fit_is_named(without_llama):
     narrow = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"ffn_dim_divisor": 32})
-    todo = race.Race(
+    todo = generation.Race(
         lambda dtype: OpenELM.from_config(narrow, seed=3, dtype=dtype), "tiny", "any",
         ("int4",), SIZES,
     )  # fmt: skip
-    results = race.start(todo)
-    race.run(todo, results, lambda text: None, lambda text: None)
+    results = generation.start(todo)
+    generation.run(todo, results, lambda text: None, lambda text: None)
     group = results["groups"]["int4"]
     if any(width % 64 for width in narrow.ffn_dims):
         assert "no multiple of group_size 64" in group["missing"]["ours int4"]
@@ -182,8 +182,8 @@ def test_a_format_that_does_not_fit_is_named(without_llama):
 
 
 def test_an_interruption_keeps_what_was_measured(without_llama):
-    todo = race.Race(load, "tiny", "random weights", sizes=SIZES, compiled=False)
-    results, saved = race.start(todo), []
+    todo = generation.Race(load, "tiny", "random weights", sizes=SIZES, compiled=False)
+    results, saved = generation.start(todo), []
 
     def stage(text: str) -> None:
         if text == "16-bit: decode 4 after 6, round 2/2":
@@ -191,7 +191,9 @@ def test_an_interruption_keeps_what_was_measured(without_llama):
 
     texts: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        race.run(todo, results, stage, texts.append, lambda: saved.append(list(results["groups"])))
+        generation.run(
+            todo, results, stage, texts.append, lambda: saved.append(list(results["groups"]))
+        )
     assert saved == [["fp32"]] and results["complete"] is False
     tasks = results["groups"]["16-bit"]["tasks"]
     assert [task["rounds"] for task in tasks] == [2, 1]
@@ -223,14 +225,14 @@ def test_the_command(capsys, tmp_path, checkpoint, without_llama):
 
 
 def test_an_interrupted_command(capsys, tmp_path, checkpoint, without_llama, monkeypatch):
-    original = race._run_group
+    original = generation._run_group
 
     def stop(todo, group, *rest):
         if group.name == "int8":
             raise KeyboardInterrupt
         original(todo, group, *rest)
 
-    monkeypatch.setattr(race, "_run_group", stop)
+    monkeypatch.setattr(generation, "_run_group", stop)
     argv = [*arguments(checkpoint), "--formats", "fp32,int8", "--out", str(tmp_path / "out")]
     assert main(argv) == 130
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -265,7 +267,7 @@ def test_llama_cpp_runs_beside():
         assert not [who for who in group["missing"] if who.startswith("llama.cpp")]
         for type in LLAMA[name]:
             about = group["runners"][f"llama.cpp {type}"]
-            assert set(about["facts"]["attention"].values()) <= set(llama.FLASH)
+            assert set(about["facts"]["attention"].values()) <= set(llama_cpp.FLASH)
             assert len(about["facts"]["attention"]) == 3
             assert about["agree"]["of"] == 4
         for task in group["tasks"]:
@@ -279,11 +281,11 @@ def test_llama_cpp_decodes_a_batch_as_it_decodes_each_row(tmp_path):
     from elmkernels.openelm.gguf import export_gguf
 
     export_gguf(load(torch.float32), tmp_path / "m.gguf", "f32")
-    model = llama.Model(tmp_path / "m.gguf", CONFIG)
+    model = llama_cpp.Model(tmp_path / "m.gguf", CONFIG)
     rows = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(0)).tolist()
 
     def decoded(prompts: list[list[int]], flash: str) -> list[tuple[int, ...]]:
-        context = llama.Context(model, 16, len(prompts), flash)
+        context = llama_cpp.Context(model, 16, len(prompts), flash)
         for _ in range(2):  # again after going back
             context.truncate(0)
             chosen = [context.prompt(prompts)]
@@ -292,9 +294,9 @@ def test_llama_cpp_decodes_a_batch_as_it_decodes_each_row(tmp_path):
         context.close()
         return list(zip(*chosen, strict=True))
 
-    for flash in llama.FLASH:
+    for flash in llama_cpp.FLASH:
         assert decoded(rows, flash) == [decoded([row], flash)[0] for row in rows]
     model.close()
     with pytest.raises(RuntimeError, match="can't load nothing.gguf"):
         (tmp_path / "nothing.gguf").write_bytes(b"nothing")
-        llama.Model(tmp_path / "nothing.gguf", CONFIG)
+        llama_cpp.Model(tmp_path / "nothing.gguf", CONFIG)

@@ -7,7 +7,7 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.__main__ import main
-from elmkernels.openelm import speed, step_race
+from elmkernels.bench import roofline, training_step
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=2,
@@ -24,19 +24,19 @@ CONFIG = OpenELMConfig(
 
 
 def test_a_race_measures_both_models_on_the_same_loss():
-    sizes = step_race.Sizes(tokens=16, batch=2, rounds=3)
-    race = step_race.StepRace(CONFIG, ("bf16", "fp32"), sizes, compiled=False)
-    results, said, kept = step_race.start(race), [], []
-    step_race.run(race, results, said.append, said.append, lambda: kept.append(1))
+    sizes = training_step.Sizes(tokens=16, batch=2, rounds=3)
+    race = training_step.StepRace(CONFIG, ("bf16", "fp32"), sizes, compiled=False)
+    results, said, kept = training_step.start(race), [], []
+    training_step.run(race, results, said.append, said.append, lambda: kept.append(1))
     assert results["complete"] and results["parity"]
     assert len(kept) >= 2 * len(race.precisions)
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
         found = results["precisions"][precision]
         losses = found["losses"]
-        assert set(losses) == {speed.EAGER, speed.SWAPPED}
+        assert set(losses) == {roofline.EAGER, roofline.SWAPPED}
         assert math.isclose(*losses.values(), rel_tol=tolerance)
         assert found["tokens"] == 32
-        assert found["ratio"][speed.EAGER] > 0
+        assert found["ratio"][roofline.EAGER] > 0
         for peaks in found["peak"].values():
             assert set(peaks) == {"first", "next"}
             assert all(bytes is not None and bytes >= 0 for bytes in peaks.values())
@@ -46,12 +46,12 @@ def test_a_step_leaves_no_gradient_and_has_the_z_loss():
     model = OpenELM(CONFIG, seed=0)
     accelerate(model)
     ids = torch.arange(34).view(2, 17)
-    loss = step_race._step(model, ids, "fp32")()
+    loss = training_step._step(model, ids, "fp32")()
     assert all(parameter.grad is None for parameter in model.parameters())
     logits = OpenELM(CONFIG, seed=0)(ids[:, :-1])
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(-1, ids[:, 1:, None])[..., 0]
-    expected = (nll + step_race.Z_LOSS * lse.square()).mean()
+    expected = (nll + training_step.Z_LOSS * lse.square()).mean()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
 
 

@@ -8,8 +8,8 @@ import torch
 from runs import WORDS, train, write_recipe
 
 from elmkernels.__main__ import main
+from elmkernels.bench import chart
 from elmkernels.commands.train import read
-from elmkernels.openelm import chart
 from elmkernels.training import compare
 from elmkernels.training.journal import Journal, curve, events
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..testing.rivals import rotate
-from .model import OpenELM
+from ..openelm.model import OpenELM
+from .op_baselines import rotate
 
 
 class FairOpenELM(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import OpenELMConfig
+from ..openelm.config import OpenELMConfig
 
 UBATCH = 512  # tokens of a prompt that go through its layers at once: its own default
 FLASH = {"flash attention": "ENABLED", "no flash attention": "DISABLED"}

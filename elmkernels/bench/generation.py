@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..acceleration.backend_choice import OPS
 from ..backends import choose
-from ..testing.timing import fingerprint
-from . import llama
-from .config import OpenELMConfig
-from .model import OpenELM
-from .race_figures import figures, own_read, text
+from ..openelm.config import OpenELMConfig
+from ..openelm.model import OpenELM
+from . import llama_cpp
+from .generation_figures import figures, own_read, text
+from .roofline import peak
 from .runners import (
     COMPILED,
     EAGER,
@@ -38,7 +38,7 @@ from .runners import (
     our_runner,
     reading,
 )
-from .speed import peak
+from .timing import fingerprint
 
 FORMATS = ("fp32", "bf16", "packed", "int8", "int4")
 PROBE_CALLS = 3
@@ -230,7 +230,7 @@ def _makers(
     for type in group.types:
 
         def make_llama(type: str = type) -> Runner:
-            if why := llama.missing():
+            if why := llama_cpp.missing():
                 raise ImportError(why)
             return LlamaRunner(model, type, folder)
 

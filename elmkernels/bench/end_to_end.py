@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..acceleration.swap import accelerate
-from ..testing.bench import format_table
+from ..openelm.config import OpenELMConfig
+from ..openelm.model import OpenELM
 from ..testing.model_parity import ModelParity, check_model, twin
-from ..testing.timing import fingerprint
-from . import speed
-from .config import OpenELMConfig
-from .model import OpenELM
+from . import roofline
+from .ops import format_table
+from .timing import fingerprint
 
 STAGES = ("model", "parity", "prefill", "generation", "training step")
 
@@ -135,14 +135,14 @@ def _run_dtype(
     found["parity"] = parity.json()
     emit("\n" + parity_text(parity))
 
-    models = {speed.EAGER: model, speed.SWAPPED: swapped}
+    models = {roofline.EAGER: model, roofline.SWAPPED: swapped}
     prompt, how = tokens(1, sizes.prompt), (sizes.rounds, job.quick)
     tasks = {
-        "prefill": lambda: speed.prefill(models, tokens(1, sizes.prefill), *how),
-        "generation": lambda: speed.generation(models, prompt, sizes.generated, *how),
-        "training step": lambda: speed.training(models, tokens(1, sizes.training), *how),
+        "prefill": lambda: roofline.prefill(models, tokens(1, sizes.prefill), *how),
+        "generation": lambda: roofline.generation(models, prompt, sizes.generated, *how),
+        "training step": lambda: roofline.training(models, tokens(1, sizes.training), *how),
     }
-    measured: list[speed.Measured] = []
+    measured: list[roofline.Measured] = []
     try:
         for task, measure in tasks.items():
             stage(f"{name}: {task}")
@@ -182,7 +182,7 @@ def parity_text(parity: ModelParity) -> str:
     )
 
 
-def speed_text(measured: list[speed.Measured]) -> str:
+def speed_text(measured: list[roofline.Measured]) -> str:
     """The table of tasks, and by name what the swapped model loses."""
     lines = [
         "speed (median of n with p20 and p80; ceilings are this machine's, in the same rounds)",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..testing.bench import format_table
-from ..testing.timing import summary
+from .ops import format_table
 from .runners import LLAMA, OURS, Runner, Task
+from .timing import summary
 
 BEST = "llama.cpp's best"
 

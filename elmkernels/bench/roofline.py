@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..acceleration import projections
 from ..acceleration.decoder_weights import next_logits
-from ..testing.timing import Timing, copies_of, interleave, peak_memory, synchronize
-from .cache import KVCache
-from .config import OpenELMConfig
-from .loss import next_token_loss, next_tokens
-from .model import OpenELM
+from ..openelm.cache import KVCache
+from ..openelm.config import OpenELMConfig
+from ..openelm.loss import next_token_loss, next_tokens
+from ..openelm.model import OpenELM
+from .timing import Timing, copies_of, interleave, peak_memory, synchronize
 
 EAGER, SWAPPED = "eager", "swapped"
 EVERY_LOGIT = "eager, every logit"

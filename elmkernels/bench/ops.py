@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .cases.draw import Case, make
-from .cases.ops import BENCH_ROWS, bench_cases
-from .parity import DTYPES, check_parity, plan
-from .rivals import NO_BACKWARD, least_bytes, operations, rivals
+from ..testing.cases.draw import Case, make
+from ..testing.cases.ops import BENCH_ROWS, bench_cases
+from ..testing.parity import DTYPES, check_parity, plan
+from .op_baselines import NO_BACKWARD, least_bytes, operations, rivals
 from .timing import Timing, copies_beyond_cache, copies_of, interleave, keep_pages
 
 QUICK_ROWS = (1, 512)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.common import document_of
+from ..testing.parity import specification
 from ..weights.formats import Arena, Layer, Stack, Weight
-from .parity import specification
 from .timing import total_bytes
 
 # decode_step has no backward; that of linear is torch's own products.

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
+from ..openelm.config import OpenELMConfig
+from ..openelm.model import OpenELM
 from ..testing import model_parity
-from ..testing.timing import fingerprint, keep_pages
-from . import speed
-from .config import OpenELMConfig
-from .model import OpenELM
+from . import roofline
+from .timing import fingerprint, keep_pages
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILED = "compiled"
@@ -80,7 +80,7 @@ def _ids(race: StepRace) -> Tensor:
 def _model(race: StepRace, name: str) -> tuple[OpenELM, Plan]:
     """A model, and the routines of its projections."""
     model = OpenELM.from_config(race.config, seed=race.seed, device=race.device)
-    if name == speed.SWAPPED:
+    if name == roofline.SWAPPED:
         return model, accelerate(model, backend=race.backend).gemm
     return model, Plan()
 
@@ -94,8 +94,8 @@ def _peaks(race: StepRace, name: str, precision: str) -> dict[str, int | None]:
 
     step()  # libraries choose their kernels
     drop_gradients(model)
-    first = speed.peak(step, race.device)
-    following = speed.peak(step, race.device)
+    first = roofline.peak(step, race.device)
+    following = roofline.peak(step, race.device)
     return {"first": first, "next": following}
 
 
@@ -136,19 +136,21 @@ def run(
     keep: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure everything, filling `results` as it comes; keep() after each part."""
-    from ..testing.bench import format_table
+    from .ops import format_table
 
     if race.device.type == "cpu":
         keep_pages()
     ids = _ids(race)
     stage("parity")
-    (eager, _), (swapped, plan) = (_model(race, name) for name in (speed.EAGER, speed.SWAPPED))
-    models = {speed.EAGER: eager, speed.SWAPPED: swapped}
+    (eager, _), (swapped, plan) = (
+        _model(race, name) for name in (roofline.EAGER, roofline.SWAPPED)
+    )
+    models = {roofline.EAGER: eager, roofline.SWAPPED: swapped}
     parity = model_parity.check_model(eager, swapped, ids[:, :64], 8, plan)
     results["parity"] = parity.ok
     emit(f"parity: {'ok' if parity.ok else 'FAILED'}")
     tokens = race.sizes.batch * race.sizes.tokens
-    operations = race.sizes.batch * speed.matmul_operations(
+    operations = race.sizes.batch * roofline.matmul_operations(
         race.config, race.sizes.tokens, race.sizes.tokens, training=True
     )
     for precision in race.precisions:
@@ -157,18 +159,18 @@ def run(
         if race.compiled:
             torch.compiler.reset()
             fast = torch.compile(loss_of)
-            tasks[COMPILED] = _step(models[speed.EAGER], ids, precision, fast)
+            tasks[COMPILED] = _step(models[roofline.EAGER], ids, precision, fast)
         losses = {name: float(task()) for name, task in tasks.items()}
-        measured = speed.measure_tasks(
+        measured = roofline.measure_tasks(
             f"training step {race.sizes.batch} x {race.sizes.tokens}", tokens, tasks, operations,
-            speed.PRODUCTS, PRECISIONS[precision], ids, race.sizes.rounds, False, peaks=False,
+            roofline.PRODUCTS, PRECISIONS[precision], ids, race.sizes.rounds, False, peaks=False,
             limit=SECONDS,
         )  # fmt: skip
         found = results["precisions"][precision] = measured.json() | {"losses": losses, "peak": {}}
         keep()
         if race.memory:
             stage(f"{precision}: memory")
-            for name in (speed.EAGER, speed.SWAPPED):
+            for name in (roofline.EAGER, roofline.SWAPPED):
                 found["peak"][name] = _peaks_apart(race, name, precision)
         emit(format_table([row | _memory(found, row["model"]) for row in measured.rows()]))
         keep()

@@ -22,11 +22,11 @@ from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
 from ..compression.quantization import quantize
 from ..generation.session import greedy
-from . import llama
-from .cache import KVCache
-from .compressed import Compressed
-from .gguf import export_gguf, rounded
-from .model import OpenELM
+from ..openelm.cache import KVCache
+from ..openelm.compressed import Compressed
+from ..openelm.gguf import export_gguf, rounded
+from ..openelm.model import OpenELM
+from . import llama_cpp
 
 EAGER, COMPILED, OURS, LLAMA = "eager", "compiled", "ours", "llama.cpp"
 TRIAL_STEPS = 16  # to choose llama.cpp's attention by
@@ -161,16 +161,16 @@ class LlamaRunner(Runner):
         self.path = folder / f"{type}.gguf"
         export_gguf(model, self.path, type)
         start = time.perf_counter()
-        self.model = llama.Model(self.path, model.config)
+        self.model = llama_cpp.Model(self.path, model.config)
         self.facts |= {"load_seconds": time.perf_counter() - start, "version": self.model.version}
         self.weight_bytes = self.model.weight_bytes
-        self.context: llama.Context | None = None
+        self.context: llama_cpp.Context | None = None
         self.cache_token_bytes = 4 * model.config.head_dim * sum(model.config.num_kv_heads)
 
     def run(self, task: Task) -> Run:
         trial = Task(task.name, task.prompts, min(task.steps, TRIAL_STEPS))
         taken, outside = {}, {}
-        for flash in llama.FLASH:
+        for flash in llama_cpp.FLASH:
             self._start(task, flash)
             run = self._work(trial)
             run()
@@ -185,7 +185,7 @@ class LlamaRunner(Runner):
 
     def _start(self, task: Task, flash: str) -> None:
         self.end()
-        self.context = llama.Context(self.model, task.length, task.prompts.shape[0], flash)
+        self.context = llama_cpp.Context(self.model, task.length, task.prompts.shape[0], flash)
 
     def _work(self, task: Task) -> Run:
         context, rows = self.context, task.prompts.tolist()
