@@ -8,18 +8,21 @@ import torch
 
 from elmkernels.__main__ import main
 from elmkernels.bench import chart
-from elmkernels.openelm import (
-    gpu_check,
-    gpu_generation,
-    gpu_held,
-    gpu_models,
-    gpu_report,
-    gpu_runners,
-    gpu_targets,
+from elmkernels.gpu_check import (
+    check,
+    generation_units,
+    model_units,
+    op_units,
+    report,
+    runners,
+    targets,
 )
-from elmkernels.testing import CASES, op_stages
+from elmkernels.gpu_check import (
+    models as gpu_held,
+)
+from elmkernels.gpu_check.stages import Clock
+from elmkernels.testing import CASES
 from elmkernels.testing.parity import runnable
-from elmkernels.testing.stages import Clock
 
 COMPILED = runnable("decode_step", "cpu")
 QUICK = ["gpu-check", "--device", "cpu", "--quick", "--out"]
@@ -72,13 +75,13 @@ def test_every_stage_runs_to_its_end(rehearsal):
         if u["state"] != "done" or u.get("ok") is False
     ]
     assert not failed and code == 0 and found["complete"] is True
-    assert list(found["stages"]) == list(gpu_check.STAGES)
+    assert list(found["stages"]) == list(check.STAGES)
     assert not any(stage["left_out"] for stage in found["stages"].values())
     for title in ("Stages", "Targets", "Parity", "Generation", "Ops", "Models"):
         assert f"\n## {title}\n" in summary
     assert "a rehearsal, no figure of a GPU" in summary
     assert "Stopped early" not in summary and "FAILED" not in summary
-    assert summary.count("| not measured |") == len(gpu_targets.TARGETS), "no figure of a CPU's"
+    assert summary.count("| not measured |") == len(targets.TARGETS), "no figure of a CPU's"
 
 
 def test_the_machine_and_what_is_missing(rehearsal):
@@ -92,8 +95,8 @@ def test_every_op_has_its_parity(rehearsal):
     stages = rehearsal[1]["stages"]
     first, others = (stages[name]["units"] for name in ("parity", "other-parity"))
     ops = list(dict.fromkeys(u["op"] for u in first.values()))
-    usable = {op for op, _ in op_stages.pairs(torch.device("cpu"))}
-    assert ops == [op for op in op_stages.FIRST if op in usable]
+    usable = {op for op, _ in op_units.pairs(torch.device("cpu"))}
+    assert ops == [op for op in op_units.FIRST if op in usable]
     units = first | others
     assert {u["op"] for u in units.values()} == usable
     for u in units.values():
@@ -116,11 +119,11 @@ def test_tokens_of_one_launch_and_the_bits_of_packed_weights(rehearsal):
     units = rehearsal[1]["stages"]["generation"]["units"]
     assert units["tiny float32 one-launch"]["tokens"]["equal"] == gpu_held.QUICK.compared
     packed = units["tiny bfloat16 packed"]
-    assert packed["equal"] == packed["steps"] == gpu_generation.EXACT_STEPS
+    assert packed["equal"] == packed["steps"] == generation_units.EXACT_STEPS
     decode = rehearsal[1]["stages"]["decode"]["units"]["tiny decode at 260 x 1"]
-    one_launch = {"swapped, one launch", *gpu_runners.OTHER_FORMS.values()}
+    one_launch = {"swapped, one launch", *runners.OTHER_FORMS.values()}
     assert one_launch <= set(decode["times"]) and decode["missing"] == {}
-    assert set(decode["agree"]) & one_launch == one_launch - set(gpu_runners.QUANTISED)
+    assert set(decode["agree"]) & one_launch == one_launch - set(runners.QUANTISED)
 
 
 def test_models_beside_their_rivals(rehearsal):
@@ -143,14 +146,14 @@ def test_models_beside_their_rivals(rehearsal):
 
 
 def test_a_failing_op_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    right = op_stages.check_parity
+    right = op_units.check_parity
 
     def wrong(op, *args):
         if op == "rms_norm":
             raise RuntimeError("injected\nsecond line")
         return right(op, *args)
 
-    monkeypatch.setattr(op_stages, "check_parity", wrong)
+    monkeypatch.setattr(op_units, "check_parity", wrong)
     assert main([*QUICK, str(tmp_path), "--stages", "machine,other-parity"]) == 1
     units = found_in(tmp_path)["stages"]["other-parity"]["units"]
     failing = {name for name, u in units.items() if u["state"] == "failed"}
@@ -168,7 +171,7 @@ def test_interrupted_then_continued(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_generation, "check_model", interrupted)
+        patch.setattr(generation_units, "check_model", interrupted)
         assert main([*QUICK, str(tmp_path), *stages]) == 130
     first = found_in(tmp_path)
     assert first["complete"] is False
@@ -184,7 +187,7 @@ def test_interrupted_then_continued(tmp_path, monkeypatch, capsys):
 
 
 def test_without_time_everything_is_named_as_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "Clock", lambda seconds: Clock(0.0))
+    monkeypatch.setattr(check, "Clock", lambda seconds: Clock(0.0))
     assert main([*QUICK, str(tmp_path), "--json"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out)
@@ -200,8 +203,8 @@ def test_a_dead_device_is_left_to_another_process(tmp_path, monkeypatch, capsys)
     def broken(*args):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(gpu_generation, "check_model", broken)
-    monkeypatch.setattr(gpu_check.devices, "lives", lambda device: False)
+    monkeypatch.setattr(generation_units, "check_model", broken)
+    monkeypatch.setattr(check.devices, "lives", lambda device: False)
     assert main([*QUICK, str(tmp_path), "--stages", "generation"]) == 1
     found = found_in(tmp_path)
     after = states(found, "generation")
@@ -267,16 +270,16 @@ def test_too_little_memory_and_too_old_a_gpu_are_left_out(monkeypatch):
 def test_a_task_beyond_the_positions_is_left_out():
     models = gpu_held.Models(torch.device("cpu"), quick=True)
     with pytest.raises(gpu_held.LeftOut, match="512 positions, 515 needed"):
-        gpu_models._task(models, models.config("tiny"), 1, 510, 4)
+        model_units._task(models, models.config("tiny"), 1, 510, 4)
 
 
 def test_floors_by_the_datasheet(monkeypatch):
-    monkeypatch.setattr(gpu_models, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
-    timing = gpu_models.speed.Timing(1.0, 1.0, 1.0, 3)
+    monkeypatch.setattr(model_units, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
+    timing = model_units.speed.Timing(1.0, 1.0, 1.0, 3)
     times = {"eager": timing, "swapped": timing}
-    for bound, rate in ((gpu_models.speed.MEMORY, 3.35e12), (gpu_models.speed.PRODUCTS, 989e12)):
-        measured = gpu_models.speed.Measured("t", 10, times, {}, 2.0 * rate, rate / 4, bound)
-        found = gpu_models.floors(measured, torch.device("cuda"))
+    for bound, rate in ((model_units.speed.MEMORY, 3.35e12), (model_units.speed.PRODUCTS, 989e12)):
+        measured = model_units.speed.Measured("t", 10, times, {}, 2.0 * rate, rate / 4, bound)
+        found = model_units.floors(measured, torch.device("cuda"))
         assert found == {"floor_tokens": 10 / 8, "datasheet_tokens": 5.0}
 
 
@@ -297,7 +300,7 @@ def test_losses_are_named_beside_the_wins():
     facts |= {"capability": "9.0", "memory": {"total": 80 << 30}, "built_for": ["80", "90"]}
     facts["backends"] = {"triton": None, "avx2": "runs on cpu"}
     found["stages"]["machine"] = stage | {"units": {"facts": facts}}
-    text = gpu_report.summary(found)
+    text = report.summary(found)
     assert "On NVIDIA H100 80GB HBM3; torch 2.13" in text and "rehearsal" not in text
     assert "Compute capability 9.0, 80 GiB, CUDA 13.0; the CUDA library is built for 80, 90" in text
     assert "- avx2: runs on cpu" in text and "- triton" not in text

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from elmkernels.openelm import gpu_check, gpu_held, gpu_report, gpu_runners
-from elmkernels.openelm.gpu_targets import LARGE, TARGETS, verdicts
-from elmkernels.testing import op_stages
+from elmkernels.gpu_check import check as gpu_check
+from elmkernels.gpu_check import models as gpu_held
+from elmkernels.gpu_check import op_units, report, runners
+from elmkernels.gpu_check.targets import LARGE, TARGETS, verdicts
 
 EMPTY: dict = {"device": "cuda:0", "complete": True, "stages": {}}
 RATES = {"eager": 100.0, "swapped, graph": 1300.0, "swapped, one launch": 1500.0}
@@ -64,11 +65,11 @@ def test_decoding():
     ("packed", 1700.0, "missed"),
 ])  # fmt: skip
 def test_other_forms_beside_their_own_bfloat16(form, rate, verdict):
-    unit = decoding(RATES | {gpu_runners.OTHER_FORMS[form]: rate}, model="270M")
+    unit = decoding(RATES | {runners.OTHER_FORMS[form]: rate}, model="270M")
     found = results(decode={"u": unit})
     assert row(found, f"270M {form} beside its own bfloat16, one launch")[1] == verdict
     assert row(found, f"1_1B {form} beside its own bfloat16, one launch")[1] == "not measured"
-    text = gpu_report.summary(found)
+    text = report.summary(found)
     assert f"{rate / 1500:.2f}x" in text and "| x own bfloat16 |" in text
 
 
@@ -113,17 +114,17 @@ def test_few_rows_tokens_and_the_compiler():
 
 def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
     """Names and sizes of what a GPU would run: nothing is run here."""
-    pairs = [(op, "triton") for op in op_stages.CASES] + [("rms_norm", "cuda")]
-    monkeypatch.setattr(op_stages, "pairs", lambda device, quick=False: pairs)
-    names = [u.name for u in op_stages.bench_units(torch.device("cuda"), False)]
+    pairs = [(op, "triton") for op in op_units.CASES] + [("rms_norm", "cuda")]
+    monkeypatch.setattr(op_units, "pairs", lambda device, quick=False: pairs)
+    names = [u.name for u in op_units.bench_units(torch.device("cuda"), False)]
     assert len(set(names)) == len(names)
     wanted = [f"rms_norm {m}_rows_16384 bfloat16" for m in ("270M", "450M", "1_1B", "3B")]
-    wanted += [f"{op} 1_1B_rows_{n} bfloat16" for op in op_stages.NORMS for n in (1, 4, 16)]
+    wanted += [f"{op} 1_1B_rows_{n} bfloat16" for op in op_units.NORMS for n in (1, 4, 16)]
     wanted += ["qk_norm_rope 1_1B_rows_16384 bfloat16", "attention 1_1B_token_16x2048 bfloat16"]
     wanted += [f"linear 1_1B_{f}_rows_{n} bfloat16" for f in ("plain", "packed") for n in (1, 8)]
     assert not [name for name in wanted if f"{name} triton" not in names]
-    first = [u.name for u in op_stages.parity_units(torch.device("cuda"), False, first=True)]
-    assert first == [f"{op} triton" for op in op_stages.FIRST]
+    first = [u.name for u in op_units.parity_units(torch.device("cuda"), False, first=True)]
+    assert first == [f"{op} triton" for op in op_units.FIRST]
     check = gpu_check.Check(torch.device("cuda"), 480.0)
     stages = {s.name: [u.name for u in s.units()] for s in gpu_check.plan(check)}
     decode = stages["decode"]
@@ -136,7 +137,7 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
     assert set(ways) | {"270M bfloat16 packed"} <= set(stages["generation"])
     first = [name for case in ("plain", "affine8_64", "affine4_64", "packed")
              for name in (f"{case}_batch_{b}" for b in (1, 2, 3, 4))]  # fmt: skip
-    assert [c.name for c in op_stages.in_order("decode_step")][:16] == first
+    assert [c.name for c in op_units.in_order("decode_step")][:16] == first
 
 
 def test_few_models_are_kept_with_their_other_forms(monkeypatch):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from elmkernels.devices import runs_on, unfit
-from elmkernels.testing import op_stages
-from elmkernels.testing.device import datasheet
-from elmkernels.testing.stages import (
+from elmkernels.gpu_check import op_units
+from elmkernels.gpu_check.gpu_facts import datasheet
+from elmkernels.gpu_check.stages import (
     DONE,
     FAILED,
     INTERRUPTED,
@@ -183,7 +183,7 @@ def test_which_gpus_a_library_runs_on():
 
 
 def test_any_beginning_is_spread_over_the_whole():
-    items = op_stages.evenly(list(range(100)))
+    items = op_units.evenly(list(range(100)))
     assert sorted(items) == list(range(100))
     for count in (4, 10, 25):
         quarters = {item // 25 for item in items[:count]}
@@ -191,6 +191,6 @@ def test_any_beginning_is_spread_over_the_whole():
 
 
 def test_a_process_of_its_own_is_ended_in_time():
-    assert op_stages.run_apart(["sh", "-c", "echo a; echo b >&2; exit 3"], 20) == (3, "a\n", "b\n")
+    assert op_units.run_apart(["sh", "-c", "echo a; echo b >&2; exit 3"], 20) == (3, "a\n", "b\n")
     with pytest.raises(LeftOut, match="not done after 0 s"):
-        op_stages.run_apart(["sh", "-c", "sleep 30 & sleep 30"], 0.1)
+        op_units.run_apart(["sh", "-c", "sleep 30 & sleep 30"], 0.1)

@@ -12,9 +12,9 @@ import pytest
 
 from elmkernels.__main__ import main
 from elmkernels.commands import gpu_check
-from elmkernels.testing import watch
-from elmkernels.testing.stages import Clock
-from elmkernels.testing.watch import Stuck, Worker, run_watched
+from elmkernels.gpu_check import watch
+from elmkernels.gpu_check.stages import Clock
+from elmkernels.gpu_check.watch import Stuck, Worker, run_watched
 
 ROOT = Path(__file__).resolve().parents[1]
 

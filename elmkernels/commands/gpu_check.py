@@ -35,9 +35,10 @@ from ..console import (
     replace_text,
     save,
 )
-from ..openelm import gpu_check, gpu_report
-from ..testing.stages import Clock, DeadDevice
-from ..testing.watch import Stuck, Worker, run_watched
+from ..gpu_check import check as gpu_check
+from ..gpu_check import report
+from ..gpu_check.stages import Clock, DeadDevice
+from ..gpu_check.watch import Stuck, Worker, run_watched
 
 NAME = "gpu-check"
 MINUTES, QUICK_MINUTES = 8, 1
@@ -186,11 +187,11 @@ def _earlier(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace, results: dict[str, Any], folder: Path) -> None:
-    text = gpu_report.summary(results)
+    text = report.summary(results)
     checked(replace_text, folder / "summary.md", text)
     drawn = []
     if chart.available() is None:
-        drawn = checked(gpu_report.draw, results, folder)
+        drawn = checked(report.draw, results, folder)
     say = note if args.json else print
     if not args.json:
         print(text)

@@ -14,8 +14,8 @@ from elmkernels.acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, why_n
 from elmkernels.generation import gpu_decoder
 from elmkernels.generation.gpu_decoder import AHEAD, Decoder
 from elmkernels.generation.sampling import Sampler, Sampling
+from elmkernels.gpu_check.models import TINY
 from elmkernels.openelm import KVCache, Session, stream
-from elmkernels.openelm.gpu_held import TINY
 
 module = importlib.import_module("elmkernels.generation.session")
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)

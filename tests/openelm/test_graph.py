@@ -11,10 +11,10 @@ from elmkernels.generation.cuda_graph import Window, bucket_of, step, width_of
 from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.generation.sampling import Sampler, Sampling
 from elmkernels.generation.session import greedy
+from elmkernels.gpu_check.model_units import agreement
+from elmkernels.gpu_check.models import TINY
+from elmkernels.gpu_check.runners import DecoderRunner, FairRunner, room_for
 from elmkernels.openelm import KVCache
-from elmkernels.openelm.gpu_held import TINY
-from elmkernels.openelm.gpu_models import agreement
-from elmkernels.openelm.gpu_runners import DecoderRunner, FairRunner, room_for
 from elmkernels.testing.model_parity import twin
 
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)

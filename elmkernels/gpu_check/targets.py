@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ..bench.runners import EAGER
-from .gpu_runners import (
+from .runners import (
     COMPILED_FAIR,
     COMPILED_OLMO,
     CUBLAS_GRAPH,

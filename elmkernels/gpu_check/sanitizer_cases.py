@@ -1,6 +1,6 @@
 """A few small cases of every op, for tools that watch a whole process:
 
-compute-sanitizer --tool memcheck python -m elmkernels.testing.few --device cuda
+compute-sanitizer --tool memcheck python -m elmkernels.gpu_check.sanitizer_cases --device cuda
 """
 
 import argparse
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .cases.draw import Case, make
-from .cases.ops import CASES
-from .parity import check_parity, plan
+from ..testing.cases.draw import Case, make
+from ..testing.cases.ops import CASES
+from ..testing.parity import check_parity, plan
 
 MOST_ELEMENTS = 1 << 16
 

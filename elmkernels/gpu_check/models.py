@@ -10,11 +10,11 @@ from ..acceleration.decode_modes import ways
 from ..acceleration.swap import Report, accelerate
 from ..bench.runners import compress
 from ..devices import architectures, capability, unfit
+from ..openelm.config import OpenELMConfig
+from ..openelm.model import OpenELM
 from ..testing.model_parity import free_bytes, twin
-from ..testing.stages import FAILED, Found, LeftOut
-from ..testing.watch import HUNG
-from .config import OpenELMConfig
-from .model import OpenELM
+from .stages import FAILED, Found, LeftOut
+from .watch import HUNG
 
 GENERATION = "generation"  # the stage whose units named for a way of decoding try it first
 # Seconds after which a unit is taken to hang: models are made in it, graphs captured, kernels

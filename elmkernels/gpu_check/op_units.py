@@ -15,10 +15,10 @@ import torch
 from ..backends import REFERENCE
 from ..bench.ops import bench_op, passes
 from ..devices import backends_of
-from .cases.draw import Case
-from .cases.ops import CASES, bench_cases, long_tokens
-from .device import datasheet, gpu_name
-from .parity import DTYPES, Record, check_parity, plan
+from ..testing.cases.draw import Case
+from ..testing.cases.ops import CASES, bench_cases, long_tokens
+from ..testing.parity import DTYPES, Record, check_parity, plan
+from .gpu_facts import datasheet, gpu_name
 from .stages import Clock, Found, LeftOut, Unit, first_line
 
 GOLDEN = 0.6180339887498949  # i * GOLDEN mod 1 visits any list evenly, however early one stops
@@ -139,7 +139,14 @@ def _memcheck(names: list[str], device: torch.device, found: Found, clock: Clock
     tool = shutil.which(SANITIZER) if device.type == "cuda" else None
     watch = [] if tool is None else [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
     found["tool"] = tool or f"absent: {SANITIZER} is not on PATH, or this is no GPU"
-    command = [*watch, sys.executable, "-m", "elmkernels.testing.few", "--device", str(device)]
+    command = [
+        *watch,
+        sys.executable,
+        "-m",
+        "elmkernels.gpu_check.sanitizer_cases",
+        "--device",
+        str(device),
+    ]
     command += ["--cases", "1" if device.type == "cpu" else "2", *names]
     limit = max(LEAST_SECONDS, clock.left())
     code, out, err = run_apart(command, limit)

@@ -15,11 +15,11 @@ from ..acceleration.decoder_weights import stack_of
 from ..backends import REFERENCE, choose
 from ..bench.runners import Task
 from ..generation.session import greedy
+from ..openelm.cache import KVCache
 from ..testing.model_parity import ModelParity, check_model, compare_tokens
-from ..testing.stages import Clock, Found, LeftOut, Unit
-from .cache import KVCache
-from .gpu_held import LIMIT, WAY_LIMIT, Models
-from .gpu_runners import DecoderRunner
+from .models import LIMIT, WAY_LIMIT, Models
+from .runners import DecoderRunner
+from .stages import Clock, Found, LeftOut, Unit
 
 BATCH, PROMPT = 2, 48
 EXACT_STEPS = 16  # whose logits are compared bit for bit

@@ -9,13 +9,13 @@ from ..acceleration.decode_modes import GRAPH as BY_GRAPH
 from ..acceleration.decode_modes import ONE_LAUNCH as BY_ONE_LAUNCH
 from ..bench import olmo, roofline, training_step
 from ..bench.runners import EAGER, OURS, Run, Runner, Task, TorchRunner
+from ..openelm.config import OpenELMConfig
+from ..openelm.model import OpenELM
 from ..ops.decode_step import MAX_BATCH
 from ..ops.linear import MAX_ROWS
-from ..testing.device import datasheet, gpu_name
-from ..testing.stages import Clock, Found, LeftOut, Unit, first_line
-from .config import OpenELMConfig
-from .gpu_held import COMPILE_LIMIT, LIMIT, Models
-from .gpu_runners import (
+from .gpu_facts import datasheet, gpu_name
+from .models import COMPILE_LIMIT, LIMIT, Models
+from .runners import (
     COMPILED_FAIR,
     COMPILED_OLMO,
     CUBLAS_GRAPH,
@@ -30,7 +30,7 @@ from .gpu_runners import (
     with_cublas,
     with_sdpa,
 )
-from .model import OpenELM
+from .stages import Clock, Found, LeftOut, Unit, first_line
 
 
 def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float, str]:

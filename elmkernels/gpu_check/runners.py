@@ -14,9 +14,9 @@ from ..bench.torch_baseline import FairOpenELM
 from ..generation.cuda_graph import BUCKET
 from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
+from ..openelm.cache import KVCache
+from ..openelm.model import OpenELM
 from ..testing.model_parity import twin
-from .cache import KVCache
-from .model import OpenELM
 
 FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"

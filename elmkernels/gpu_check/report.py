@@ -7,9 +7,9 @@ from typing import Any
 from ..bench import chart
 from ..bench.ops import cell
 from ..bench.roofline import SWAPPED
-from ..testing.stages import DONE, FAILED
-from .gpu_runners import CUBLAS_GRAPH, GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
-from .gpu_targets import all_units, timed, verdicts
+from .runners import CUBLAS_GRAPH, GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
+from .stages import DONE, FAILED
+from .targets import all_units, timed, verdicts
 
 Found = dict[str, Any]
 OURS = (SWAPPED, GRAPH, SDPA_GRAPH, CUBLAS_GRAPH, ONE_LAUNCH)  # in the weights of the rivals

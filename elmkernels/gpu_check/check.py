@@ -13,12 +13,12 @@ import torch
 from .. import devices as gpu
 from ..backends import build_report, choose, defined
 from ..bench.timing import fingerprint
-from ..testing import device as devices
-from ..testing import op_stages
-from ..testing.stages import FAILED, Clock, Found, Stage, Unit, run_stages
-from .gpu_generation import generation_units
-from .gpu_held import GENERATION, Models
-from .gpu_models import compiled_units, decode_units, model_units
+from . import gpu_facts as devices
+from . import op_units
+from .generation_units import generation_units
+from .model_units import compiled_units, decode_units, model_units
+from .models import GENERATION, Models
+from .stages import FAILED, Clock, Found, Stage, Unit, run_stages
 
 # In the order in which they tell most: is decoding right, how fast is it, and all the rest.
 SHARES = {
@@ -65,14 +65,14 @@ def plan(check: Check, results: Found | None = None) -> list[Stage]:
     models = Models(device, quick, check.seed, {} if results is None else results)
     units: dict[str, tuple[Callable, bool]] = {
         "machine": (lambda: [Unit("facts", partial(_machine, device))], False),
-        "parity": (lambda: op_stages.parity_units(device, quick, first=True), True),
+        "parity": (lambda: op_units.parity_units(device, quick, first=True), True),
         GENERATION: (lambda: generation_units(models), False),
         "decode": (lambda: decode_units(models), False),
         "compiled": (lambda: compiled_units(models), False),
-        "ops": (lambda: op_stages.bench_units(device, quick), False),
+        "ops": (lambda: op_units.bench_units(device, quick), False),
         "models": (lambda: model_units(models), False),
-        "other-parity": (lambda: op_stages.parity_units(device, quick, first=False), True),
-        "sanitizer": (lambda: op_stages.sanitizer_units(device, quick), True),
+        "other-parity": (lambda: op_units.parity_units(device, quick, first=False), True),
+        "sanitizer": (lambda: op_units.sanitizer_units(device, quick), True),
     }
     return [Stage(n, SHARES[n], *units[n]) for n in STAGES if n in check.stages]
 
