@@ -12,8 +12,8 @@ import torch
 
 import elmkernels
 from elmkernels import backends
-from elmkernels.__main__ import main
 from elmkernels.bench import chart, end_to_end, roofline
+from elmkernels.cli.main import main
 from elmkernels.testing import CASES, model_parity, parity
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, pack, quantize
-from elmkernels.__main__ import main
-from elmkernels.commands.convert import GGUF_TYPES
+from elmkernels.cli.convert import GGUF_TYPES
+from elmkernels.cli.main import main
 from elmkernels.openelm.gguf import TYPES
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"

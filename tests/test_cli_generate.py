@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_cli import TINY, one_thread, refusal, run_json, start  # noqa: F401  (a fixture)
 from tokenizers_here import hugging_face, sentence_piece
 
-from elmkernels.__main__ import main
+from elmkernels.cli.main import main
 from elmkernels.openelm import OpenELM, accelerate, generate
 from elmkernels.openelm.tokenizer import Tokenizer
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from elmkernels.__main__ import main
 from elmkernels.bench import chart
+from elmkernels.cli.main import main
 from elmkernels.gpu_check import (
     check,
     generation_units,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from elmkernels.__main__ import main
-from elmkernels.commands import gpu_check
+from elmkernels.cli import gpu_check
+from elmkernels.cli.main import main
 from elmkernels.gpu_check import watch
 from elmkernels.gpu_check.stages import Clock
 from elmkernels.gpu_check.watch import Stuck, Worker, run_watched

@@ -12,11 +12,11 @@ from golden import GLU_FREE, load_tiny
 from torch import nn
 
 from elmkernels import OpenELM, accelerate, backends, pack, restore
-from elmkernels.__main__ import main
 from elmkernels.acceleration import swap
 from elmkernels.acceleration.decode_modes import MOST_LAYERS, ways
 from elmkernels.acceleration.swap import Report, asked_backend
 from elmkernels.backends import BACKENDS
+from elmkernels.cli.main import main
 from elmkernels.generation import gpu_decoder
 from elmkernels.openelm import KVCache, Session, cache
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig
-from elmkernels.__main__ import main
 from elmkernels.acceleration import projections, swap
 from elmkernels.bench import chart, generation, llama_cpp
 from elmkernels.bench.generation_figures import BEST
 from elmkernels.bench.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
+from elmkernels.cli.main import main
 
 # Heads and groups that llama.cpp and every format take.
 CONFIG = OpenELMConfig(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.__main__ import main
 from elmkernels.bench import roofline, training_step
+from elmkernels.cli.main import main
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=2,

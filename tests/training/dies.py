@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from elmkernels.__main__ import main
+from elmkernels.cli.main import main
 from elmkernels.training.loop import Trainer
 
 

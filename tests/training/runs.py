@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from elmkernels.__main__ import main
+from elmkernels.cli.main import main
 from elmkernels.training.journal import curve, events
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from runs import losses, same_weights, steps_of, train, weights, write_recipe
 from torch.nn import functional as F
 
 from elmkernels import OpenELM
-from elmkernels.__main__ import main
+from elmkernels.cli.main import main
 from elmkernels.training import data, loop, recipe
 from elmkernels.training.journal import events
 from elmkernels.training.loop import Trainer

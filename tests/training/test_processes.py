@@ -157,7 +157,7 @@ def test_errors_are_one_line_of_one_process(alone, tmp_path):
 def test_a_full_disk_of_several_processes(alone, tmp_path):
     recipe, _ = alone
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, -1)); "
-    limited += "from elmkernels.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    limited += "from elmkernels.cli.main import main; sys.exit(main(sys.argv[1:]))"
     (tmp_path / "limited.py").write_text(limited)
     train(recipe, tmp_path / "out", "--steps", "1")  # so that the tokens are there
     script = (str(tmp_path / "limited.py"),)

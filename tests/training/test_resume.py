@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from runs import losses, same_weights, steps_of, train, weights, write_recipe
 
-from elmkernels.__main__ import main
+from elmkernels.cli.main import main
 from elmkernels.training import state
 from elmkernels.training.loop import Trainer
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from runs import WORDS, train, write_recipe
 
-from elmkernels.__main__ import main
 from elmkernels.bench import chart
-from elmkernels.commands.train import read
+from elmkernels.cli.main import main
+from elmkernels.cli.train import read
 from elmkernels.training import compare
 from elmkernels.training.journal import Journal, curve, events
 

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from .backends import BACKENDS, PREFERENCE
-from .devices import absent
+from ..backends import BACKENDS, PREFERENCE
+from ..devices import absent
 
 OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 DTYPES = {

@@ -8,7 +8,8 @@ from typing import Any
 from ..acceleration.backend_choice import OPS
 from ..backends import choose
 from ..bench import chart, training_step
-from ..console import (
+from ..openelm.config import OpenELMConfig
+from .console import (
     FAILED,
     OK,
     Stages,
@@ -22,7 +23,6 @@ from ..console import (
     positive,
     save,
 )
-from ..openelm.config import OpenELMConfig
 from .model import variant
 
 NAME = "train"

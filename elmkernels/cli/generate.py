@@ -15,7 +15,13 @@ import torch
 
 from ..acceleration.decode_modes import CALLS, WAYS
 from ..acceleration.swap import accelerate
-from ..console import (
+from ..generation.sampling import Sampling
+from ..generation.session import Stream, stream
+from ..openelm.config import VARIANTS
+from ..openelm.model import OpenELM
+from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
+from ..weights.formats import BITS, GROUP_SIZES
+from .console import (
     DTYPES,
     INTERRUPTED,
     OK,
@@ -27,12 +33,6 @@ from ..console import (
     note,
     positive,
 )
-from ..generation.sampling import Sampling
-from ..generation.session import Stream, stream
-from ..openelm.config import VARIANTS
-from ..openelm.model import OpenELM
-from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
-from ..weights.formats import BITS, GROUP_SIZES
 from .model import chosen_model
 
 # Options of the main job that would do nothing here.

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..bench import chart, generation
-from ..console import (
+from ..openelm.config import VARIANTS
+from .console import (
     OK,
     Stages,
     WrongInput,
@@ -25,7 +26,6 @@ from ..console import (
     positive,
     save,
 )
-from ..openelm.config import VARIANTS
 from .model import chosen_model
 
 NAME = "generate"

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from ..bench import end_to_end
-from ..console import WrongInput
 from ..openelm.config import VARIANTS
 from ..openelm.model import OpenELM
+from .console import WrongInput
 
 
 def chosen_model(

@@ -18,7 +18,11 @@ from typing import Any
 import torch
 
 from ..bench import chart
-from ..console import (
+from ..gpu_check import check as gpu_check
+from ..gpu_check import report
+from ..gpu_check.stages import Clock, DeadDevice
+from ..gpu_check.watch import Stuck, Worker, run_watched
+from .console import (
     FAILED,
     OK,
     Stages,
@@ -35,10 +39,6 @@ from ..console import (
     replace_text,
     save,
 )
-from ..gpu_check import check as gpu_check
-from ..gpu_check import report
-from ..gpu_check.stages import Clock, DeadDevice
-from ..gpu_check.watch import Stuck, Worker, run_watched
 
 NAME = "gpu-check"
 MINUTES, QUICK_MINUTES = 8, 1

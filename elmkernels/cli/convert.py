@@ -8,9 +8,9 @@ from typing import Any
 
 from ..compression.packing import pack
 from ..compression.quantization import quantize
-from ..console import DTYPES, OK, WrongInput, checked
 from ..openelm.model import OpenELM
 from ..weights.formats import BITS, GROUP_SIZES
+from .console import DTYPES, OK, WrongInput, checked
 
 # Spelled out: loading them needs no package, which other commands must not ask for.
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")

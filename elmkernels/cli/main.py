@@ -18,16 +18,18 @@ from typing import Any, NoReturn
 import numpy
 import torch
 
-from . import __version__
-from . import devices as gpu
-from .acceleration.backend_choice import OPS
-from .acceleration.projections import measure_plan
-from .backends import BACKENDS, REFERENCE, build_report, choose, defined
-from .bench import chart, end_to_end
-from .bench.ops import format_table, run_bench
-from .bench.timing import fingerprint
-from .commands import bench_generate, bench_train, convert, generate, gpu_check, train
-from .commands.model import chosen_model
+from .. import __version__
+from .. import devices as gpu
+from ..acceleration.backend_choice import OPS
+from ..acceleration.projections import measure_plan
+from ..backends import BACKENDS, REFERENCE, build_report, choose, defined
+from ..bench import chart, end_to_end
+from ..bench.ops import format_table, run_bench
+from ..bench.timing import fingerprint
+from ..openelm.config import VARIANTS
+from ..testing.cases.ops import CASES
+from ..testing.parity import run_parity, runnable
+from . import bench_generate, bench_train, convert, generate, gpu_check, train
 from .console import (
     FAILED,
     INTERRUPTED,
@@ -49,9 +51,7 @@ from .console import (
     plain,
     positive,
 )
-from .openelm.config import VARIANTS
-from .testing.cases.ops import CASES
-from .testing.parity import run_parity, runnable
+from .model import chosen_model
 
 MAIN_ONLY = ("model", "checkpoint", "config", "rounds", "seed", "pack_weights")
 

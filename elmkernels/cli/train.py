@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.timing import fingerprint
-from ..console import (
+from .console import (
     FAILED,
     INTERRUPTED,
     OK,
