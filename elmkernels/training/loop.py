@@ -30,8 +30,8 @@ from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from . import optim, speed, state
+from .data.packing import IGNORE, PackedBatch, Sequences
 from .journal import Journal
-from .packing import IGNORE, PackedBatch, Sequences
 from .parallel import LossOf, World, accumulation, whole, wrap
 from .recipe import Recipe, model_config, to_mapping
 

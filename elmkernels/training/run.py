@@ -18,10 +18,12 @@ from .. import checks
 from ..acceleration.projections import Plan
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
-from . import data, state, tokenizers
+from . import state
+from .data import prepare as data
+from .data import tokenizers
+from .data.packing import Sequences
 from .journal import FILE, Journal
 from .loop import Trainer, check_share
-from .packing import Sequences
 from .parallel import World
 from .recipe import Recipe, model_config, to_mapping
 

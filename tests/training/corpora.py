@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from elmkernels.training.data.tokens import Part, Tokens
 from elmkernels.training.recipe import Data, Recipe, Schedule
-from elmkernels.training.tokens import Part, Tokens
 
 MODEL = dict(num_transformer_layers=2, model_dim=64, head_dim=16, rope_max_length=64)
 EOS = 256

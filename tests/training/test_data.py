@@ -9,10 +9,10 @@ import pytest
 from corpora import EOS, as_bytes, changed, jsonl, recipe
 from tokenizers_here import hugging_face
 
-from elmkernels.training import data, sources
-from elmkernels.training.packing import Sequences
+from elmkernels.training.data import prepare, sources
+from elmkernels.training.data.packing import Sequences
+from elmkernels.training.data.tokens import Info, Tokens, read_info
 from elmkernels.training.recipe import Recipe, load
-from elmkernels.training.tokens import Info, Tokens, read_info
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ CORPUS = as_bytes("and a: sätze", "text, b", "line 1", "line 2")
 
 
 def prepared(tmp_path: Path, given: Recipe, split: str = "train", **options) -> Tokens:
-    return data.prepare(given, tmp_path / "cache", split, **options)
+    return prepare.prepare(given, tmp_path / "cache", split, **options)
 
 
 def all_of(tokens: Tokens) -> list[int]:
@@ -75,7 +75,7 @@ def test_train_never_holds_what_validation_does(tmp_path, corpus):
 @pytest.mark.parametrize("at_once", [1 << 22, 1])
 def test_short_documents_are_left_out(tmp_path, corpus, monkeypatch, piece, at_once):
     monkeypatch.setattr(sources, "PIECE", piece)
-    monkeypatch.setattr(data, "_AT_ONCE", at_once)
+    monkeypatch.setattr(prepare, "_AT_ONCE", at_once)
     given = recipe(train=(str(corpus),))
     assert all_of(prepared(tmp_path, given)) == CORPUS
     seven = changed(given, min_characters=7)
@@ -146,8 +146,8 @@ def test_the_fingerprint_changes_with_all_that_tokens_depend_on(tmp_path, corpus
     ]
 
     def key(one: Recipe) -> str:
-        tokenizer = data.load_tokenizer(one.data.tokenizer)
-        return data.fingerprint(one.data, sources.files("", one.data.train), tokenizer)
+        tokenizer = prepare.load_tokenizer(one.data.tokenizer)
+        return prepare.fingerprint(one.data, sources.files("", one.data.train), tokenizer)
 
     first = key(given)
     assert key(same) == first
@@ -171,7 +171,7 @@ class Interrupted(BaseException):
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(data, "_AT_ONCE", 1)
+    monkeypatch.setattr(prepare, "_AT_ONCE", 1)
     given = recipe(train=(str(corpus),))
 
     def interrupt(done: int, total: int) -> None:
@@ -225,7 +225,7 @@ class FullDisk:
 
 
 def test_a_full_disk_is_named_and_the_old_cache_stays(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(data, "_AT_ONCE", 1)
+    monkeypatch.setattr(prepare, "_AT_ONCE", 1)
     given = recipe(train=(str(corpus),))
     prepared(tmp_path, given)
     before = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
@@ -264,7 +264,7 @@ def test_a_model_without_room_for_the_bytes(tmp_path, corpus):
 
 
 def test_progress_goes_from_little_to_everything(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(data, "_AT_ONCE", 1)
+    monkeypatch.setattr(prepare, "_AT_ONCE", 1)
     seen: list[tuple[int, int]] = []
     given = recipe(train=(str(corpus),))
     prepared(tmp_path, given, progress=lambda done, total: seen.append((done, total)))
@@ -283,7 +283,7 @@ def test_no_paths_and_paths_that_mean_nothing(tmp_path):
 def test_the_tiny_recipe_s_data(tmp_path):
     """Python's own library, without what validation holds out."""
     tiny, _ = load("tiny")
-    train, held = (data.prepare(tiny, tmp_path, split) for split in data.SPLITS)
+    train, held = (prepare.prepare(tiny, tmp_path, split) for split in prepare.SPLITS)
     assert len(train) > 3_000_000 and len(held) > 200_000
     assert len(Sequences(train, tiny.data.sequence_length)) > 16 * 200
     assert train.documents > 300 and train.parts[0].documents == train.documents

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from elmkernels import OpenELM
 from elmkernels.cli.main import main
-from elmkernels.training import data, loop, recipe
+from elmkernels.training import loop, recipe
+from elmkernels.training.data import prepare
+from elmkernels.training.data.packing import Sequences
 from elmkernels.training.journal import events
 from elmkernels.training.loop import Trainer
 from elmkernels.training.optim import learning_rate
-from elmkernels.training.packing import Sequences
 from elmkernels.training.parallel import World
 
 CPU = World(torch.device("cpu"))
@@ -25,8 +26,8 @@ CPU = World(torch.device("cpu"))
 def trainer_of(path: Path, **changes) -> Trainer:
     """A trainer of a recipe's file, with sections replaced."""
     found = replace(recipe.load(path)[0], **changes)
-    tokens = data.prepare(found, path.parent / "data", "train")
-    held = data.prepare(found, path.parent / "data", "validation")
+    tokens = prepare.prepare(found, path.parent / "data", "train")
+    held = prepare.prepare(found, path.parent / "data", "validation")
     length = found.data.sequence_length
     return Trainer(
         found, path.parent / "out", CPU, Sequences(tokens, length), Sequences(held, length)
@@ -113,7 +114,7 @@ def test_the_evaluation_is_plain_cross_entropy_of_the_first_sequences(tmp_path, 
     train(path, out, "--json")
     found = json.loads(capsys.readouterr().out)["evaluation"]
     settings = recipe.load(path)[0]
-    held = Sequences(data.prepare(settings, out / "data", "validation"), 64, seed=None)
+    held = Sequences(prepare.prepare(settings, out / "data", "validation"), 64, seed=None)
     model = OpenELM.from_pretrained(out / "final")
     batch = held.batch(0, 5)
     with torch.no_grad():

@@ -5,8 +5,8 @@ import pytest
 import torch
 from corpora import EOS, documents, tokens_of
 
-from elmkernels.training.packing import IGNORE, Sequences
-from elmkernels.training.tokens import Tokens
+from elmkernels.training.data.packing import IGNORE, Sequences
+from elmkernels.training.data.tokens import Tokens
 
 
 def looped(ids: list[int], length: int, windows: list[int]) -> tuple[list, list, list]:

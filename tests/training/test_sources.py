@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from corpora import jsonl
 
-from elmkernels.training import sources
+from elmkernels.training.data import sources
 
 
 def texts(path: Path, field: str = "text") -> list[bytes]:

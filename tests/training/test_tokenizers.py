@@ -8,7 +8,7 @@ from tokenizers_here import hugging_face, sentence_piece
 from elmkernels.openelm import OpenELM
 from elmkernels.openelm.config import OpenELMConfig
 from elmkernels.openelm.tokenizer import Tokenizer
-from elmkernels.training import tokenizers
+from elmkernels.training.data import tokenizers
 
 TEXT = "the cat sät on 猫\n\t\U0001f408 \x00"
 

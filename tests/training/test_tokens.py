@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elmkernels.training.tokens import Info, Part, Tokens, dtype_for, open_part, read_info, sidecar
+from elmkernels.training.data.tokens import (
+    Info,
+    Part,
+    Tokens,
+    dtype_for,
+    open_part,
+    read_info,
+    sidecar,
+)
 
 IDS = [5, 6, 2, 7, 2]
 

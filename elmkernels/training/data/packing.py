@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
+from ... import checks
 from .tokens import Tokens
 
 IGNORE = -100  # a target that is none

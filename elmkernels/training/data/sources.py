@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from .. import checks
+from ... import checks
 
 STDLIB = "stdlib"
 # Folders of Python's library that are left out: what others installed, and its tests.

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import checks
+from ... import checks
+from ..recipe import Data, Recipe, fit, model_config
 from . import sources
-from .recipe import Data, Recipe, fit, model_config
 from .sources import Piece
 from .tokenizers import Tokenizer
 from .tokenizers import load as load_tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import checks
+from ... import checks
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 # Ids of a file that are held against the vocabulary when it is opened: enough to see a wrong

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .. import checks
-from ..openelm.tokenizer import FILES, find_tokenizer, special_tokens
-from ..openelm.tokenizer import Tokenizer as Borrowed
+from ... import checks
+from ...openelm.tokenizer import FILES, find_tokenizer, special_tokens
+from ...openelm.tokenizer import Tokenizer as Borrowed
 
 # Names that an end of document and a beginning go by, where no config.json gives their ids.
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")
