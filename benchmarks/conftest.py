@@ -11,7 +11,7 @@ result fails the benchmark. `-k "rms_norm and bfloat16"` chooses. Needs `pip ins
 import pytest
 import torch
 
-from elmkernels.testing import fingerprint
+from elmkernels.bench.timing import fingerprint
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

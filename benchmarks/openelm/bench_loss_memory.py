@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from elmkernels.bench.op_baselines import rivals
-from elmkernels.testing import make, peak_memory
+from elmkernels.bench.timing import peak_memory
+from elmkernels.testing import make
 from elmkernels.testing.cases.ops import bench_cases
 
 OP = "linear_cross_entropy"

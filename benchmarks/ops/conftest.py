@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from elmkernels import ops
-from elmkernels.bench.ops import closure, passes
-from elmkernels.testing import bench_cases, bench_op, format_table, make, runnable
+from elmkernels.bench.ops import bench_op, closure, format_table, passes
+from elmkernels.testing import bench_cases, make, runnable
 from elmkernels.testing.cases.ops import BENCH_ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ import ctypes
 
 import pytest
 import torch
-from on_host import DTYPES, compiled
+from helpers.on_host import DTYPES, compiled
 from torch import Tensor
 
 from elmkernels.ops.decode_step import table_of

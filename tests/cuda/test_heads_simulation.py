@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from on_host import DTYPES, compiled
+from helpers.on_host import DTYPES, compiled
 from torch import Tensor
 
 from elmkernels import qk_norm_rope, reference

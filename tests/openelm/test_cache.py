@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CONFIG
-from golden import GLU_FREE, assert_as_accurate, assert_matches
+from helpers.checkpoints import CONFIG
+from helpers.golden import GLU_FREE, assert_as_accurate, assert_matches
 
 from elmkernels.openelm import KVCache, OpenELM, OpenELMConfig, accelerate, greedy
 

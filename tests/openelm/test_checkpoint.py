@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CONFIG, assert_same
-from golden import FOLDER
+from helpers import GOLDEN
+from helpers.checkpoints import CONFIG, assert_same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -58,7 +58,7 @@ def test_saving_over_another_layout_leaves_nothing_stale(tmp_path):
 
 
 def test_hugging_face_layout_is_written_key_for_key(tmp_path, hf_tiny):
-    theirs = FOLDER / "hf_tiny" / "model.safetensors"
+    theirs = GOLDEN / "hf_tiny" / "model.safetensors"
     model = OpenELM.from_pretrained(theirs.parent)
     model.save_pretrained(tmp_path)
     expected, got = load_file(theirs), load_file(tmp_path / "model.safetensors")

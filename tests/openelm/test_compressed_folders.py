@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import GROUPED, assert_same
+from helpers.checkpoints import GROUPED, assert_same
 from safetensors.torch import load_file, save_file
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize

@@ -4,7 +4,7 @@ import json
 from itertools import chain, repeat
 
 import pytest
-from golden import FOLDER
+from helpers import GOLDEN
 
 from elmkernels.openelm import OpenELM, OpenELMConfig
 from elmkernels.openelm.config import VARIANTS, make_divisible
@@ -170,7 +170,7 @@ def test_overrides():
 
 
 def test_hf_dict_of_a_checkpoint_is_kept_key_for_key():
-    theirs = json.loads((FOLDER / "hf_tiny" / "config.json").read_text())
+    theirs = json.loads((GOLDEN / "hf_tiny" / "config.json").read_text())
     ours = OpenELMConfig.from_hf_dict(theirs).to_hf_dict()
     about_their_files = {"auto_map", "torch_dtype", "transformers_version"}
     assert ours == {k: v for k, v in theirs.items() if k not in about_their_files}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from golden import load_tiny
+from helpers.golden import load_tiny
 
 from elmkernels import OpenELM, accelerate
 from elmkernels.openelm import KVCache

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONFIG, GROUPED
-from golden import FOLDER
+from helpers import GOLDEN
+from helpers.checkpoints import CONFIG, GROUPED
 
 from elmkernels import OpenELM, OpenELMConfig, pack, quantize, reference
 from elmkernels.openelm import greedy
 from elmkernels.openelm.gguf import TYPES, export_gguf, rounded
 
-TINY = FOLDER / "hf_tiny"
+TINY = GOLDEN / "hf_tiny"
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "layers have their own widths"] * 9
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden import load_tiny
+from helpers.golden import load_tiny
 from torch import nn
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore

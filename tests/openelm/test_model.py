@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from golden import (
+from helpers.golden import (
     GLU_FREE,
     assert_as_accurate,
     assert_matches,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import CONFIG, assert_same
+from helpers.checkpoints import CONFIG, assert_same
 
 from elmkernels.openelm import OpenELM, OpenELMConfig, pack, storage
 

@@ -5,7 +5,7 @@ import random
 import sys
 
 import pytest
-from tokenizers_here import hugging_face, sentence_piece
+from helpers.tokenizers import hugging_face, sentence_piece
 
 from elmkernels.openelm.tokenizer import TextStream, Tokenizer, find_tokenizer, special_tokens
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import assert_same, inputs, run
+from helpers.calls import assert_same, inputs, run
 
 from elmkernels import attention
 from elmkernels.backends import kernel

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from calls import COMPILED, as_tuple, assert_same, every_backend, every_op, inputs, leaf, run
+from helpers.calls import (
+    COMPILED,
+    as_tuple,
+    assert_same,
+    every_backend,
+    every_op,
+    inputs,
+    leaf,
+    run,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from calls import BACKENDS, COMPILED, as_tuple, assert_same, every_backend, every_op, inputs, run
+from helpers.calls import (
+    BACKENDS,
+    COMPILED,
+    as_tuple,
+    assert_same,
+    every_backend,
+    every_op,
+    inputs,
+    run,
+)
 
 from elmkernels import add_rms_norm, ops, qk_norm_rope, rms_norm, rope_table, swiglu
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import EOS, as_bytes, changed, jsonl, recipe
-from tokenizers_here import hugging_face
+from helpers.corpora import EOS, as_bytes, changed, jsonl, recipe
+from helpers.tokenizers import hugging_face
 
 from elmkernels.training.data import prepare, sources
 from elmkernels.training.data.packing import Sequences

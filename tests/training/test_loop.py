@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import losses, same_weights, steps_of, train, weights, write_recipe
+from helpers.runs import losses, same_weights, steps_of, train, weights, write_recipe
 from torch.nn import functional as F
 
 from elmkernels import OpenELM

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from corpora import recipe
+from helpers.corpora import recipe
 
 from elmkernels.openelm import OpenELM
 from elmkernels.training import optim

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from corpora import EOS, documents, tokens_of
+from helpers.corpora import EOS, documents, tokens_of
 
 from elmkernels.training.data.packing import IGNORE, Sequences
 from elmkernels.training.data.tokens import Tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import (
+from helpers.runs import (
     ROOT,
     environment,
     launch,
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available() and os.name == "posix"),
     reason="needs torch.distributed with gloo",
 )
-DIES = str(Path(__file__).with_name("dies.py"))
+DIES = str(ROOT / "tests/helpers/dies.py")
 STEPS = 20
 # Sums in another order; nothing else may differ.
 ROUNDING = 1e-5

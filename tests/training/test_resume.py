@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import losses, same_weights, steps_of, train, weights, write_recipe
+from helpers.runs import losses, same_weights, steps_of, train, weights, write_recipe
 
 from elmkernels.cli.main import main
 from elmkernels.training import state

@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from corpora import jsonl
+from helpers.corpora import jsonl
 
 from elmkernels.training.data import sources
 

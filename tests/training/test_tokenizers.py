@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers_here import hugging_face, sentence_piece
+from helpers.tokenizers import hugging_face, sentence_piece
 
 from elmkernels.openelm import OpenELM
 from elmkernels.openelm.config import OpenELMConfig

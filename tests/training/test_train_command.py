@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from runs import WORDS, train, write_recipe
+from helpers.runs import WORDS, train, write_recipe
 
 from elmkernels.bench import chart
 from elmkernels.cli.main import main

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tape import record
+from helpers.tape import record
 
 from elmkernels.acceleration import small_batch  # fmt: skip
 from elmkernels.acceleration.decode_modes import CALLS, GRAPH

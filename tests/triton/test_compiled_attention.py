@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
 
-from compiling import TARGETS, compile_for, in_lanes, need_cuobjdump, spills  # noqa: E402
+from helpers.compiling import TARGETS, compile_for, in_lanes, need_cuobjdump, spills  # noqa: E402
 
 from elmkernels.openelm.config import VARIANTS, OpenELMConfig  # noqa: E402
 from elmkernels.triton import _attention_bwd as bwd  # noqa: E402

@@ -3,17 +3,17 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN
 
 from elmkernels import OpenELM, pack, quantize
 from elmkernels.cli.convert import GGUF_TYPES
 from elmkernels.cli.main import main
 from elmkernels.openelm.gguf import TYPES
 
-TINY = Path(__file__).parent / "golden" / "hf_tiny"
+TINY = GOLDEN / "hf_tiny"
 IDS = torch.arange(9)[None]
 
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden import GLU_FREE, load_tiny
+from helpers.golden import GLU_FREE, load_tiny
 from torch import nn
 
-from elmkernels import OpenELM, accelerate, backends, pack, restore
+from elmkernels import OpenELM, accelerate, backends, devices, pack, restore
 from elmkernels.acceleration import swap
 from elmkernels.acceleration.decode_modes import MOST_LAYERS, ways
 from elmkernels.acceleration.swap import Report, asked_backend

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from checkpoints import CONFIG as SMALL
-from golden import load_hf_tiny
+from helpers.checkpoints import CONFIG as SMALL
+from helpers.golden import load_hf_tiny
 
 from elmkernels import OpenELM, accelerate, generate, pack, quantize
 from elmkernels.openelm import KVCache, OpenELMConfig, greedy, next_logits

@@ -16,7 +16,7 @@ from elmkernels.gpu_check import watch
 from elmkernels.gpu_check.stages import Clock
 from elmkernels.gpu_check.watch import Stuck, Worker, run_watched
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # The command with two units, whose first one does something else and has seconds alone to do it in.
 PROGRAM = """
@@ -24,7 +24,8 @@ import os, sys, time
 from dataclasses import replace
 import torch
 from elmkernels.__main__ import main
-from elmkernels.openelm import gpu_check, gpu_generation
+from elmkernels.gpu_check import check as gpu_check
+from elmkernels.gpu_check import generation_units as gpu_generation
 torch.set_num_threads(1)
 units, check = gpu_check.generation_units, gpu_generation.check_model
 def limited(models):

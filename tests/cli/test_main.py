@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import TINY, refusal, run_json, start
 
 import elmkernels
 from elmkernels import backends
@@ -16,18 +15,8 @@ from elmkernels.bench import chart, end_to_end, roofline
 from elmkernels.cli.main import main
 from elmkernels.testing import CASES, model_parity, parity
 
-TINY = Path(__file__).parent / "golden" / "hf_tiny"
 QUICK = ["--quick", "--checkpoint", str(TINY), "--device", "cpu", "--dtype", "bf16"]
 COMPILED = parity.runnable("swiglu", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads only cost time on tensors as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -46,35 +35,6 @@ def wrong_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
         right = backends.kernel("swiglu_fwd", name)
         wrong = lambda x, right=right: right(x) * 1.01  # noqa: E731
         monkeypatch.setitem(backends._KERNELS, ("swiglu_fwd", name), wrong)
-
-
-def run_json(capsys: pytest.CaptureFixture, *argv: str, code: int = 0) -> dict:
-    """What a command prints with --json, which must be one JSON value and nothing else."""
-    assert main([*argv, "--json"]) == code
-    return json.loads(capsys.readouterr().out)
-
-
-def start(*argv: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "elmkernels", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell's background job ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
-
-
-def refusal(capsys: pytest.CaptureFixture, *argv: str) -> str:
-    """The one line that wrong input gets."""
-    assert main([*argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("elmkernels: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_info_as_a_user_starts_it():

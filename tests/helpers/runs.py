@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from elmkernels.cli.main import main
 from elmkernels.training.journal import curve, events
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import ROOT
+
 MODEL = {
     "num_transformer_layers": 2,
     "model_dim": 32,

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from checkpoints import GROUPED, assert_held, assert_same, same_bits
-from golden import FOLDER, GLU_FREE, assert_as_accurate
+from helpers.checkpoints import GROUPED, assert_held, assert_same, same_bits
+from helpers.golden import GLU_FREE, GOLDEN, assert_as_accurate
 from safetensors.torch import load_file
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, reference, restore
@@ -38,7 +38,7 @@ def dense_twin(model: OpenELM) -> OpenELM:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_bits_are_mlx_s(dtype, bits, group_size):
     """Rows of normal, constant, zero, one-signed, denormal and huge weights."""
-    golden = load_file(FOLDER / "mlx_affine.safetensors")
+    golden = load_file(GOLDEN / "mlx_affine.safetensors")
     got = quantize_weight(golden[f"{dtype}.w"], bits, group_size)
     for name, tensor in (("weight", got.q), ("scales", got.scales), ("biases", got.biases)):
         assert same_bits(tensor, golden[f"{dtype}.{bits}.{group_size}.{name}"]), name

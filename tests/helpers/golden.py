@@ -9,7 +9,6 @@ import json
 import zlib
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from safetensors.torch import load_file
 
 from elmkernels.openelm import OpenELM, OpenELMConfig, next_token_loss
 
-FOLDER = Path(__file__).parents[1] / "golden"
+from . import GOLDEN
+
 TINY = ("tiny_layerwise", "tiny_mha_untied")
 # No golden file: every shape that the two above don't have.
 GLU_FREE = OpenELMConfig(
@@ -64,7 +64,7 @@ class Golden:
 
 @cache
 def load_tiny(name: str) -> Golden:
-    path = FOLDER / f"{name}.safetensors"
+    path = GOLDEN / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
@@ -81,7 +81,7 @@ def load_tiny(name: str) -> Golden:
 
 @cache
 def load_hf_tiny() -> Golden:
-    folder = FOLDER / "hf_tiny"
+    folder = GOLDEN / "hf_tiny"
     weights = load_file(folder / "model.safetensors")
     return Golden(
         config=OpenELMConfig.from_hf_dict(json.loads((folder / "config.json").read_text())),
@@ -92,7 +92,7 @@ def load_hf_tiny() -> Golden:
 
 def load_seeded_270m() -> Golden:
     """The whole 270M shape (1 GB of float32), its weights drawn by the golden files' recipe."""
-    path = FOLDER / "openelm_270m_seeded.safetensors"
+    path = GOLDEN / "openelm_270m_seeded.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     config = OpenELMConfig.from_name(metadata["model"])

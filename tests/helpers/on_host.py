@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from . import ROOT
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -21,7 +22,7 @@ def compiled(name: str, folder: Path) -> ctypes.CDLL:
     command = [
         cxx, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
         "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{ROOT / 'csrc' / 'cuda'}",
-        str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(built),
+        str(ROOT / "tests" / "cuda" / f"{name}.cpp"), "-o", str(built),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 import torch
-from checkpoints import CONFIG
-from golden import GLU_FREE, load_hf_tiny, load_tiny
+from helpers.checkpoints import CONFIG
+from helpers.golden import GLU_FREE, load_hf_tiny, load_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from checkpoints import CONFIG, GROUPED, assert_held, assert_same, same_bits
+from helpers.checkpoints import CONFIG, GROUPED, assert_held, assert_same, same_bits
 
 from elmkernels import OpenELM, accelerate, pack, quantize, reference, restore, unpack
 from elmkernels.compression.packing import (

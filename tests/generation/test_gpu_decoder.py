@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tape import record
+from helpers.tape import record
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore
 from elmkernels.acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, why_not

@@ -9,22 +9,13 @@ import pytest
 import torch
 
 from elmkernels.bench.op_baselines import operations, rivals
-from elmkernels.bench.timing import copies_beyond_cache, fingerprint, summary
-from elmkernels.testing import (
-    CASES,
-    bench_cases,
-    check_parity,
-    compare,
-    format_table,
-    interleave,
-    make,
-    run_bench,
-    run_parity,
-)
+from elmkernels.bench.ops import format_table, run_bench
+from elmkernels.bench.timing import copies_beyond_cache, fingerprint, interleave, summary
+from elmkernels.testing import CASES, bench_cases, check_parity, compare, make, run_parity
 from elmkernels.testing.cases.attention import mixed_lengths
 from elmkernels.testing.parity import poisoned, ulp
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -140,7 +131,7 @@ def test_summary_interpolates():
 
 def test_peak_memory_sees_what_is_freed():
     """In a fresh process: here the allocator may hold enough from other tests to hide the call."""
-    code = "import torch; from elmkernels.testing import peak_memory as p; print(p({call}))"
+    code = "import torch; from elmkernels.bench.timing import peak_memory as p; print(p({call}))"
     command = [sys.executable, "-c", code.format(call="lambda: torch.randn(1 << 24)")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

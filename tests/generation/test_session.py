@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from checkpoints import CONFIG
-from golden import load_hf_tiny
+from helpers.checkpoints import CONFIG
+from helpers.golden import load_hf_tiny
 
 from elmkernels.openelm import (
     KVCache,

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from foreign import Cache, CoreNetModel, HuggingFaceModel
-from golden import (
+from helpers.foreign import Cache, CoreNetModel, HuggingFaceModel
+from helpers.golden import (
     GLU_FREE,
     assert_as_accurate,
     load_hf_tiny,

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from helpers.commands import TINY, refusal, run_json, start
+from helpers.tokenizers import hugging_face, sentence_piece
 from safetensors.torch import load_file
-from test_cli import TINY, one_thread, refusal, run_json, start  # noqa: F401  (a fixture)
-from tokenizers_here import hugging_face, sentence_piece
 
 from elmkernels.cli.main import main
 from elmkernels.openelm import OpenELM, accelerate, generate
