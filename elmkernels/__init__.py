@@ -1,16 +1,12 @@
 """elmkernels: Apple's OpenELM language models on fused kernels, proved against the reference."""
 
 from . import reference
-from .openelm import (
-    OpenELM,
-    OpenELMConfig,
-    accelerate,
-    generate,
-    pack,
-    quantize,
-    restore,
-    unpack,
-)
+from .acceleration.projections import Plan
+from .acceleration.swap import accelerate, restore
+from .compression.packing import pack, unpack
+from .compression.quantization import quantize
+from .generation.session import generate
+from .openelm import OpenELM, OpenELMConfig
 from .ops import (
     add_rms_norm,
     attention,
@@ -28,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OpenELM",
     "OpenELMConfig",
+    "Plan",
     "accelerate",
     "add_rms_norm",
     "attention",

@@ -13,9 +13,9 @@ from ..backends import BACKENDS, REFERENCE, choose, where_it_has
 from ..checks import DTYPES
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
+from ..openelm.surgery import asked_backend, is_accelerated
 from ..ops.decode_step import MAX_BATCH
 from .decoder_weights import described
-from .swap import asked_backend, is_accelerated
 
 ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"
 WAYS = (ONE_LAUNCH, GRAPH, CALLS)

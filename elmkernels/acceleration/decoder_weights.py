@@ -1,29 +1,17 @@
-"""A model as data for the op that runs all layers in one call, and the step of decoding.
-
-`next_logits` is the one way a token is decoded here: by `ops.decode_step` where the model is
-accelerated (or holds compressed weights) and nothing hangs on its modules that the op would skip;
-by the model itself everywhere else.
-"""
+"""A model as data for `ops.decode_step`, which runs all layers in one call."""
 
 from collections.abc import Iterator
 from itertools import repeat
 from operator import contains, getitem, is_
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..backends import where_it_has
 from ..openelm import layers as reference
-from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..ops.decode_step import MAX_BATCH
+from ..openelm.surgery import forward_hooks, unhooked
 from ..weights.formats import Affine, Layer, Packed, Stack, Weight
 from . import fused, projections
-from .swap import asked_backend, is_accelerated
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def stack_of(model: OpenELM) -> Stack:
@@ -34,44 +22,6 @@ def stack_of(model: OpenELM) -> Stack:
     adapters, hooks, foreign modules. The same object is returned until the model changes.
     """
     return described(model).stack
-
-
-def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
-    """One step of decoding: tokens int64 [batch], each after those its row of the cache holds ->
-    logits [batch, vocab_size]; the cache then holds one token more a row.
-    """
-    known = _in_one_call(model, tokens, cache)
-    if known is None:
-        return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
-    cache.check_room(1)
-    # What accelerate was asked for, where it can be had.
-    backend = where_it_has("decode_step", asked_backend(model))
-    logits = ops.decode_step(known.stack, tokens, cache.lengths, cache.arena, backend=backend)
-    cache.advance(1)
-    return logits
-
-
-def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> "Described | None":
-    """The model as data, where `ops.decode_step` computes what the model would."""
-    if (
-        not isinstance(model, OpenELM)  # torch.compile's wrapper
-        or tokens.device.type != "cpu"
-        or cache.device.type != "cpu"
-        or tokens.shape != (cache.batch,)
-        or cache.batch > MAX_BATCH
-        or cache.dtype != model.activation_dtype
-        or (cache.kv_heads, cache.head_dim) != (model.config.num_kv_heads, model.config.head_dim)
-        or torch.is_autocast_enabled("cpu")
-        or (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()))
-        or torch.compiler.is_compiling()
-    ):
-        return None
-    try:
-        known = described(model)
-    except ValueError:
-        return None
-    wanted = known.compressed or is_accelerated(model)
-    return known if wanted and known.dtypes == {cache.dtype} else None
 
 
 class Described:
@@ -101,7 +51,7 @@ class Described:
         self._types = [type(m) for m in modules]
         self._attributes = [vars(m) for m in (model, *modules)]
         self._epsilons = [a for a in self._attributes if "eps" in a]
-        self._hooks = [getattr(m, name) for m in (model, *modules) for name in _HOOKS]
+        self._hooks = [hooks for m in (model, *modules) for hooks in forward_hooks(m)]
 
     def holds(self) -> bool:
         try:
@@ -142,7 +92,7 @@ def _plain(path: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
 
 
 def _unhooked(path: str, module: nn.Module) -> None:
-    if any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module):
+    if not unhooked(module):
         _refuse(path, "has hooks or a forward of its own")
 
 
@@ -177,6 +127,7 @@ def _matrix(path: str, module: nn.Module, *kinds: type[nn.Module]) -> Weight:
 
 def _describe(model: OpenELM) -> Stack:
     _plain("it", model, OpenELM)
+    _plain("logits_head", model.logits_head, reference.LogitsHead, fused.FusedLogitsHead)
     eps = model.norm.eps
     model._place_rope_table(model.norm.weight.device)
     layers = tuple(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..backends import where_it_has
 from ..openelm.documents import in_one_row
-from ..openelm.layers import Context
+from ..openelm.layers import Context, LogitsHead
 from ..openelm.loss import LossHead, plain_weight
 from ..openelm.shared_weight import Tied
 from ..reference import rope_table
@@ -77,6 +77,14 @@ class FusedFeedForward(nn.Module):
 
         again = None if make is None else activation
         return recompute.apply(self.proj_2, ops.swiglu(x, backend=self.backend), again)
+
+
+class FusedLogitsHead(LogitsHead):
+    """Norm and projection of few rows in one product, if there is a kernel (see `small_batch`)."""
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        logits = small_batch.logits(model, x)
+        return super().forward(model, x) if logits is None else logits
 
 
 class FusedLossHead(LossHead):

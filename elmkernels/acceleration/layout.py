@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..openelm.compressed import weight_of
+from ..openelm.surgery import has_hooks
 from . import fused
 
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
@@ -59,18 +60,6 @@ def _child(root: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         root = getattr(root, name, None)
     return root
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        getattr(module, name, None)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
 
 
 def _not_a_norm(norm: nn.Module | None) -> str | None:
@@ -186,7 +175,7 @@ def examine(model: nn.Module, body: nn.Module, prefix: str) -> tuple[Convention,
         left += [
             (f"{where}.{path}".rstrip("."), "it has hooks, which a swap would drop")
             for path in ("", "attn", "ffn", "attn_norm", *PROJECTIONS)
-            if _has_hooks(_child(layer, path) if path else layer)
+            if has_hooks(_child(layer, path) if path else layer)
         ]
     if reason := _not_a_norm(body.norm):
         _refuse(model, f"`{prefix}norm`: {reason}")

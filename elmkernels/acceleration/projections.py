@@ -127,6 +127,8 @@ class _AutocastLinear(torch.autograd.Function):
 class Linear(nn.Module):
     """nn.Linear with the plan's routines; shares the Parameters of the module it replaces."""
 
+    plain_matrix = True  # see `openelm.loss.plain_weight`
+
     def __init__(self, original: nn.Module, plan: Plan) -> None:
         super().__init__()
         self.weight, self.bias, self.plan = original.weight, original.bias, plan

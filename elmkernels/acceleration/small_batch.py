@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from .. import ops
 from ..backends import choose, optional_kernel, where_it_has
 from ..openelm.compressed import CompressedLinear, weight_of
+from ..openelm.layers import Context
+from ..openelm.surgery import unhooked
 from ..ops.linear import MAX_ROWS
 from ..weights.formats import Packed, Weight
 from .projections import Linear, TiedHead
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Weights(NamedTuple):
@@ -52,14 +52,6 @@ def streams(device: str, backend: str | None) -> bool:
     """Whether the backend that `linear` takes on a device type has the kernel."""
     chosen = choose("linear", device, where_it_has("linear", backend))
     return optional_kernel("linear_fused", chosen) is not None
-
-
-def unhooked(*modules: nn.Module) -> bool:
-    """Whether calling the modules is what their classes say and nothing more."""
-    return not any(
-        "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
-        for module in modules
-    )
 
 
 def _fits(x: Tensor, weight: Weight) -> bool:
@@ -88,7 +80,7 @@ def weights_of(layer: nn.Module, x: Tensor) -> Weights | None:
     return None if any(w is None for w in weights) else Weights(*weights)
 
 
-def forward(layer: nn.Module, x: Tensor, context: NamedTuple, weights: Weights) -> Tensor:
+def forward(layer: nn.Module, x: Tensor, context: Context, weights: Weights) -> Tensor:
     """What `FusedDecoderLayer.forward` gives."""
     attn, ffn = layer.attn, layer.ffn
     backend = where_it_has("linear", layer.backend)

@@ -6,6 +6,8 @@ the report. Parameters are shared.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,15 +15,16 @@ from torch import Tensor, nn
 
 from ..backends import choose
 from ..openelm.compressed import Compressed, weight_of
+from ..openelm.layers import LogitsHead
 from ..openelm.loss import LossHead
+from ..openelm.surgery import Mark, mark_of, set_mark, set_module
 from ..ops._rows_choice import described
 from ..ops.linear import MAX_ROWS
 from . import fused, projections, small_batch
 from .backend_choice import OPS, given_backends
+from .decode_modes import ways
 from .layout import PROJECTIONS, Convention, body_of, examine, heads_of, is_gated, is_linear
 from .projections import Plan, measure_plan
-
-_STATE, _ASKED = "_elmkernels_swap", "_elmkernels_backend"
 
 
 @dataclass
@@ -64,11 +67,19 @@ class Report:
         return "\n".join(lines + self.notes)
 
 
-def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path of the model."""
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent) if parent else model
-    owner._modules[name] = module
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """An accelerated model with its own modules in place, to be looked at, and back again."""
+    mark = mark_of(model)
+    originals = {} if mark is None else mark.originals
+    fused = {path: model.get_submodule(path) for path in originals}
+    try:
+        for path, module in originals.items():  # parents first
+            set_module(model, path, module)
+        yield
+    finally:
+        for path, module in fused.items():
+            set_module(model, path, module)
 
 
 def _device_of(weight: Tensor) -> torch.device:
@@ -93,18 +104,22 @@ def accelerate(
     Report's `gemm` says them, instead of measuring which are fastest here.
     Returns a Report. Raises ValueError, with the reason, for a model it doesn't know and for an
     unknown backend, RuntimeError for a backend that can't run here; the model is then unchanged.
-    A model that is accelerated already is restored first.
+    A model that is accelerated already is accelerated anew, or with an error stays as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if is_accelerated(model):
-        restore(model)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
+    arguments = {"backend": backend, "pack_weights": pack_weights, "plan": plan}
     body, prefix = body_of(model)
-    convention, left = examine(model, body, prefix)
     weight = body.norm.weight  # an embedding may be compressed
     device = _device_of(weight)
     kind = device.type
     given, fallbacks = given_backends(device, backend)
+    with _as_it_was(model):
+        convention, left = examine(model, body, prefix)
+    if mark_of(model) is not None:
+        restore(model)
     backends = {op: described(op, kind, given[op]) for op in OPS}
     if plan is None:
         plan = measure_plan(weight.dtype, pack_weights) if kind == "cpu" else Plan()
@@ -167,6 +182,8 @@ def accelerate(
         swap("tied_head", "tied heads", lambda m: projections.TiedHead(plan, given["linear"]))
     else:
         report.left.append(("the output projection", "the model computes it in its own forward"))
+    if isinstance(getattr(model, "logits_head", None), LogitsHead):
+        swap("logits_head", "logits heads", lambda m: fused.FusedLogitsHead())
     if isinstance(getattr(model, "loss_head", None), LossHead):
         named = given["linear_cross_entropy"]
         swap("loss_head", "loss heads", lambda m: fused.FusedLossHead(named))
@@ -181,11 +198,8 @@ def accelerate(
         )
     if plan.packs:
         report.packed_bytes = _projection_bytes(model)
-    setattr(model, _STATE, originals)
-    setattr(model, _ASKED, backend)
+    set_mark(model, Mark(originals, arguments))
     if kind == "cuda":
-        from .decode_modes import ways
-
         report.ways = ways(model, device)
     return report
 
@@ -207,30 +221,20 @@ def _projection_bytes(model: nn.Module) -> int:
     return total
 
 
-def is_accelerated(model: nn.Module) -> bool:
-    """Whether `accelerate` has swapped modules of this very model."""
-    return hasattr(model, _STATE)
-
-
-def asked_backend(model: nn.Module) -> str | None:
-    """The backend that `accelerate` was asked for; modules may have been given another."""
-    return getattr(model, _ASKED, None)
-
-
 def restore(model: nn.Module) -> None:
     """Undo `accelerate`: the original modules return, with the Parameters the model has now.
 
     Raises ValueError for a model that isn't accelerated.
     """
-    originals: dict[str, nn.Module] | None = getattr(model, _STATE, None)
-    if originals is None:
+    mark = mark_of(model)
+    if mark is None:
         raise ValueError(f"model ({type(model).__name__}) must be accelerated to be restored")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     training = {name: module.training for name, module in model.named_modules()}
     for module in model.modules():
         if isinstance(module, Compressed):
             module.backend = None
-    for path, module in originals.items():  # parents first, as they were swapped
+    for path, module in mark.originals.items():  # parents first, as they were swapped
         set_module(model, path, module)
     for name, module in model.named_modules():
         module.training = training.get(name, model.training)
@@ -238,5 +242,4 @@ def restore(model: nn.Module) -> None:
             path = f"{name}.{key}" if name else key
             if path in parameters:
                 module._parameters[key] = parameters[path]
-    delattr(model, _STATE)
-    vars(model).pop(_ASKED, None)
+    set_mark(model, None)

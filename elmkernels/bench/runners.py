@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..acceleration.decoder_weights import next_logits, stack_of
-from ..acceleration.swap import accelerate, is_accelerated, restore
+from ..acceleration.decoder_weights import stack_of
+from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
 from ..compression.quantization import quantize
 from ..generation.session import greedy
+from ..generation.step import next_logits
 from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
+from ..openelm.surgery import is_accelerated
 from . import llama_cpp
 
 EAGER, COMPILED, OURS, LLAMA = "eager", "compiled", "ours", "llama.cpp"

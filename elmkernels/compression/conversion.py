@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..acceleration.layout import PROJECTIONS
-from ..acceleration.projections import Linear, TiedHead
-from ..acceleration.swap import accelerate, asked_backend, is_accelerated, restore, set_module
+from ..acceleration.swap import accelerate, restore
 from ..openelm.compressed import Compressed, CompressedEmbedding, weight_of
 from ..openelm.model import OpenELM
 from ..openelm.progress import progress
+from ..openelm.surgery import mark_of, set_module
 from ..ops.linear import dense_rows
 
 
@@ -71,8 +71,8 @@ def convert(
     """
     if not isinstance(model, OpenELM):
         raise TypeError(f"model must be an elmkernels.OpenELM, got {type(model).__name__}")
-    options = _options(model) if is_accelerated(model) else None
-    if options is not None:
+    mark = mark_of(model)
+    if mark is not None:
         restore(model)
     done = Conversion(what)
     try:
@@ -96,16 +96,9 @@ def convert(
             elif made is not None:
                 done.left.append((name, made))
     finally:
-        if options is not None:
-            accelerate(model, **options)
+        if mark is not None:
+            accelerate(model, **mark.arguments)
     return done
-
-
-def _options(model: OpenELM) -> dict:
-    """How an accelerated model was accelerated."""
-    plans = [m.plan for m in model.modules() if isinstance(m, Linear)]
-    plans += [m.products.plan for m in model.modules() if isinstance(m, TiedHead)]
-    return {"backend": asked_backend(model), "pack_weights": any(p.packs for p in plans)}
 
 
 def plain(module: Compressed, weight: Tensor, padding_index: int | None = None) -> nn.Module:

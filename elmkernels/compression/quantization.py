@@ -1,12 +1,10 @@
 """Quantising the weights of a model, to 8 or 4 bits: see `compress.affine`."""
 
-import torch
 from torch import nn
 
-from ..openelm.compressed import Compressed, CompressedEmbedding, CompressedLinear
+from ..openelm.compressed import Compressed, Quantized, quantized_module
 from ..openelm.model import OpenELM
 from ..weights.affine import DTYPES, check_scheme, quantize_weight
-from ..weights.formats import Affine
 from .conversion import Conversion, convert, dense_weight
 
 
@@ -28,7 +26,7 @@ def quantize(
     check_scheme(bits, group_size)
 
     def check(name: str, module: nn.Module) -> None:
-        if isinstance(module, _Quantized):
+        if isinstance(module, Quantized):
             if (module.bits, module.group_size) != (bits, group_size):
                 raise ValueError(
                     f"{name} is quantised already, to {module.bits} bits in groups of "
@@ -46,50 +44,9 @@ def quantize(
             raise ValueError(f"{name} must be finite to be quantised, got inf or nan")
 
     def make(name: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, _Quantized):
+        if isinstance(module, Quantized):
             return None
         affine = quantize_weight(dense_weight(module), bits, group_size)
         return quantized_module(name, affine)
 
     return convert(model, embeddings, f"quantised to {bits} bits", check, make, progress)
-
-
-class _Quantized(Compressed):
-    """Buffers as MLX names them: weight uint32, scales, biases (see `formats.Affine`)."""
-
-    names = ("weight", "scales", "biases")
-
-    def __init__(self, weight: Affine) -> None:
-        super().__init__(weight)
-        self.bits, self.group_size = weight.bits, weight.group_size
-        for name, tensor in zip(self.names, (weight.q, weight.scales, weight.biases), strict=True):
-            self.register_buffer(name, tensor)
-
-    def compressed(self) -> Affine:
-        return Affine(self.weight, self.scales, self.biases, self.bits, self.group_size)
-
-    def __getstate__(self) -> dict:
-        # Python's pickle of a uint32 tensor can't be read back: travel as int32.
-        state = self.__dict__.copy()
-        state["_buffers"] = self._buffers | {"weight": self.weight.view(torch.int32)}
-        return state
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.weight = self.weight.view(torch.uint32)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
-
-
-class QuantizedLinear(_Quantized, CompressedLinear):
-    """A projection by a quantised weight."""
-
-
-class QuantizedEmbedding(_Quantized, CompressedEmbedding):
-    """Token embeddings by a quantised weight, and the tied head's weight."""
-
-
-def quantized_module(name: str, weight: Affine) -> QuantizedLinear | QuantizedEmbedding:
-    """The module of a model's matrix, by its name in the model."""
-    return (QuantizedEmbedding if name == "token_embeddings" else QuantizedLinear)(weight)

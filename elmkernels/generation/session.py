@@ -1,7 +1,7 @@
 """Generating tokens: `generate` gives results, `stream` tokens as they come, `greedy` a tensor.
 
 A prompt goes through the model in chunks, so that its activations never take more memory than a
-chunk's, then every step decodes one token a row: by `stack.next_logits`, or on a GPU by a
+chunk's, then every step decodes one token a row: by `step.next_logits`, or on a GPU by a
 `Decoder`, which doesn't wait for it. Rows may have prompts of different lengths: the cache holds
 each at its own positions.
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..acceleration.decode_modes import CALLS, wanted
-from ..acceleration.decoder_weights import next_logits
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from .gpu_decoder import Decoder
 from .prompts import Prompts, check_lengths, prompt_ids, stop_set
 from .sampling import Sampler, Sampling, is_integer
+from .step import next_logits
 
 CHUNK = 512
 

@@ -1,34 +1,56 @@
-"""OpenELM models: configuration, reference model, checkpoints, cache and generation."""
+"""OpenELM models: configuration, model, cache, checkpoints, tokenizers and GGUF files.
 
-from ..acceleration.decoder_weights import next_logits, stack_of
-from ..acceleration.swap import Report, accelerate, restore
-from ..compression.packing import pack, unpack
-from ..compression.quantization import quantize
-from ..generation.session import Row, Session, Stream, generate, greedy, stream
+What acts on models lives in other rooms; its usual names are here too, found at the first use:
+`accelerate` and `restore` (acceleration), `generate`, `stream`, `greedy`, `Session` (generation),
+`quantize`, `pack` and `unpack` (compression).
+"""
+
+from importlib import import_module
+from typing import Any
+
+from . import gguf
 from .cache import KVCache
 from .config import OpenELMConfig
 from .loss import LossHead, next_token_loss, next_tokens
 from .model import OpenELM
+
+_ELSEWHERE = {
+    "Plan": "acceleration.projections",
+    "Report": "acceleration.swap",
+    "Row": "generation.session",
+    "Session": "generation.session",
+    "Stream": "generation.session",
+    "accelerate": "acceleration.swap",
+    "generate": "generation.session",
+    "greedy": "generation.session",
+    "next_logits": "generation.step",
+    "pack": "compression.packing",
+    "quantize": "compression.quantization",
+    "restore": "acceleration.swap",
+    "stack_of": "acceleration.decoder_weights",
+    "stream": "generation.session",
+    "unpack": "compression.packing",
+}
 
 __all__ = [
     "KVCache",
     "LossHead",
     "OpenELM",
     "OpenELMConfig",
-    "Report",
-    "Row",
-    "Session",
-    "Stream",
-    "accelerate",
-    "generate",
-    "greedy",
-    "next_logits",
+    "gguf",
     "next_token_loss",
     "next_tokens",
-    "pack",
-    "quantize",
-    "restore",
-    "stack_of",
-    "stream",
-    "unpack",
+    *_ELSEWHERE,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    room = _ELSEWHERE.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"elmkernels.{room}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ELSEWHERE})

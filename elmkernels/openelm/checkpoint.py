@@ -16,6 +16,7 @@ where neither dtype nor device changes. Saving replaces a folder in one step (se
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..acceleration.swap import set_module
-from ..compression.packing import packed_module
-from ..compression.quantization import quantized_module
 from ..devices import check_here
 from ..weights.affine import check_scheme
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
 from ..weights.packed12 import check_packed
 from . import storage
-from .compressed import Compressed, weight_of
+from .compressed import Compressed, packed_module, quantized_module, weight_of
 from .config import VARIANTS, OpenELMConfig
-from .model import OpenELM
 from .progress import progress
 from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 
@@ -42,14 +39,25 @@ _PACKED = {"format": "packed12", "version": 1}
 _MARKS = {Affine: "scales", Packed: "packed"}  # the tensor that only this form has
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's parts: the shape, the tensors by their names in the model, and the modules of
+    compressed matrices, which hold theirs.
+    """
+
+    config: OpenELMConfig
+    weights: dict[str, Tensor]
+    modules: dict[str, Compressed]
+
+
 def load(
     path: str | Path,
     *,
     config: OpenELMConfig | Mapping[str, Any] | str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> OpenELM:
-    """The model of a Hugging Face folder, or of one CoreNet (.pt) or safetensors file with its
+) -> Loaded:
+    """The parts of a Hugging Face folder, or of one CoreNet (.pt) or safetensors file with its
     `config`: an OpenELMConfig, a CoreNet YAML (parsed or its path) or a variant's name. Weights
     keep their stored dtype unless `dtype` is given; of quantised ones that is the dtype of scales
     and biases, and packed ones are bfloat16 and nothing else.
@@ -84,22 +92,22 @@ def load(
         weight = chosen[name].read()
         wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
         weights[name] = weight.to(device=device, dtype=wanted).contiguous()
-    model = OpenELM(config, device="meta")
-    for name in [n.rpartition(".")[0] for n in weights if n.endswith(tuple(_MARKS.values()))]:
-        set_module(model, name, _take_module(name, weights, scheme, model, path))
-    # Not strict: `_match` has seen that nothing is missing, and the modules above hold the rest.
-    model.load_state_dict(weights, assign=True, strict=False)
-    return model
+    names = [n.rpartition(".")[0] for n in weights if n.endswith(tuple(_MARKS.values()))]
+    shapes = config.parameter_shapes()
+    modules = {
+        name: _take_module(name, weights, scheme, shapes[f"{name}.weight"][1], path)
+        for name in names
+    }
+    return Loaded(config, weights, modules)
 
 
 def _take_module(
-    name: str, weights: dict[str, Tensor], scheme: dict[str, Any], model: OpenELM, path: Path
+    name: str, weights: dict[str, Tensor], scheme: dict[str, Any], columns: int, path: Path
 ) -> Compressed:
     """The module of a compressed matrix, which takes its tensors out of `weights`."""
     if scheme != _PACKED:
         parts = (weights.pop(f"{name}.{part}") for part in ("weight", "scales", "biases"))
         return quantized_module(name, Affine(*parts, scheme["bits"], scheme["group_size"]))
-    columns = model.get_parameter(f"{name}.weight").shape[1]
     parts = (weights.pop(f"{name}.{part}") for part in _parts(Packed, (1, columns), scheme))
     packed = Packed(*parts, columns)
     try:
@@ -111,7 +119,9 @@ def _take_module(
     return made
 
 
-def save(model: OpenELM, path: str | Path, *, max_shard_bytes: int | None = None) -> None:
+def save(
+    model: nn.Module, config: OpenELMConfig, path: str | Path, *, max_shard_bytes: int | None = None
+) -> None:
     """Write a Hugging Face folder, in place of a checkpoint that is already there, even of the one
     that the model is mapped from. A file over max_shard_bytes is split between tensors.
 
@@ -122,12 +132,12 @@ def save(model: OpenELM, path: str | Path, *, max_shard_bytes: int | None = None
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder, {folder} is a file")
-    weights = _weights_to_save(model)
+    weights = _weights_to_save(model, config)
     shards = _split(weights, max_shard_bytes)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else [WEIGHTS]
-    texts = {_CONFIG: model.config.to_hf_dict() | _scheme_to_save(model)}
+    texts = {_CONFIG: config.to_hf_dict() | _scheme_to_save(model)}
     texts[_CONFIG]["torch_dtype"] = str(model.norm.weight.dtype).split(".")[-1]
     if count > 1:
         weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
@@ -294,7 +304,7 @@ def _compressed(model: nn.Module) -> dict[str, Compressed]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
 
 
-def _scheme_to_save(model: OpenELM) -> dict[str, Any]:
+def _scheme_to_save(model: nn.Module) -> dict[str, Any]:
     """config.json's word on compressed weights."""
     schemes = []
     for name, module in _compressed(model).items():
@@ -312,12 +322,12 @@ def _scheme_to_save(model: OpenELM) -> dict[str, Any]:
     return schemes[0] if schemes else {}
 
 
-def _weights_to_save(model: OpenELM) -> dict[str, Tensor]:
+def _weights_to_save(model: nn.Module, config: OpenELMConfig) -> dict[str, Tensor]:
     """Name in the file -> tensor."""
     state, names = model.state_dict(), []
     different = []
     compressed = _compressed(model)
-    for name, shape in model.config.parameter_shapes().items():
+    for name, shape in config.parameter_shapes().items():
         module = compressed.get(name.removesuffix(".weight"))
         parts = (
             [name]

@@ -115,3 +115,93 @@ class CompressedEmbedding(Compressed):
     def forward(self, ids: Tensor) -> Tensor:
         rows = dense(gather_rows(self.compressed(), ids.flatten().long()), self.dtype)
         return rows.view(*ids.shape, self.in_features)
+
+
+class Quantized(Compressed):
+    """Buffers as MLX names them: weight uint32, scales, biases (see `formats.Affine`)."""
+
+    names = ("weight", "scales", "biases")
+
+    def __init__(self, weight: Affine) -> None:
+        super().__init__(weight)
+        self.bits, self.group_size = weight.bits, weight.group_size
+        for name, tensor in zip(self.names, (weight.q, weight.scales, weight.biases), strict=True):
+            self.register_buffer(name, tensor)
+
+    def compressed(self) -> Affine:
+        return Affine(self.weight, self.scales, self.biases, self.bits, self.group_size)
+
+    def __getstate__(self) -> dict:
+        # Python's pickle of a uint32 tensor can't be read back: travel as int32.
+        state = self.__dict__.copy()
+        state["_buffers"] = self._buffers | {"weight": self.weight.view(torch.int32)}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.weight = self.weight.view(torch.uint32)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+class QuantizedLinear(Quantized, CompressedLinear):
+    """A projection by a quantised weight."""
+
+
+class QuantizedEmbedding(Quantized, CompressedEmbedding):
+    """Token embeddings by a quantised weight, and the tied head's weight."""
+
+
+def quantized_module(name: str, weight: Affine) -> QuantizedLinear | QuantizedEmbedding:
+    """The module of a model's matrix, by its name in the model."""
+    return (QuantizedEmbedding if name == "token_embeddings" else QuantizedLinear)(weight)
+
+
+class PackedModule(Compressed):
+    """Buffers named as in a checkpoint. They stay what they are when the model is cast."""
+
+    names = ("packed", "exponents", "escape_starts", "escape_columns", "escape_values")
+
+    def __init__(self, weight: Packed) -> None:
+        super().__init__(weight)
+        tensors = (
+            weight.data,
+            weight.exponents,
+            weight.escape_starts,
+            weight.escape_columns,
+            weight.escape_values,
+        )
+        for name, tensor in zip(self.names, tensors, strict=True):
+            self.register_buffer(name, tensor)
+
+    def compressed(self) -> Packed:
+        return Packed(*(getattr(self, name) for name in self.names), self.in_features)
+
+    def _apply(self, fn, recurse=True):
+        before = self.escape_values
+        super()._apply(fn, recurse)
+        if self.escape_values.dtype != torch.bfloat16:
+            self.escape_values = before.to(self.escape_values.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # How many escapes there are is the weight's own: make room for those that come.
+        for name in ("escape_columns", "escape_values"):
+            incoming, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(incoming, Tensor) and incoming.dim() == 1:
+                setattr(self, name, own.new_empty(incoming.shape[0]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class PackedLinear(PackedModule, CompressedLinear):
+    """A projection by a packed weight."""
+
+
+class PackedEmbedding(PackedModule, CompressedEmbedding):
+    """Token embeddings by a packed weight, and the tied head's weight."""
+
+
+def packed_module(name: str, weight: Packed) -> PackedLinear | PackedEmbedding:
+    """The module of a model's matrix, by its name in the model."""
+    return (PackedEmbedding if name == "token_embeddings" else PackedLinear)(weight)

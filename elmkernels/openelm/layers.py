@@ -123,3 +123,10 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         return product(x, weight)
+
+
+class LogitsHead(nn.Module):
+    """What the last layer gives, [..., model_dim] -> logits: the norm, then the projection."""
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        return model.project(model.norm(x))

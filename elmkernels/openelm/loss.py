@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..acceleration.projections import Linear
 from ..reference import cross_entropy
 from .shared_weight import Tied
+from .surgery import unhooked
 
 
 class LossHead(nn.Module):
@@ -33,11 +33,14 @@ class LossHead(nn.Module):
 
 
 def plain_weight(head: nn.Module) -> Tensor | None:
-    """The matrix of an embedding or a projection without bias, hooks or a class of its own (an
-    adapter, a compressed weight), else None.
+    """The matrix of an embedding or a projection that is a product with it and nothing more, else
+    None. A class of its own (an adapter, a compressed weight) says so by `plain_matrix = True`.
     """
-    plain = type(head) in (nn.Embedding, nn.Linear, Linear) and not head._forward_hooks
-    return head.weight if plain and getattr(head, "bias", None) is None else None
+    kind = type(head)
+    plain = kind in (nn.Embedding, nn.Linear) or getattr(kind, "plain_matrix", False)
+    if not plain or not unhooked(head) or getattr(head, "bias", None) is not None:
+        return None
+    return head.weight
 
 
 def next_tokens(

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..acceleration import small_batch
 from ..devices import check_here
 from ..reference import rope_table
 from .cache import KVCache
+from .checkpoint import load, save
 from .compressed import weight_of
 from .config import OpenELMConfig
 from .documents import check_documents, positions_of
-from .layers import Context, DecoderLayer, RMSNorm, TiedHead
+from .layers import Context, DecoderLayer, LogitsHead, RMSNorm, TiedHead
 from .loss import LossHead, plain_weight
+from .surgery import set_module
 
 
 class OpenELM(nn.Module):
@@ -65,6 +66,7 @@ class OpenELM(nn.Module):
                 else nn.Linear(config.model_dim, config.vocab_size, bias=False, dtype=dtype)
             )
         self.tied_head = TiedHead() if config.share_input_output_layers else None
+        self.logits_head = LogitsHead()
         self.loss_head = LossHead()
         # A plain attribute, not a buffer: it stays float32 under .to(dtype) and real under
         # to_empty() and load_state_dict(assign=True), and no state_dict holds it.
@@ -97,15 +99,17 @@ class OpenELM(nn.Module):
         device: torch.device | str | None = None,
     ) -> "OpenELM":
         """See `checkpoint.load`: a Hugging Face folder, or CoreNet's .pt with its `config`."""
-        from .checkpoint import load
-
-        return load(path, config=config, dtype=dtype, device=device)
+        loaded = load(path, config=config, dtype=dtype, device=device)
+        model = cls(loaded.config, device="meta")
+        for name, module in loaded.modules.items():
+            set_module(model, name, module)
+        # Not strict: `load` has seen that nothing is missing, and the modules hold the rest.
+        model.load_state_dict(loaded.weights, assign=True, strict=False)
+        return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int | None = None) -> None:
         """See `checkpoint.save`: a Hugging Face folder, replaced in one step."""
-        from .checkpoint import save
-
-        save(self, path, max_shard_bytes=max_shard_bytes)
+        save(self, self.config, path, max_shard_bytes=max_shard_bytes)
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -181,8 +185,7 @@ class OpenELM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits of what the last layer gives, [..., model_dim]."""
-        found = small_batch.logits(self, x)
-        return self.project(self.norm(x)) if found is None else found
+        return self.logits_head(self, x)
 
     def project(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states [..., model_dim]."""

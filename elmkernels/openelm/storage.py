@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .progress import progress
@@ -98,6 +97,11 @@ def folder_weights(folder: Folder) -> list[Stored]:
 
 
 def read_safetensors(file: Path) -> list[Stored]:
+    from safetensors import (  # late: `import elmkernels` needs torch alone
+        SafetensorError,
+        safe_open,
+    )
+
     try:
         handle = safe_open(file, framework="pt")
         slices = {key: handle.get_slice(key) for key in handle.keys()}

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import raw_config
+
 FILES = ("tokenizer.json", "tokenizer.model")
 BOS, EOS = 1, 2  # Llama 2's, where no config.json says otherwise
 # Tokens of the prompt that are decoded with what follows, as a token's text may depend on them.
@@ -175,8 +177,6 @@ def special_tokens(checkpoint: str | Path | None) -> tuple[int | None, list[int]
     """
     values: dict[str, Any] = {}
     if checkpoint is not None and Path(checkpoint).is_dir():
-        from .checkpoint import raw_config
-
         values = raw_config(checkpoint)
     eos = values.get("eos_token_id", EOS)
     ends = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]

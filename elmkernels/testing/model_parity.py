@@ -38,9 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..acceleration.decoder_weights import next_logits
 from ..acceleration.projections import LINEAR, Plan
 from ..generation.session import greedy
+from ..generation.step import next_logits
 from ..openelm.cache import KVCache
 from ..openelm.config import OpenELMConfig
 from ..openelm.loss import next_tokens

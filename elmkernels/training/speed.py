@@ -11,9 +11,9 @@ from functools import cache
 
 import torch
 
-from ..bench.roofline import matmul_operations
 from ..bench.timing import matmul_ceiling
 from ..openelm.config import OpenELMConfig
+from ..openelm.costs import matmul_operations
 
 # Dense bfloat16 operations a second as the makers state them; the first name that fits.
 _STATED = (

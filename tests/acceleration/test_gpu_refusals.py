@@ -14,11 +14,12 @@ from torch import nn
 from elmkernels import OpenELM, accelerate, backends, devices, pack, restore
 from elmkernels.acceleration import swap
 from elmkernels.acceleration.decode_modes import MOST_LAYERS, ways
-from elmkernels.acceleration.swap import Report, asked_backend
+from elmkernels.acceleration.swap import Report
 from elmkernels.backends import BACKENDS
 from elmkernels.cli.main import main
 from elmkernels.generation import gpu_decoder
 from elmkernels.openelm import KVCache, Session, cache
+from elmkernels.openelm.surgery import asked_backend
 
 GPU = torch.device("cuda", 0)
 NO_TRITON = {"triton": "triton is not installed (pip install triton)"}

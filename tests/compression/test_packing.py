@@ -8,15 +8,10 @@ import torch
 from helpers.checkpoints import CONFIG, GROUPED, assert_held, assert_same, same_bits
 
 from elmkernels import OpenELM, accelerate, pack, quantize, reference, restore, unpack
-from elmkernels.compression.packing import (
-    MAX_ESCAPES,
-    PackedEmbedding,
-    PackedLinear,
-    count_exponents,
-    pack_weight,
-)
+from elmkernels.compression.packing import MAX_ESCAPES
 from elmkernels.openelm import greedy
-from elmkernels.openelm.compressed import gather_rows, product
+from elmkernels.openelm.compressed import PackedEmbedding, PackedLinear, gather_rows, product
+from elmkernels.weights import count_exponents, pack_weight
 
 IDS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(4))
 GENERATOR = torch.Generator().manual_seed(7)

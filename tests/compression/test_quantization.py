@@ -11,9 +11,9 @@ from helpers.golden import GLU_FREE, GOLDEN, assert_as_accurate
 from safetensors.torch import load_file
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, reference, restore
-from elmkernels.compression.quantization import QuantizedEmbedding, QuantizedLinear, quantize_weight
 from elmkernels.openelm import greedy
-from elmkernels.openelm.compressed import product
+from elmkernels.openelm.compressed import QuantizedEmbedding, QuantizedLinear, product
+from elmkernels.weights import quantize_weight
 from elmkernels.weights.formats import Affine
 
 SCHEMES = [(bits, group_size) for bits in (8, 4) for group_size in (32, 64)]

@@ -277,7 +277,10 @@ def test_floors_by_the_datasheet(monkeypatch):
     monkeypatch.setattr(model_units, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
     timing = model_units.roofline.Timing(1.0, 1.0, 1.0, 3)
     times = {"eager": timing, "swapped": timing}
-    for bound, rate in ((model_units.roofline.MEMORY, 3.35e12), (model_units.roofline.PRODUCTS, 989e12)):
+    for bound, rate in (
+        (model_units.roofline.MEMORY, 3.35e12),
+        (model_units.roofline.PRODUCTS, 989e12),
+    ):
         measured = model_units.roofline.Measured("t", 10, times, {}, 2.0 * rate, rate / 4, bound)
         found = model_units.floors(measured, torch.device("cuda"))
         assert found == {"floor_tokens": 10 / 8, "datasheet_tokens": 5.0}
