@@ -3,7 +3,7 @@
     python -m pytest benchmarks/ops                                      # does it run? a minute
     python -m pytest benchmarks/ops --size full --benchmark-json FILE    # figures: an idle machine
 
-Every benchmark's `extra_info` holds its rivals' times and its parity, from the same run; a wrong
+Every benchmark's `extra_info` holds its baselines' times and its parity, from the same run; a wrong
 result fails the benchmark. `-k "rms_norm and bfloat16"` chooses. Needs `pip install
 'elmkernels[bench]'`. The command line prints the same as tables: `elmkernels bench`.
 """

@@ -98,6 +98,6 @@ def boundaries(name: str, x: Tensor, total: int) -> None:
         fail(name, expected, f"{int(x[at])} before {int(x[at + 1])}")
 
 
-def last_dim_packed(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
     """x itself when its last dimension has stride 1, as every hot path has; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -1,7 +1,7 @@
 """Which of our backends fit a GPU, and why another doesn't: asked outside of dispatch.
 
 Dispatch decides by the type of a device, once, at import. What a GPU is can't be asked there: that
-initialises CUDA, after which a process can't fork. So it is asked where a model is accelerated, a
+initializes CUDA, after which a process can't fork. So it is asked where a model is accelerated, a
 cache is made, and by the commands that report on a machine.
 """
 

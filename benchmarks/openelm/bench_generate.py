@@ -2,7 +2,7 @@
 
 The runners take turns inside one race (`openelm.race`), whose figures are in `extra_info`;
 pytest-benchmark's own table shows how long the race took. Smoke runs a model of two small layers
-without torch.compile; full runs OpenELM-270M with all rivals that are installed.
+without torch.compile; full runs OpenELM-270M with all baselines that are installed.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The highest resident set of a forward and backward of the loss, beside its rivals.
+"""The highest resident set of a forward and backward of the loss, beside its baselines.
 
 Each measurement has a process of its own, as memory that an allocator kept counts for nothing. The
 gradients themselves are in every figure: `extra_info["gradients"]` says how much they are. Smoke
@@ -11,7 +11,7 @@ import multiprocessing
 import pytest
 import torch
 
-from elmkernels.bench.op_baselines import rivals
+from elmkernels.bench.op_baselines import baselines
 from elmkernels.bench.timing import peak_memory
 from elmkernels.testing import make
 from elmkernels.testing.cases.ops import bench_cases
@@ -28,7 +28,7 @@ def one(model: str, rows: int, dtype: torch.dtype, queue, name: str) -> None:
     small, _ = make(bench_cases(OP, (8,), model)[0].check, dtype)
     fn = linear_cross_entropy
     if name != OURS:
-        fn = rivals(OP, args, kwargs, torch.device("cpu"), False)[name]
+        fn = baselines(OP, args, kwargs, torch.device("cpu"), False)[name]
     torch.autograd.grad(fn(*small), small[:2])  # libraries choose their kernels
     leaves = [a for a in args if a.requires_grad]
     queue.put(peak_memory(lambda: torch.autograd.grad(fn(*args, **kwargs), leaves)))
@@ -44,7 +44,10 @@ def test_peak_memory(benchmark, full, model, dtype):
     context = multiprocessing.get_context("spawn")
     (case,) = bench_cases(OP, (rows,), model)
     args, kwargs = make(case, dtype)
-    names = [OURS, *(rivals(OP, args, kwargs, torch.device("cpu"), False) if full else ["eager"])]
+    names = [
+        OURS,
+        *(baselines(OP, args, kwargs, torch.device("cpu"), False) if full else ["eager"]),
+    ]
     gradients = sum(a.nbytes for a in args[:2])
     del args
     peaks = {}

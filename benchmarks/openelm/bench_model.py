@@ -1,4 +1,4 @@
-"""A whole model, eager and swapped: prompt, generation and training step, as `elmkernels` does.
+"""A whole model, eager and accelerated: prompt, generation and training step, as `elmkernels` does.
 
 The models take turns inside one measurement (`openelm.speed`), whose figures are in `extra_info`;
 pytest-benchmark's own table shows how long the whole comparison took. Smoke runs a model of two
@@ -31,13 +31,13 @@ def test_model(benchmark, full, dtype, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
     eager = OpenELM.from_config(config, seed=0, dtype=dtype, device=device)
-    swapped = model_parity.twin(eager)
-    report = accelerate(swapped)
-    models = {roofline.EAGER: eager, roofline.SWAPPED: swapped}
+    accelerated = model_parity.twin(eager)
+    report = accelerate(accelerated)
+    models = {roofline.EAGER: eager, roofline.ACCELERATED: accelerated}
     length, rounds = (512, 5) if full else (32, 2)
     ids = torch.randint(config.vocab_size, (1, length), device=device)
-    parity = model_parity.check_model(eager, swapped, ids[:, : min(length, 64)], 8)
-    assert parity.ok, "the swapped model is not the reference"
+    parity = model_parity.check_model(eager, accelerated, ids[:, : min(length, 64)], 8)
+    assert parity.ok, "the accelerated model is not the reference"
     if task == "generation":
         arguments = (models, ids[:, : length // 4], length // 8, rounds, not full)
     else:

@@ -40,6 +40,6 @@ def test_train(benchmark, full, precision):
     benchmark.pedantic(training_step.run, (race, results, stages, print), rounds=1, iterations=1)
     assert results["complete"] and results["parity"]
     found = results["precisions"][precision]
-    for name in (roofline.EAGER, roofline.SWAPPED):
+    for name in (roofline.EAGER, roofline.ACCELERATED):
         assert found["peak"][name]["first"] is not None, f"{name} has no peak"
     benchmark.extra_info.update(found)

@@ -1,4 +1,6 @@
-"""add_rms_norm beside its rivals: memory-bound, 4 n elements a row forward, 4 n more backward."""
+"""add_rms_norm beside its baselines: memory-bound, 4 n elements a row forward, 4 n more
+backward.
+"""
 
 OP = "add_rms_norm"
 

@@ -1,4 +1,4 @@
-"""attention beside its rivals: bound by arithmetic on prompts, by memory on single tokens."""
+"""attention beside its baselines: bound by arithmetic on prompts, by memory on single tokens."""
 
 OP = "attention"
 

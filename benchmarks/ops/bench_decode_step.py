@@ -1,4 +1,4 @@
-"""decode_step beside its rivals: it reads every weight, and the keys and values seen, once."""
+"""decode_step beside its baselines: it reads every weight, and the keys and values seen, once."""
 
 OP = "decode_step"
 

@@ -1,4 +1,6 @@
-"""linear beside its rivals: few rows read the weight's bytes once, more are bound by arithmetic."""
+"""linear beside its baselines: few rows read the weight's bytes once, more are bound by
+arithmetic.
+"""
 
 OP = "linear"
 

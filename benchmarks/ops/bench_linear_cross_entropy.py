@@ -1,4 +1,4 @@
-"""linear_cross_entropy beside its rivals: three products of 2 rows v d, and memory."""
+"""linear_cross_entropy beside its baselines: three products of 2 rows v d, and memory."""
 
 OP = "linear_cross_entropy"
 

@@ -1,4 +1,4 @@
-"""qk_norm_rope beside its rivals: memory-bound, the q and k columns in and out, once each."""
+"""qk_norm_rope beside its baselines: memory-bound, the q and k columns in and out, once each."""
 
 OP = "qk_norm_rope"
 

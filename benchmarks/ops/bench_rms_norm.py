@@ -1,4 +1,4 @@
-"""rms_norm beside its rivals: memory-bound, 2 n elements a row forward and 3 n more backward."""
+"""rms_norm beside its baselines: memory-bound, 2 n elements a row forward and 3 n more backward."""
 
 OP = "rms_norm"
 

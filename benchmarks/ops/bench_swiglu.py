@@ -1,4 +1,4 @@
-"""swiglu beside its rivals: memory-bound, 3 n elements a row forward and 5 n more backward."""
+"""swiglu beside its baselines: memory-bound, 3 n elements a row forward and 5 n more backward."""
 
 OP = "swiglu"
 

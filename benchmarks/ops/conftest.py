@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def measure(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Time an op beside its rivals, record both, and fail if what it computes is wrong."""
+    """Time an op beside its baselines, record both, and fail if what it computes is wrong."""
 
     def run(op, case, dtype, backend, backward) -> None:
         options = {} if full else {"compiled": False, "min_time": 0.01, "rounds": 3}
@@ -59,5 +59,5 @@ def measure(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[.
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     rows = config.stash.get(TABLE, [])
     if rows:
-        terminalreporter.section("ops beside their rivals (x: how often faster)")
+        terminalreporter.section("ops beside their baselines (x: how often faster)")
         terminalreporter.write_line(format_table(rows))

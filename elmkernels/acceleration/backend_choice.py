@@ -1,4 +1,4 @@
-"""Which backend the modules of a swapped model are given, by what its very device can run."""
+"""Which backend the modules of a accelerated model are given, by what its very device can run."""
 
 import torch
 

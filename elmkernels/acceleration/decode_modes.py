@@ -1,4 +1,4 @@
-"""In which ways a model can be decoded, and why not in the others.
+"""In which modes a model can be decoded, and why not in the others.
 
 one-launch   `ops.decode_step`: the whole decoder in one kernel
 graph        the model's own layers, captured as a CUDA graph
@@ -18,15 +18,15 @@ from ..ops.decode_step import MAX_BATCH
 from .decoder_weights import described
 
 ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"
-WAYS = (ONE_LAUNCH, GRAPH, CALLS)
+DECODE_MODES = (ONE_LAUNCH, GRAPH, CALLS)
 MOST_LAYERS = 128  # of csrc/cuda/decode_plan.cuh: their places in the cache are its parameters
 _KERNEL = "cuda"  # the backend that has decode_step on a GPU
 
 
-def ways(model: nn.Module, device: torch.device) -> dict[str, str | None]:
-    """{way: None, or why a model can't be decoded in it on a device}, of GRAPH and ONE_LAUNCH.
+def modes_of(model: nn.Module, device: torch.device) -> dict[str, str | None]:
+    """{mode: None, or why a model can't be decoded in it on a device}, of GRAPH and ONE_LAUNCH.
 
-    What a cache adds (see `why_not`), and a capture that fails, is known later.
+    What a cache adds (see `missing`), and a capture that fails, is known later.
     """
     if device.type != "cuda":
         reason = f"it needs a CUDA device, the model is on {device}"
@@ -35,11 +35,12 @@ def ways(model: nn.Module, device: torch.device) -> dict[str, str | None]:
     return {GRAPH: reason, ONE_LAUNCH: reason or _no_kernel(model, device)}
 
 
-def why_not(way: str, model: nn.Module, cache: KVCache) -> str | None:
-    """Why a model can't be decoded with this cache in one of the WAYS, or None. It doesn't ask for
+def missing(mode: str, model: nn.Module, cache: KVCache) -> str | None:
+    """Why a model can't be decoded with this cache in one of the DECODE_MODES, or None. It doesn't
+    ask for
     a GPU: the same steps can be called elsewhere.
     """
-    if way == CALLS:
+    if mode == CALLS:
         return None
     kind = cache.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -49,7 +50,7 @@ def why_not(way: str, model: nn.Module, cache: KVCache) -> str | None:
     if described(model).dtypes != {cache.dtype}:
         found = model.norm.weight.dtype
         return f"the weights must be {cache.dtype} like the cache, got {found}"
-    if way == GRAPH:
+    if mode == GRAPH:
         return None
     if cache.batch > MAX_BATCH:
         return f"decode_step takes at most {MAX_BATCH} sequences, got {cache.batch}"
@@ -57,10 +58,11 @@ def why_not(way: str, model: nn.Module, cache: KVCache) -> str | None:
 
 
 def wanted(model: nn.Module, cache: KVCache) -> bool:
-    """Whether a model is decoded without waiting where no way was named: on a GPU, unless it is the
+    """Whether a model is decoded without waiting where no mode was named: on a GPU, unless it is
+    the
     reference model as it was made.
     """
-    if cache.device.type != "cuda" or why_not(GRAPH, model, cache):
+    if cache.device.type != "cuda" or missing(GRAPH, model, cache):
         return False
     return is_accelerated(model) or described(model).compressed
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from ..openelm import layers as reference
 from ..openelm.model import OpenELM
 from ..openelm.surgery import forward_hooks, unhooked
-from ..weights.formats import Affine, Layer, Packed, Stack, Weight
+from ..weights.formats import Affine, Layer, Packed12, Stack, Weight
 from . import fused, projections
 
 
 def stack_of(model: OpenELM) -> Stack:
-    """The weights, head counts and rotary table of a model, swapped or not, without a copy.
+    """The weights, head counts and rotary table of a model, accelerated or not, without a copy.
 
-    A module with a method `compressed()` is asked for its `Affine` or `Packed` first (None: it has
-    none). Raises ValueError, with the reason, for a model that isn't described by its weights:
+    A module with a method `compressed()` is asked for its `Affine` or `Packed12` first (None: it
+    has none). Raises ValueError, with the reason, for a model that isn't described by its weights:
     adapters, hooks, foreign modules. The same object is returned until the model changes.
     """
     return described(model).stack
@@ -32,7 +32,7 @@ class Described:
     def __init__(self, model: OpenELM) -> None:
         self.stack = _describe(model)
         self.dtypes = {w.dtype for w in _weights(self.stack)}
-        self.compressed = any(isinstance(w, Affine | Packed) for w in _weights(self.stack))
+        self.compressed = any(isinstance(w, Affine | Packed12) for w in _weights(self.stack))
         # Not the model itself: what is kept here must not keep it.
         modules = [m for m in model.modules() if m is not model]
         places = [
@@ -103,13 +103,13 @@ def _norm(path: str, module: nn.Module, eps: float) -> Tensor:
     return module.weight
 
 
-def _compressed(path: str, module: nn.Module) -> Affine | Packed | None:
+def _compressed(path: str, module: nn.Module) -> Affine | Packed12 | None:
     method = getattr(module, "compressed", None)
     if method is None:
         return None
     _unhooked(path, module)
     weight = method()
-    if weight is not None and not isinstance(weight, Affine | Packed):
+    if weight is not None and not isinstance(weight, Affine | Packed12):
         _refuse(path, f"gives {type(weight).__name__} as compressed()")
     return weight
 
@@ -162,12 +162,12 @@ def _layer(path: str, layer: nn.Module, eps: float, gated: bool) -> Layer:
     _plain(f"{path}.attn", attn, reference.Attention, fused.FusedAttention)
     _plain(f"{path}.ffn", ffn, reference.FeedForward, fused.FusedFeedForward)
     plain = (nn.Linear, projections.Linear)
-    normalised = attn.q_norm is not None
+    normalized = attn.q_norm is not None
     return Layer(
         attn_norm=_norm(f"{path}.attn_norm", layer.attn_norm, eps),
         qkv_proj=_matrix(f"{path}.attn.qkv_proj", attn.qkv_proj, *plain),
-        q_norm=_norm(f"{path}.attn.q_norm", attn.q_norm, eps) if normalised else None,
-        k_norm=_norm(f"{path}.attn.k_norm", attn.k_norm, eps) if normalised else None,
+        q_norm=_norm(f"{path}.attn.q_norm", attn.q_norm, eps) if normalized else None,
+        k_norm=_norm(f"{path}.attn.k_norm", attn.k_norm, eps) if normalized else None,
         out_proj=_matrix(f"{path}.attn.out_proj", attn.out_proj, *plain),
         ffn_norm=_norm(f"{path}.ffn_norm", layer.ffn_norm, eps),
         proj_1=_matrix(f"{path}.ffn.proj_1", ffn.proj_1, *plain),
@@ -180,4 +180,4 @@ def _layer(path: str, layer: nn.Module, eps: float, gated: bool) -> Layer:
 def _weights(stack: Stack) -> Iterator[Weight]:
     yield from (stack.embedding, stack.norm, stack.head)
     for layer in stack.layers:
-        yield from (w for w in layer if isinstance(w, Tensor | Affine | Packed))
+        yield from (w for w in layer if isinstance(w, Tensor | Affine | Packed12))

@@ -4,7 +4,7 @@ Each keeps the child modules (so the parameter names and the Parameters) and the
 what it replaces. There are three signatures: this package's model (`Context`), CoreNet's
 (past_keys and past_values in and out) and Apple's Hugging Face code (a Cache object). The last two
 rotate their whole cache at every step; here keys are stored rotated, which gives the same
-attention, so a cache belongs to the model as it was, swapped or not, when it was filled.
+attention, so a cache belongs to the model as it was, accelerated or not, when it was filled.
 """
 
 from collections.abc import Callable
@@ -271,7 +271,7 @@ class FusedCoreNetAttention(_ForeignAttention):
             or not apply_k_norm_before_cache_write
         ):
             raise RuntimeError(
-                "the accelerated attention appends normalised keys to the cache; concat_kvs=False "
+                "the accelerated attention appends normalized keys to the cache; concat_kvs=False "
                 "and the other orders of k_norm are not supported: elmkernels.restore(model) first"
             )
         length = x.shape[1]

@@ -6,9 +6,10 @@ product with one row leaves more of the memory's speed unused in `F.linear` than
 `measure_plan` times the candidates once per dtype and process and takes another than
 `F.linear` only where it is clearly faster. All of them accumulate in float32.
 
-A packed copy (oneDNN's own blocked layout) is optional, because it doubles a weight's memory. It is
+A prepacked copy (oneDNN's own blocked layout) is optional, because it doubles a weight's memory.
+It is
 used for one state of the weight only: its version, address and dtype are compared at every call (a
-load, a move, most optimisers), and because fused optimisers don't count versions, a pass that keeps
+load, a move, most optimizers), and because fused optimizers don't count versions, a pass that keeps
 gradients drops the copy and none is made or used while the weight has a gradient. What torch can't
 see is a write through `weight.data` between two calls without gradients: `accelerate` again then.
 """
@@ -34,7 +35,7 @@ MARGIN = 0.85  # another routine than F.linear must take at most this share of i
 # launches a layer are gone with the norms, SwiGLU and additions that are part of it.
 STREAMED = True
 
-LINEAR, MV, ONEDNN, PACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN packed"
+LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepacked"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class Plan:
     streamed: bool = STREAMED
 
     @property
-    def packs(self) -> bool:
-        return PACKED in (self.one_row, self.few_rows, self.many_rows)
+    def prepacks(self) -> bool:
+        return PREPACKED in (self.one_row, self.few_rows, self.many_rows)
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T by oneDNN; weight [n, k] in any strides, or packed by `pack`."""
+    """x @ weight.T by oneDNN; weight [n, k] in any strides, or prepacked by `prepack`."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -72,7 +73,7 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return True
 
 
-def pack(weight: Tensor) -> Tensor:
+def prepack(weight: Tensor) -> Tensor:
     """A copy of weight [n, k] in oneDNN's blocked layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
@@ -170,12 +171,12 @@ class TiedHead(nn.Module):
 
 
 class Products:
-    """x @ weight.T by a plan, with the packed copy of one weight where the plan asks for it."""
+    """x @ weight.T by a plan, with the prepacked copy of one weight where the plan asks for it."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._packed: Tensor | None = None
-        self._packed_of: tuple | None = None
+        self._prepacked: Tensor | None = None
+        self._prepacked_of: tuple | None = None
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         if _autocast_training(x, weight):
@@ -205,34 +206,34 @@ class Products:
             return mv(x, weight)
         if not onednn_takes(x.dtype):  # the plan is of another dtype
             return F.linear(x, weight)
-        if routine == PACKED and weight.grad is None:
-            return onednn(x, self.packed(weight))
+        if routine == PREPACKED and weight.grad is None:
+            return onednn(x, self.prepacked(weight))
         self.drop()
         return onednn(x, weight)
 
-    def packed(self, weight: Tensor) -> Tensor:
-        """The packed copy of this very state of the weight."""
+    def prepacked(self, weight: Tensor) -> Tensor:
+        """The prepacked copy of this very state of the weight."""
         version = 0 if weight.is_inference() else weight._version
         state = (weight.data_ptr(), version, weight.dtype, weight.shape)
-        if state != self._packed_of:
-            self._packed = pack(weight)
-            self._packed_of = state
-        return self._packed
+        if state != self._prepacked_of:
+            self._prepacked = prepack(weight)
+            self._prepacked_of = state
+        return self._prepacked
 
     def drop(self) -> None:
-        self._packed = self._packed_of = None
+        self._prepacked = self._prepacked_of = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed copy, as long as there is one."""
-        if self._packed_of is None:
+        """Bytes of the prepacked copy, as long as there is one."""
+        if self._prepacked_of is None:
             return 0
-        _, _, dtype, shape = self._packed_of
+        _, _, dtype, shape = self._prepacked_of
         return shape.numel() * dtype.itemsize
 
     def __getstate__(self) -> dict:
-        # oneDNN's layout can't be pickled or deep-copied: a copy packs again at its first call.
-        return {"plan": self.plan, "_packed": None, "_packed_of": None}
+        # oneDNN's layout can't be pickled or deep-copied: a copy prepacks again at its first call.
+        return {"plan": self.plan, "_prepacked": None, "_prepacked_of": None}
 
 
 def _autocast_training(x: Tensor, weight: Tensor) -> bool:
@@ -266,7 +267,7 @@ def _fastest(seconds: dict[str, float]) -> str:
 
 
 @cache
-def measure_plan(dtype: torch.dtype, packing: bool = False) -> Plan:
+def measure_plan(dtype: torch.dtype, prepack: bool = False) -> Plan:
     """The fastest routine for each class of rows on this CPU, by timing a [4096, 1280] weight.
 
     Takes about half a second. Where oneDNN doesn't take the dtype, everything is F.linear.
@@ -276,7 +277,7 @@ def measure_plan(dtype: torch.dtype, packing: bool = False) -> Plan:
     generator = torch.Generator().manual_seed(0)
     # Four weights in turn, so that a single row reads from memory as it does in a model.
     weights = [torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype) for _ in range(4)]
-    packs = [pack(w) for w in weights] if packing else []
+    prepacks = [prepack(w) for w in weights] if prepack else []
     turn = [0]
 
     def take(candidates: list[Tensor]) -> Tensor:
@@ -289,8 +290,8 @@ def measure_plan(dtype: torch.dtype, packing: bool = False) -> Plan:
         if rows == 1:
             fns[MV] = lambda: mv(x, take(weights))
         fns[ONEDNN] = lambda: onednn(x, take(weights))
-        if packing:
-            fns[PACKED] = lambda: onednn(x, take(packs))
+        if prepack:
+            fns[PREPACKED] = lambda: onednn(x, take(prepacks))
         return fns
 
     with torch.inference_mode():
@@ -298,5 +299,5 @@ def measure_plan(dtype: torch.dtype, packing: bool = False) -> Plan:
             _best_seconds(candidates(rows), rounds)
             for rows, rounds in ((1, 40), (8, 30), (256, 10))
         )
-    training = {name: seconds for name, seconds in many.items() if name != PACKED}
+    training = {name: seconds for name, seconds in many.items() if name != PREPACKED}
     return Plan(_fastest(one), _fastest(few), _fastest(many), _fastest(training))

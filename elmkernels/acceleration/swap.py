@@ -1,8 +1,8 @@
 """accelerate: put fused modules into an OpenELM model in one call; restore: take them out again.
 
 A model is known by the layout of its modules (see `layout`), not by its class. Everything is
-examined before anything is touched, so a model is swapped or refused, and what had to be left is in
-the report. Parameters are shared.
+examined before anything is touched, so a model is accelerated or refused, and what had to be left
+is in the report. Parameters are shared.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from ..ops._rows_choice import described
 from ..ops.linear import MAX_ROWS
 from . import fused, projections, small_batch
 from .backend_choice import OPS, given_backends
-from .decode_modes import ways
+from .decode_modes import modes_of
 from .layout import PROJECTIONS, Convention, body_of, examine, heads_of, is_gated, is_linear
 from .projections import Plan, measure_plan
 
@@ -33,36 +33,42 @@ class Report:
 
     convention: str
     backends: dict[str, str]
-    swapped: dict[str, int]
+    accelerated: dict[str, int]
     left: list[tuple[str, str]]
     gemm: Plan
-    packed_bytes: int = 0
+    prepacked_bytes: int = 0
     attention: str = ""  # its backend: the preferred one where the named one has it not
     loss: str = ""  # the same of linear_cross_entropy; empty where the model has no `loss`
     fallbacks: list[str] = field(default_factory=list)  # what can't run on this GPU, and instead
-    ways: dict[str, str | None] = field(default_factory=dict)  # of decoding on a GPU: see `ways`
+    decode_modes: dict[str, str | None] = field(
+        default_factory=dict
+    )  # of decoding on a GPU: see `modes_of`
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in self.swapped.items())
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.accelerated.items())
         backends = ", ".join(f"{op}: {name}" for op, name in self.backends.items())
         gemm = (
             f"1 row {self.gemm.one_row}, up to {projections.FEW_ROWS} {self.gemm.few_rows}, "
             f"more {self.gemm.many_rows}, training {self.gemm.training}"
         )
         lines = [
-            f"swapped ({self.convention} model): {kinds}",
+            f"accelerated ({self.convention} model): {kinds}",
             f"backends: {backends}, attention: {self.attention}"
             + (f", linear_cross_entropy: {self.loss}" if self.loss else ""),
             f"projections: {gemm}",
         ]
-        if self.packed_bytes:
-            lines.append(f"packed weights: up to {self.packed_bytes / 2**20:.0f} MiB more memory")
+        if self.prepacked_bytes:
+            lines.append(
+                f"prepacked weights: up to {self.prepacked_bytes / 2**20:.0f} MiB more memory"
+            )
         lines += self.fallbacks
-        if self.ways:
-            possible = [way for way, reason in self.ways.items() if reason is None]
+        if self.decode_modes:
+            possible = [mode for mode, reason in self.decode_modes.items() if reason is None]
             lines.append(f"decoding: by {' or '.join(possible) or 'calls alone'}")
-            lines += [f"not by {way}: {reason}" for way, reason in self.ways.items() if reason]
+            lines += [
+                f"not by {mode}: {reason}" for mode, reason in self.decode_modes.items() if reason
+            ]
         lines += [f"left {path}: {reason}" for path, reason in self.left]
         return "\n".join(lines + self.notes)
 
@@ -91,7 +97,7 @@ def accelerate(
     model: nn.Module,
     *,
     backend: str | None = None,
-    pack_weights: bool = False,
+    prepack: bool = False,
     plan: Plan | None = None,
 ) -> Report:
     """Swap fused modules into an OpenELM model, in place; its Parameters stay the same objects.
@@ -99,7 +105,7 @@ def accelerate(
     model: an `elmkernels.OpenELM`, or any model with the module layout of CoreNet or of Apple's
     Hugging Face code. backend: None for the best of each device at every call (on a GPU, of what
     this very one can run: the report names the rest), or a name, which then never falls back.
-    pack_weights: also let projections keep a packed copy of their weights where that measures
+    prepack: also let projections keep a prepacked copy of their weights where that measures
     faster (more memory; see `openelm.linear`). plan: the projections' routines, as an earlier
     Report's `gemm` says them, instead of measuring which are fastest here.
     Returns a Report. Raises ValueError, with the reason, for a model it doesn't know and for an
@@ -110,7 +116,7 @@ def accelerate(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
-    arguments = {"backend": backend, "pack_weights": pack_weights, "plan": plan}
+    arguments = {"backend": backend, "prepack": prepack, "plan": plan}
     body, prefix = body_of(model)
     weight = body.norm.weight  # an embedding may be compressed
     device = _device_of(weight)
@@ -122,7 +128,7 @@ def accelerate(
         restore(model)
     backends = {op: described(op, kind, given[op]) for op in OPS}
     if plan is None:
-        plan = measure_plan(weight.dtype, pack_weights) if kind == "cpu" else Plan()
+        plan = measure_plan(weight.dtype, prepack) if kind == "cpu" else Plan()
     report = Report(convention.name, backends, {}, left, plan)
     report.attention = choose("attention", kind, given["attention"])
     report.fallbacks = fallbacks
@@ -188,7 +194,7 @@ def accelerate(
         named = given["linear_cross_entropy"]
         swap("loss_head", "loss heads", lambda m: fused.FusedLossHead(named))
         report.loss = choose("linear_cross_entropy", kind, named)
-    report.swapped = dict(counts)
+    report.accelerated = dict(counts)
     report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
     if not convention.foreign and small_batch.streams(kind, given["linear"]):
         which = "any" if plan.streamed else "compressed"
@@ -196,11 +202,11 @@ def accelerate(
             f"up to {MAX_ROWS} rows without gradients: norms, SwiGLU and additions in the products "
             f"with {which} weights"
         )
-    if plan.packs:
-        report.packed_bytes = _projection_bytes(model)
+    if plan.prepacks:
+        report.prepacked_bytes = _projection_bytes(model)
     set_mark(model, Mark(originals, arguments))
     if kind == "cuda":
-        report.ways = ways(model, device)
+        report.decode_modes = modes_of(model, device)
     return report
 
 
@@ -234,7 +240,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Compressed):
             module.backend = None
-    for path, module in mark.originals.items():  # parents first, as they were swapped
+    for path, module in mark.originals.items():  # parents first, as they were accelerated
         set_module(model, path, module)
     for name, module in model.named_modules():
         module.training = training.get(name, model.training)

@@ -10,11 +10,11 @@ from typing import Any
 COLORS = {
     "eager": "#9aa5b1",
     "eager, every logit": "#d3d9e0",
-    "swapped": "#1f77b4",
+    "accelerated": "#1f77b4",
     "compiled": "#c9a227",
     "ours": "#1f77b4",
-    "swapped, graph": "#0b4a7a",
-    "fair eager": "#66717d",
+    "accelerated, graph": "#0b4a7a",
+    "torch baseline": "#66717d",
     "llama.cpp": "#8c564b",
 }
 

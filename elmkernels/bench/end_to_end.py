@@ -67,7 +67,7 @@ class Job:
     sizes: Sizes
     quick: bool = False
     backend: str | None = None
-    pack_weights: bool = False
+    prepack: bool = False
     seed: int = 0
 
 
@@ -81,7 +81,7 @@ def start(job: Job) -> dict[str, Any]:
         "device": str(job.device),
         "quick": job.quick,
         "backend": job.backend,
-        "pack_weights": job.pack_weights,
+        "prepack": job.prepack,
         "seed": job.seed,
         "dtypes": {},
     }
@@ -118,8 +118,8 @@ def _run_dtype(
         results["sizes"] = asdict(sizes)
         emit(_headline(job, model.config, results["machine"]))
     results["dtypes"][name] = found
-    swapped = twin(model)
-    report = accelerate(swapped, backend=job.backend, pack_weights=job.pack_weights)
+    accelerated = twin(model)
+    report = accelerate(accelerated, backend=job.backend, prepack=job.prepack)
     found["swap"] = {f.name: getattr(report, f.name) for f in fields(report)}
     found["swap"]["gemm"] = asdict(report.gemm)
     emit(f"\n{name}\n{report}")
@@ -131,11 +131,11 @@ def _run_dtype(
 
     stage(f"{name}: parity")
     ids = tokens(sizes.parity_batch, sizes.parity)
-    parity = check_model(model, swapped, ids, sizes.greedy, report.gemm)
+    parity = check_model(model, accelerated, ids, sizes.greedy, report.gemm)
     found["parity"] = parity.json()
     emit("\n" + parity_text(parity))
 
-    models = {roofline.EAGER: model, roofline.SWAPPED: swapped}
+    models = {roofline.EAGER: model, roofline.ACCELERATED: accelerated}
     prompt, how = tokens(1, sizes.prompt), (sizes.rounds, job.quick)
     tasks = {
         "prefill": lambda: roofline.prefill(models, tokens(1, sizes.prefill), *how),
@@ -173,7 +173,8 @@ def parity_text(parity: ModelParity) -> str:
         greedy += f"; then {verdict}: logits {g.gap:.3g} apart, {g.gap_allowed:.3g} allowed"
     return "\n".join(
         [
-            f"parity of eager and swapped on {batch} x {length} tokens ({truth}; {parity.rule})",
+            f"parity of eager and accelerated on {batch} x {length} tokens "
+            f"({truth}; {parity.rule})",
             format_table(parity.rows()),
             f"loss: {losses}",
             greedy,
@@ -183,7 +184,7 @@ def parity_text(parity: ModelParity) -> str:
 
 
 def speed_text(measured: list[roofline.Measured]) -> str:
-    """The table of tasks, and by name what the swapped model loses."""
+    """The table of tasks, and by name what the accelerated model loses."""
     lines = [
         "speed (median of n with p20 and p80; ceilings are this machine's, in the same rounds)",
         format_table([row for m in measured for row in m.rows()]),

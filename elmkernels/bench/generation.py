@@ -40,7 +40,7 @@ from .runners import (
 )
 from .timing import fingerprint
 
-FORMATS = ("fp32", "bf16", "packed", "int8", "int4")
+FORMATS = ("fp32", "bf16", "packed12", "int8", "int4")
 PROBE_CALLS = 3
 BUSY = 0.5  # load a core from which the figures come with a warning
 # What building a runner raises where it can't be had.
@@ -49,7 +49,7 @@ REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryErr
 
 @dataclass(frozen=True)
 class Group:
-    """Runners that are fair to each other: our formats, whether compiled, llama.cpp's types."""
+    """Runners that are torch to each other: our formats, whether compiled, llama.cpp's types."""
 
     name: str
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class Group:
 
 GROUPS = (
     Group("fp32", torch.float32, ("fp32",), True, ("f32",)),
-    Group("16-bit", torch.bfloat16, ("bf16", "packed"), True, ("f16", "bf16")),
+    Group("16-bit", torch.bfloat16, ("bf16", "packed12"), True, ("f16", "bf16")),
     Group("int8", torch.bfloat16, ("int8",), False, ("q8_0",)),
     Group("int4", torch.bfloat16, ("int4",), False, ("q4_0",)),
 )

@@ -73,7 +73,7 @@ def figures(
 
 
 def _ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """{a format of ours: {rival: how many times faster ours is}}; below 1 it is slower."""
+    """{a format of ours: {baseline: how many times faster ours is}}; below 1 it is slower."""
     taken = {name: f["seconds"]["median"] for name, f in found.items()}
     theirs = [t for name, t in taken.items() if found[name]["kind"] == LLAMA]
     ratios = {}

@@ -1,4 +1,4 @@
-"""llama.cpp as a rival: the same weights in a GGUF file, stepped through its C functions.
+"""llama.cpp as a baseline: the same weights in a GGUF file, stepped through its C functions.
 
 `llama_cpp.Llama` copies logits and keeps a sampler for every token. Here a step is two C calls,
 llama_decode and llama_get_logits_ith, and an argmax over the logits where they lie:

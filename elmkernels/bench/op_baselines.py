@@ -3,7 +3,7 @@
 - "reference": the specification, naive eager torch.
 - "eager": torch's own fused operations, called as well as one can: for a compressed weight the
   product with the dense one, kept. SwiGLU and a whole decoder have none but their reference.
-- "documents": for packed documents, whose "eager" has a dense mask, one eager call for each.
+- "documents": for varlen documents, whose "eager" has a dense mask, one eager call for each.
 - "compiled": `torch.compile` of the reference; not of a whole decoder, where the number of keys
   breaks the graph and the widths of the layers exceed torch's limit of recompilations.
 - "torch": `F.linear_cross_entropy` in chunks of its default size, where this torch has it.
@@ -91,7 +91,7 @@ def _eager_attention(args: tuple, kwargs: dict) -> Callable:
     return attention
 
 
-def _eager_packed(args: tuple, kwargs: dict) -> Callable:
+def _eager_varlen(args: tuple, kwargs: dict) -> Callable:
     """The mask of whole documents is made beforehand, as a model does once for its layers."""
     length = args[0].shape[1]
     document = document_of(kwargs["cu_seqlens"], length)
@@ -186,7 +186,7 @@ def _cut_cross_entropy() -> Callable | None:
     return importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
 
-def rivals(
+def baselines(
     op: str, args: tuple, kwargs: dict, device: torch.device, compiled: bool
 ) -> dict[str, Callable]:
     """{name: function under the op's signature} to measure it against on these inputs."""
@@ -194,7 +194,7 @@ def rivals(
     spec = reference.decode_step if op == "decode_step" else specification(op)
     found = {"reference": spec}
     if op == "attention" and "cu_seqlens" in kwargs:
-        found |= {"eager": _eager_packed(args, kwargs), "documents": _by_document(args, kwargs)}
+        found |= {"eager": _eager_varlen(args, kwargs), "documents": _by_document(args, kwargs)}
     elif op in EAGER:
         found["eager"] = EAGER[op](args, kwargs)
     if compiled and op != "decode_step":

@@ -1,6 +1,6 @@
-"""Ops beside their rivals: time, bandwidth, share of this machine's ceiling, parity.
+"""Ops beside their baselines: time, bandwidth, share of this machine's ceiling, parity.
 
-Every figure comes with its rivals' from the same run, and with a copy that moves the same bytes:
+Every figure comes with its baselines' from the same run, and with a copy that moves the same bytes:
 `copy` in a record is the op's time if memory were all that it cost.
 """
 
@@ -17,7 +17,7 @@ from .. import ops
 from ..testing.cases.draw import Case, make
 from ..testing.cases.ops import BENCH_ROWS, bench_cases
 from ..testing.parity import DTYPES, check_parity, plan
-from .op_baselines import NO_BACKWARD, least_bytes, operations, rivals
+from .op_baselines import NO_BACKWARD, baselines, least_bytes, operations
 from .timing import Timing, copies_beyond_cache, copies_of, interleave, keep_pages
 
 QUICK_ROWS = (1, 512)
@@ -25,7 +25,7 @@ QUICK_ROWS = (1, 512)
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """One op, case, dtype and backend, forward or forward + backward, beside its rivals.
+    """One op, case, dtype and backend, forward or forward + backward, beside its baselines.
 
     Times are seconds: of the work itself (a GPU's from graphs over rotated buffers). `calls` are
     those of eager calls, host included, measured on a GPU only: on a CPU they are the same.
@@ -38,7 +38,7 @@ class BenchRecord:
     device: str
     backward: bool
     time: Timing
-    rivals: dict[str, Timing]
+    baselines: dict[str, Timing]
     copy: Timing
     nbytes: int
     flops: int | None
@@ -56,11 +56,13 @@ class BenchRecord:
         """The share of the bandwidth that a plain copy of as many bytes reached in this run."""
         return self.copy.median / self.time.median
 
-    def speedup(self, rival: str) -> float:
-        return self.rivals[rival].median / self.time.median
+    def speedup(self, baseline: str) -> float:
+        return self.baselines[baseline].median / self.time.median
 
     def row(self) -> dict[str, Any]:
-        """The record as one line of a table; the figures at rivals are how often faster we are."""
+        """The record as one line of a table; the figures at baselines are how often faster we
+        are.
+        """
         line = {
             "op": self.op + (" fwd+bwd" if self.backward else ""),
             "case": self.case,
@@ -73,7 +75,7 @@ class BenchRecord:
             "of copy": self.of_copy,
             "TFLOP/s": self.flops / self.time.median / 1e12 if self.flops else None,
         }
-        for name in self.rivals:
+        for name in self.baselines:
             line[f"x {name}"] = self.speedup(name)
         if self.calls:
             line["call us"] = self.calls[self.backend].median * 1e6
@@ -131,7 +133,8 @@ def bench_op(
     min_time: float = 0.2,
     rounds: int = 9,
 ) -> BenchRecord:
-    """Measure one backend on one case beside all rivals. cold: rotate as many buffers as leave the
+    """Measure one backend on one case beside all baselines. cold: rotate as many buffers as leave
+    the
     data out of the caches, on a GPU by default; otherwise data is where the last call left it.
     """
     device = torch.device(device)
@@ -151,7 +154,7 @@ def bench_op(
     missing = {}
     if compiled:
         torch.compiler.reset()  # each case is compiled for its own shapes
-    functions = {backend: ours, **rivals(op, args, kwargs, device, compiled)}
+    functions = {backend: ours, **baselines(op, args, kwargs, device, compiled)}
     for name, fn in functions.items():
         try:
             closures = [closure(fn, *each, backward) for each in inputs]

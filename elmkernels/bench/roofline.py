@@ -1,7 +1,7 @@
-"""How fast a whole model is, eager and swapped, beside what this machine could do at best.
+"""How fast a whole model is, eager and accelerated, beside what this machine could do at best.
 
 Three tasks, those of a user: the pass over a prompt (prefill), one token after another
-(generation), and a training step (forward, loss, backward; no optimiser). The models take turns,
+(generation), and a training step (forward, loss, backward; no optimizer). The models take turns,
 round by round, and a probe of the machine takes its turn with them: the ceiling. A task's floor is
 the least time it can take there: the operations of its matrix products at the speed of a large
 product in that dtype, or, for generation, the bytes of all weights and of the cache at the speed
@@ -26,7 +26,7 @@ from ..openelm.loss import next_token_loss, next_tokens
 from ..openelm.model import OpenELM
 from .timing import Timing, copies_of, interleave, peak_memory, synchronize
 
-EAGER, SWAPPED = "eager", "swapped"
+EAGER, ACCELERATED = "eager", "accelerated"
 EVERY_LOGIT = "eager, every logit"
 STAGE_SECONDS = 30.0  # a task takes fewer rounds rather than longer than this
 LEAST_ROUNDS = 3
@@ -52,9 +52,9 @@ class Measured:
         """The least seconds that the task can take at the ceiling."""
         return self.work / self.ceiling
 
-    def ratio(self, rival: str = EAGER) -> float:
-        """How many times faster the swapped model is; below 1 it is slower."""
-        return self.times[rival].median / self.times[SWAPPED].median
+    def ratio(self, baseline: str = EAGER) -> float:
+        """How many times faster the accelerated model is; below 1 it is slower."""
+        return self.times[baseline].median / self.times[ACCELERATED].median
 
     def rows(self) -> list[dict[str, Any]]:
         """A line of a table for each model."""
@@ -70,7 +70,7 @@ class Measured:
                     "p20": t.p20 * 1e3,
                     "p80": t.p80 * 1e3,
                     "tokens/s": per_second if per_second < 1000 else round(per_second),
-                    "swapped is": "" if name == SWAPPED else f"{self.ratio(name):.2f}x",
+                    "accelerated is": "" if name == ACCELERATED else f"{self.ratio(name):.2f}x",
                     "of ceiling": f"{self.floor / t.median:.0%}",
                     "ceiling": "" if i else f"{self.ceiling / 1e9:.0f} {UNITS[self.bound]}",
                     "peak MiB": None if peak is None else round(peak / 2**20),
@@ -81,12 +81,12 @@ class Measured:
 
     def json(self) -> dict[str, Any]:
         """Everything measured, for a file."""
-        rivals = [name for name in self.times if name != SWAPPED]
+        baselines = [name for name in self.times if name != ACCELERATED]
         return asdict(self) | {
             "floor": self.floor,
             "tokens_per_second": {n: self.tokens / t.median for n, t in self.times.items()},
             "of_ceiling": {n: self.floor / t.median for n, t in self.times.items()},
-            "ratio": {name: self.ratio(name) for name in rivals},
+            "ratio": {name: self.ratio(name) for name in baselines},
         }
 
 
@@ -107,8 +107,8 @@ def _product_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Pr
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     ways: dict[str, Callable[[], object]] = {"matmul": lambda: a @ b}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        packed = projections.pack(b)
-        ways["packed"] = lambda: projections.onednn(a, packed)
+        prepacked = projections.prepack(b)
+        ways["prepacked"] = lambda: projections.onednn(a, prepacked)
     return {name: (way, 2.0 * n**3) for name, way in ways.items()}
 
 
@@ -137,7 +137,7 @@ def prefill(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool
     tasks = {
         EAGER: task(models[EAGER], 1),
         EVERY_LOGIT: task(models[EAGER], 0),
-        SWAPPED: task(models[SWAPPED], 1),
+        ACCELERATED: task(models[ACCELERATED], 1),
     }
     operations = matmul_operations(models[EAGER].config, length, 1, training=False)
     name, dtype = f"prefill {length}", models[EAGER].token_embeddings.weight.dtype
@@ -224,9 +224,9 @@ def measure_tasks(
     affordable = int(limit / seconds) - 3
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
     probes = PROBES[bound](dtype, device, quick)
-    rivals = tasks | {f"probe {way}": _repeated(call) for way, (call, _) in probes.items()}
+    baselines = tasks | {f"probe {way}": _repeated(call) for way, (call, _) in probes.items()}
     times = interleave(
-        rivals, device=device, min_time=0.0, rounds=rounds, warm_up=0.0, sample_time=0.0
+        baselines, device=device, min_time=0.0, rounds=rounds, warm_up=0.0, sample_time=0.0
     )
     ceiling = max(
         PROBE_CALLS * done / times.pop(f"probe {way}").median for way, (_, done) in probes.items()

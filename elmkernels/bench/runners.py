@@ -1,4 +1,4 @@
-"""Those that run in the race: one model's weights, run by this package and by its rivals.
+"""Those that run in the race: one model's weights, run by this package and by its baselines.
 
 A runner is asked for a `Task`: a pass over a prompt, or tokens decoded one by one after prompts
 that are not timed. Each answers with a function whose call is the timed work, and that returns the
@@ -235,7 +235,7 @@ class LlamaRunner(Runner):
 def compress(format: str, model: OpenELM, progress: bool = True) -> OpenELM:
     """A copy of a model in a format of ours; of plain weights it shares the Parameters."""
     ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    if format == "packed":
+    if format == "packed12":
         pack(ours, progress=progress)
     elif format in ("int8", "int4"):
         quantize(ours, int(format[3:]), 64, progress=progress)

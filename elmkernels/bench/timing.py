@@ -1,8 +1,9 @@
-"""How long things take, beside what this machine can do: interleaved rivals, ceilings, memory.
+"""How long things take, beside what this machine can do: interleaved baselines, ceilings, memory.
 
-A sample calls a rival often enough to be long beside the clock's resolution; the rivals take turns
+A sample calls a baseline often enough to be long beside the clock's resolution; the baselines take
+turns
 round by round, in a rotated order, so that a machine that slows down slows all of them. On a GPU a
-rival is captured in a graph over rotated buffers, so that host time is left out and L2 is cold;
+baseline is captured in a graph over rotated buffers, so that host time is left out and L2 is cold;
 `calls` is the other figure there: what an eager call costs, host included.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rival = Callable[[], object] | Sequence[Callable[[], object]]
+Baseline = Callable[[], object] | Sequence[Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _calibrate(sample: Callable[[int], float], warm_up: float, sample_time: floa
 
 
 def interleave(
-    rivals: Mapping[str, Rival],
+    baselines: Mapping[str, Baseline],
     *,
     device: torch.device | str = "cpu",
     min_time: float = 0.2,
@@ -115,14 +116,15 @@ def interleave(
     sample_time: float = 0.002,
     replay: bool = False,
 ) -> dict[str, Timing]:
-    """{name: Timing} of rivals that take turns, for at least `rounds` rounds and `min_time` s each.
+    """{name: Timing} of baselines that take turns, for at least `rounds` rounds and `min_time` s
+    each.
 
-    A rival is a function without arguments, or several that do the same on other buffers and are
+    A baseline is a function without arguments, or several that do the same on other buffers and are
     called in turn. replay: time CUDA graphs of them instead of eager calls.
     """
     device = torch.device(device)
     make_sample = _graph_sample if replay else _calls_sample
-    lists = {name: [fns] if callable(fns) else list(fns) for name, fns in rivals.items()}
+    lists = {name: [fns] if callable(fns) else list(fns) for name, fns in baselines.items()}
     samplers = {name: make_sample(fns, device) for name, fns in lists.items()}
     counts = {}
     for name, sample in samplers.items():
@@ -148,7 +150,7 @@ def interleave(
 def keep_pages() -> None:
     """Make the C library keep freed memory instead of returning it to the system, for the rest of
     the process. Above 32 MB glibc otherwise maps every output anew, and what is timed, of all
-    rivals alike, is the system filling pages with zeros: several times the work itself.
+    baselines alike, is the system filling pages with zeros: several times the work itself.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -176,7 +178,7 @@ def copies_beyond_cache(nbytes: int, device: torch.device | str, limit: int = 64
 
 
 def copies_of(nbytes: int, device: torch.device | str, count: int = 1) -> list[Callable]:
-    """A copy that moves nbytes in all, read and written, as a rival: the ceiling of memory."""
+    """A copy that moves nbytes in all, read and written, as a baseline: the ceiling of memory."""
     half = max(1, nbytes // 8)
     pairs = [
         (torch.empty(half, device=device), torch.randn(half, device=device)) for _ in range(count)

@@ -1,7 +1,7 @@
-"""OpenELM as one would write it for speed with torch's own operations: a rival, not a reference.
+"""OpenELM as one would write it for speed with torch's own operations: a baseline, not a reference.
 
 F.rms_norm, one rotation with cos and sin gathered once for all layers, SDPA that shares key/value
-heads, and a preallocated cache of rotated keys: fair to eager PyTorch and to `torch.compile`, for
+heads, and a preallocated cache of rotated keys: torch to eager PyTorch and to `torch.compile`, for
 which shapes and addresses are fixed. It rounds where those operations do, not where OpenELM does.
 """
 
@@ -13,7 +13,7 @@ from ..openelm.model import OpenELM
 from .op_baselines import rotate
 
 
-class FairOpenELM(nn.Module):
+class TorchBaseline(nn.Module):
     """The weights of a reference model, which are shared, with a cache of `max_length` tokens of
     `batch` rows. Raises ValueError for a model of another shape than the released ones.
     """

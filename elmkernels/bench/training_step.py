@@ -1,7 +1,7 @@
-"""Training steps side by side, as `elmkernels bench train` does: eager, compiled and swapped.
+"""Training steps side by side, as `elmkernels bench train` does: eager, compiled and accelerated.
 
 A step is what a training loop repeats for every batch: forward, loss with z-loss, backward, here
-with float32 weights, in float32 or in bfloat16 by autocast. The optimiser is torch's own whoever
+with float32 weights, in float32 or in bfloat16 by autocast. The optimizer is torch's own whoever
 runs the model and is left out. Times are taken with gradients that are made anew by every step.
 
 Memory is watched in a fresh process for each model: the highest resident set of one step beyond
@@ -80,7 +80,7 @@ def _ids(race: StepRace) -> Tensor:
 def _model(race: StepRace, name: str) -> tuple[OpenELM, Plan]:
     """A model, and the routines of its projections."""
     model = OpenELM.from_config(race.config, seed=race.seed, device=race.device)
-    if name == roofline.SWAPPED:
+    if name == roofline.ACCELERATED:
         return model, accelerate(model, backend=race.backend).gemm
     return model, Plan()
 
@@ -142,11 +142,11 @@ def run(
         keep_pages()
     ids = _ids(race)
     stage("parity")
-    (eager, _), (swapped, plan) = (
-        _model(race, name) for name in (roofline.EAGER, roofline.SWAPPED)
+    (eager, _), (accelerated, plan) = (
+        _model(race, name) for name in (roofline.EAGER, roofline.ACCELERATED)
     )
-    models = {roofline.EAGER: eager, roofline.SWAPPED: swapped}
-    parity = model_parity.check_model(eager, swapped, ids[:, :64], 8, plan)
+    models = {roofline.EAGER: eager, roofline.ACCELERATED: accelerated}
+    parity = model_parity.check_model(eager, accelerated, ids[:, :64], 8, plan)
     results["parity"] = parity.ok
     emit(f"parity: {'ok' if parity.ok else 'FAILED'}")
     tokens = race.sizes.batch * race.sizes.tokens
@@ -170,7 +170,7 @@ def run(
         keep()
         if race.memory:
             stage(f"{precision}: memory")
-            for name in (roofline.EAGER, roofline.SWAPPED):
+            for name in (roofline.EAGER, roofline.ACCELERATED):
                 found["peak"][name] = _peaks_apart(race, name, precision)
         emit(format_table([row | _memory(found, row["model"]) for row in measured.rows()]))
         keep()

@@ -1,6 +1,6 @@
-"""`elmkernels bench generate`: whole models side by side, ours and their rivals.
+"""`elmkernels bench generate`: whole models side by side, ours and their baselines.
 
-A rival that isn't installed is named as missing, with what to install.
+A baseline that isn't installed is named as missing, with what to install.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     add, absent = parser.add_argument, argparse.SUPPRESS
     add("--checkpoint", metavar="PATH", default=absent, help="a folder, or CoreNet's .pt")
     add("--config", metavar="YAML|NAME", default=absent, help="the shape of a CoreNet checkpoint")
-    add("--to", choices=("quantized", "packed", "gguf"), required=True, help="the form")
+    add("--to", choices=("quantized", "packed12", "gguf"), required=True, help="the form")
     add("--out", metavar="PATH", default=absent, help="the folder, or the GGUF file, to write")
     add("--dtype", choices=list(DTYPES), default=None, help="cast the weights to this first")
     add("--bits", type=int, choices=BITS, help="of quantized weights (default 4)")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _to_folder(args: argparse.Namespace, model: OpenELM, source: Path, out: Path) -> list[str]:
-    if args.to == "packed":
+    if args.to == "packed12":
         done = pack(model)
     else:
         done = quantize(model, args.bits or 4, args.group_size or 64)

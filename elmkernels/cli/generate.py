@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..acceleration.decode_modes import CALLS, WAYS
+from ..acceleration.decode_modes import CALLS, DECODE_MODES
 from ..acceleration.swap import accelerate
 from ..generation.sampling import Sampling
 from ..generation.session import Stream, stream
@@ -36,7 +36,7 @@ from .console import (
 from .model import chosen_model
 
 # Options of the main job that would do nothing here.
-REFUSED = ("rounds", "pack_weights", "out", "quick")
+REFUSED = ("rounds", "prepack", "out", "quick")
 MAX_NEW_TOKENS = 64
 
 
@@ -67,13 +67,13 @@ def add_parser(commands: Any) -> None:
     add("--repetition-penalty", type=float, default=1.0, help="above 1: less of what was there")
     add("--seed", type=int, default=absent, help="of what is drawn, and of random weights")
     add("--stop", metavar="IDS|none", help="ids that end a row (default: eos_token_id)")
-    add("--bits", type=int, choices=BITS, help="quantise the projections")
+    add("--bits", type=int, choices=BITS, help="quantize the projections")
     add("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale, by --bits")
-    add("--pack", action="store_true", help="bfloat16 weights in 12 bits, without loss")
+    add("--packed12", action="store_true", help="bfloat16 weights in 12 bits, without loss")
     add("--eager", action="store_true", help="the reference model, without the kernels")
     add(
-        "--decoding",
-        choices=WAYS,
+        "--decode-mode",
+        choices=DECODE_MODES,
         help="how a GPU decodes (default: the faster of one-launch and graph, measured)",
     )
     add("--stream", action="store_true", help="print the text as it comes (one prompt)")
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             prompts,
             args.max_new_tokens,
             stop_tokens=stops,
-            decoding=args.decoding,
+            decode_mode=args.decode_mode,
             **options,
         )  # fmt: skip
     )
@@ -140,8 +140,8 @@ def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
         raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3")
     if args.stream and args.json:
         raise WrongInput("--stream prints text as it comes, --json at the end: give one of them")
-    if args.bits is not None and args.pack:
-        raise WrongInput("--bits quantises and --pack loses nothing: give one of them")
+    if args.bits is not None and args.packed12:
+        raise WrongInput("--bits quantizes and --packed12 loses nothing: give one of them")
     if args.group_size is not None and args.bits is None:
         raise WrongInput("--group-size belongs to --bits, which is missing")
     if args.eager and args.backend:
@@ -207,19 +207,19 @@ def _ids(text: str, what: str) -> list[int]:
 
 
 def _compressor(args: argparse.Namespace) -> Callable[[OpenELM], object]:
-    """What --bits or --pack does to a model."""
+    """What --bits or --packed12 does to a model."""
     if args.bits is not None:
         try:
             from ..compression.quantization import quantize
         except ImportError as error:
-            raise WrongInput("--bits: this version of elmkernels can't quantise") from error
+            raise WrongInput("--bits: this version of elmkernels can't quantize") from error
         size = {} if args.group_size is None else {"group_size": args.group_size}
         return lambda model: quantize(model, bits=args.bits, **size)
-    if args.pack:
+    if args.packed12:
         try:
             from ..compression.packing import pack
         except ImportError as error:
-            raise WrongInput("--pack: this version of elmkernels can't pack") from error
+            raise WrongInput("--packed12: this version of elmkernels can't pack") from error
         return pack
     return lambda model: None
 
@@ -265,13 +265,20 @@ def _results(
     rows = []
     for prompt, row in zip(prompts, writing.rows, strict=True):
         text = None if tokenizer is None else tokenizer.continuation(prompt, row.tokens)
-        rows.append({"prompt": prompt, "tokens": row.tokens, "text": text, "reason": row.reason})
+        rows.append(
+            {
+                "prompt": prompt,
+                "tokens": row.tokens,
+                "text": text,
+                "finish_reason": row.finish_reason,
+            }
+        )
     # The first token of a row comes with its prompt.
     after = sum(max(0, len(row.tokens) - 1) for row in writing.rows)
     tokens = sum(map(len, prompts))
     return {
         "rows": rows,
-        "decoding": writing.decoding,
+        "decode_mode": writing.decode_mode,
         "prompt_tokens": tokens,
         "prompt_seconds": seconds[0],
         "prompt_tokens_per_second": tokens / seconds[0] if seconds[0] else None,
@@ -294,8 +301,8 @@ def _summary(found: dict[str, Any]) -> str:
     def rate(per_second: float | None) -> str:
         return "" if per_second is None else f" ({per_second:.1f} tokens/s)"
 
-    way = "" if found["decoding"] == CALLS else f", decoded by {found['decoding']}"
+    mode = "" if found["decode_mode"] == CALLS else f", decoded by {found['decoding']}"
     return (
         f"prompt: {found['prompt_tokens']} tokens{rate(found['prompt_tokens_per_second'])}, "
-        f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}{way}"
+        f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}{mode}"
     )

@@ -156,7 +156,7 @@ def _check(args: argparse.Namespace) -> gpu_check.Check:
         raise WrongInput(gpu_check.no_gpu())
     device = find_device(args.device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", 0)  # the current one; asking for it would initialise CUDA
+        device = torch.device("cuda", 0)  # the current one; asking for it would initialize CUDA
     if device.type == "cpu" and not quick:
         raise WrongInput("--device cpu is for the rehearsal alone: give --quick too")
     stages = tuple(args.stages or gpu_check.STAGES)

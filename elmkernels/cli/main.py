@@ -53,7 +53,7 @@ from .console import (
 )
 from .model import chosen_model
 
-MAIN_ONLY = ("model", "checkpoint", "config", "rounds", "seed", "pack_weights")
+MAIN_ONLY = ("model", "checkpoint", "config", "rounds", "seed", "prepack")
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="YAML|NAME", help="the shape of a CoreNet checkpoint")
     add("--rounds", type=positive, help="measurements of each task (default 5)")
     add("--seed", type=int, help="of random weights and tokens (default 0)")
-    add("--pack-weights", action="store_true", default=None, help="see accelerate")
+    add("--prepack", action="store_true", default=None, help="see accelerate")
     commands = parser.add_subparsers(
         dest="command",
         metavar="generate | info | parity | bench | convert | train | gpu-check",
@@ -83,7 +83,7 @@ def _build_parser() -> argparse.ArgumentParser:
     info.add_argument("--gemm", action="store_true", help="measure the projections' routines")
     parity = commands.add_parser("parity", help="ops against their reference, case by case")
     bench = commands.add_parser(
-        "bench", help="ops beside their rivals; `bench generate`: whole models beside theirs"
+        "bench", help="ops beside their baselines; `bench generate`: whole models beside theirs"
     )
     for command in (info, parity, bench):
         command.allow_abbrev = False
@@ -128,7 +128,7 @@ def _main_job(args: argparse.Namespace) -> int:
         sizes,
         quick=bool(args.quick),
         backend=backends[0],
-        pack_weights=bool(args.pack_weights),
+        prepack=bool(args.prepack),
         seed=seed,
     )
     if args.out is not None and (why := chart.available()):
@@ -306,8 +306,8 @@ def _run(argv: list[str] | None) -> int:
                     option = f"--{name.replace('_', '-')}"
                     raise WrongInput(f"{option} belongs to bench {command.NAME}")
         if chosen is not None:
-            if args.pack_weights:
-                raise WrongInput("--pack-weights belongs to the main job: name --formats packed")
+            if args.prepack:
+                raise WrongInput("--prepack belongs to the main job: name --formats packed")
             return chosen.run(args, __version__)
     own = {"convert": ("checkpoint", "config")}.get(args.command, ())
     for name in MAIN_ONLY:

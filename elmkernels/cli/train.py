@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--compare",
         action="store_true",
-        help="train eager and swapped, and hold their curves against each other",
+        help="train eager and accelerated, and hold their curves against each other",
     )
     add("--device", default=absent, help="cpu or cuda (default: cuda where there is one)")
     add("--json", action="store_true", default=absent, help="print JSON on stdout")

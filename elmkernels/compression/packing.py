@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..openelm.compressed import Compressed, PackedModule, packed_module
+from ..openelm.compressed import Compressed, Packed12Module, packed12_module
 from ..openelm.model import OpenELM
 from ..weights.formats import ESCAPE
 from ..weights.packed12 import count_exponents, pack_weight
@@ -20,19 +20,19 @@ def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> C
     as it is and is reported. An accelerated model stays accelerated. progress: show it on a
     terminal.
 
-    Raises TypeError for another model, ValueError for weights of another dtype and for quantised
+    Raises TypeError for another model, ValueError for weights of another dtype and for quantized
     ones; nothing is changed then. Stopped half way, it can be called again.
     """
 
     def check(name: str, module: nn.Module) -> None:
         if isinstance(module, Compressed):
-            if not isinstance(module, PackedModule):
+            if not isinstance(module, Packed12Module):
                 raise ValueError(f"{name} must be plain bfloat16, got {type(module).__name__}")
         elif module.weight.dtype != torch.bfloat16:
             raise ValueError(f"{name} must be bfloat16 to be packed, got {module.weight.dtype}")
 
     def make(name: str, module: nn.Module) -> nn.Module | str | None:
-        if isinstance(module, PackedModule):
+        if isinstance(module, Packed12Module):
             return None
         w = dense_weight(module)
         table = count_exponents(w)
@@ -41,7 +41,7 @@ def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> C
                 f"{table.escapes / w.numel():.1%} of its weights have an exponent beside the "
                 f"{ESCAPE} commonest (at most {MAX_ESCAPES:.1%} pay)"
             )
-        return packed_module(name, pack_weight(w, table))
+        return packed12_module(name, pack_weight(w, table))
 
     return convert(model, embeddings, "packed", check, make, progress)
 
@@ -51,11 +51,13 @@ def unpack(model: OpenELM, *, progress: bool = True) -> Conversion:
 
     Raises TypeError for another model, ValueError for one that holds no packed weights.
     """
-    if isinstance(model, OpenELM) and not any(isinstance(m, PackedModule) for m in model.modules()):
+    if isinstance(model, OpenELM) and not any(
+        isinstance(m, Packed12Module) for m in model.modules()
+    ):
         raise ValueError("model must hold packed weights to be unpacked, it has none")
 
     def make(name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, PackedModule):
+        if not isinstance(module, Packed12Module):
             return None
         return plain(module, dense_weight(module), model.config.padding_index)
 

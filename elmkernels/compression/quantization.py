@@ -1,4 +1,4 @@
-"""Quantising the weights of a model, to 8 or 4 bits: see `compress.affine`."""
+"""Quantizing the weights of a model, to 8 or 4 bits: see `compress.affine`."""
 
 from torch import nn
 
@@ -16,12 +16,12 @@ def quantize(
     *,
     progress: bool = True,
 ) -> Conversion:
-    """Quantise every projection of an OpenELM model in place; with embeddings, those of tokens and
-    the output as well. A packed model is quantised from its exact weights; an accelerated one
+    """Quantize every projection of an OpenELM model in place; with embeddings, those of tokens and
+    the output as well. A packed model is quantized from its exact weights; an accelerated one
     stays accelerated. progress: show it on a terminal.
 
     Raises TypeError for another model, ValueError as `quantize_weight` does, and for a model that
-    is quantised in another way; nothing is changed then. Stopped half way, it can be called again.
+    is quantized in another way; nothing is changed then. Stopped half way, it can be called again.
     """
     check_scheme(bits, group_size)
 
@@ -29,7 +29,7 @@ def quantize(
         if isinstance(module, Quantized):
             if (module.bits, module.group_size) != (bits, group_size):
                 raise ValueError(
-                    f"{name} is quantised already, to {module.bits} bits in groups of "
+                    f"{name} is quantized already, to {module.bits} bits in groups of "
                     f"{module.group_size}; asked for {bits} bits in groups of {group_size}"
                 )
             return
@@ -41,7 +41,7 @@ def quantize(
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
         w = dense_weight(module)
         if w.numel() and not all(bool(extreme.isfinite()) for extreme in w.aminmax()):
-            raise ValueError(f"{name} must be finite to be quantised, got inf or nan")
+            raise ValueError(f"{name} must be finite to be quantized, got inf or nan")
 
     def make(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, Quantized):
@@ -49,4 +49,4 @@ def quantize(
         affine = quantize_weight(dense_weight(module), bits, group_size)
         return quantized_module(name, affine)
 
-    return convert(model, embeddings, f"quantised to {bits} bits", check, make, progress)
+    return convert(model, embeddings, f"quantized to {bits} bits", check, make, progress)

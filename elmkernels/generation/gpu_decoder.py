@@ -1,6 +1,6 @@
 """Decoding on a GPU that is never waited for: tokens are chosen there, and read some steps later.
 
-A step is one launch for the host, in one of two ways:
+A step is one launch for the host, in one of two modes:
 
     one-launch   `ops.decode_step`: the whole decoder is one kernel, whatever the rows hold
     graph        the model's own layers, captured for every bucket of the cache (see `graph`)
@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, WAYS, step_backend, why_not
+from ..acceleration.decode_modes import (
+    CALLS,
+    DECODE_MODES,
+    GRAPH,
+    ONE_LAUNCH,
+    missing,
+    step_backend,
+)
 from ..acceleration.decoder_weights import described
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
@@ -34,32 +41,33 @@ from .readback import Reader
 from .sampling import Sampler, Sampling
 
 AHEAD = 8  # steps that are launched before a token is waited for
-ROUNDS = 7  # of each way, when they are timed
+ROUNDS = 7  # of each mode, when they are timed
 
-# The faster way for a batch and a bucket, of models that were timed in this process.
+# The faster mode for a batch and a bucket, of models that were timed in this process.
 _MEASURED: WeakKeyDictionary[Stack, dict[tuple[int, int], str]] = WeakKeyDictionary()
 
 
 class Decoder:
-    """The steps of one cache. way: one of WAYS, None for the fastest; captured: False runs the same
+    """The steps of one cache. mode: one of DECODE_MODES, None for the fastest; captured: False
+    runs the same
     steps call by call, on any device.
 
-    Raises RuntimeError for a named way that this model, batch or device can't be decoded in, and
-    where its capture fails; ValueError for a name that is no way.
+    Raises RuntimeError for a named mode that this model, batch or device can't be decoded in, and
+    where its capture fails; ValueError for a name that is no mode.
     """
 
     def __init__(
-        self, model: OpenELM, cache: KVCache, way: str | None = None, *, captured: bool = True
+        self, model: OpenELM, cache: KVCache, mode: str | None = None, *, captured: bool = True
     ) -> None:
-        if way is not None and way not in WAYS:
-            raise ValueError(f"decoding must be one of {', '.join(WAYS)}, got {way!r}")
+        if mode is not None and mode not in DECODE_MODES:
+            raise ValueError(f"decode_mode must be one of {', '.join(DECODE_MODES)}, got {mode!r}")
         device = cache.device
-        if captured and way != CALLS and device.type != "cuda":
+        if captured and mode != CALLS and device.type != "cuda":
             raise RuntimeError(
-                f"decoding by {way or 'graph'!r} needs a CUDA device, the model is on {device}: "
+                f"decoding by {mode or 'graph'!r} needs a CUDA device, the model is on {device}: "
                 f"{CALLS!r} works there"
             )
-        self.model, self.cache, self.way, self.captured = model, cache, way, captured
+        self.model, self.cache, self.mode, self.captured = model, cache, mode, captured
         self._known: Any = None
         self.refused: dict[str, str] = {}
         self._examine()
@@ -77,7 +85,7 @@ class Decoder:
 
     def _examine(self) -> None:
         """What is possible for the model as it is now; what was captured before it changed goes."""
-        reasons = {way: why_not(way, self.model, self.cache) for way in WAYS}
+        reasons = {mode: missing(mode, self.model, self.cache) for mode in DECODE_MODES}
         known = None if reasons[GRAPH] else described(self.model)
         if known is self._known and (known or self.refused):
             return
@@ -85,17 +93,17 @@ class Decoder:
         self._replays: dict[tuple, Callable[[], None]] = {}
         self._prompts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._begun: set[tuple] = set()  # prompts of these keys were run before
-        self.taken: dict[int, str] = {}  # the way of each bucket
-        self.refused = {way: reason for way, reason in reasons.items() if reason}
-        if self.way in self.refused:
-            raise RuntimeError(self._cannot(self.way))
+        self.taken: dict[int, str] = {}  # the mode of each bucket
+        self.refused = {mode: reason for mode, reason in reasons.items() if reason}
+        if self.mode in self.refused:
+            raise RuntimeError(self._cannot(self.mode))
         if isinstance(self.model, OpenELM):
             self.model._place_rope_table(self.cache.device)
 
-    def _cannot(self, way: str) -> str:
-        others = [other for other in WAYS if other not in self.refused]
+    def _cannot(self, mode: str) -> str:
+        others = [other for other in DECODE_MODES if other not in self.refused]
         works = " and ".join(repr(other) for other in others)
-        return f"decoding by {way!r} can't be had: {self.refused[way]}; {works} can"
+        return f"decoding by {mode!r} can't be had: {self.refused[mode]}; {works} can"
 
     def _sampler(self, sampling: Sampling) -> Sampler:
         """One with room for as many choices as the cache has tokens."""
@@ -110,7 +118,7 @@ class Decoder:
 
     @property
     def captures(self) -> list[tuple]:
-        """What was captured: (way, bucket), and (a prompt's width, bucket)."""
+        """What was captured: (mode, bucket), and (a prompt's width, bucket)."""
         return list(self._replays)
 
     @torch.inference_mode()
@@ -121,7 +129,9 @@ class Decoder:
         self._examine()
         if sampler.form != self.sampler.form:
             self.sampler = self._sampler(sampler.sampling)
-            self._replays = {key: r for key, r in self._replays.items() if key[0] not in WAYS}
+            self._replays = {
+                key: r for key, r in self._replays.items() if key[0] not in DECODE_MODES
+            }
         self.sampler.take(sampler)
         self.index.zero_()
         self._place()
@@ -160,7 +170,7 @@ class Decoder:
         width = width_of(length)
         if width is None or max(self.cache.rows) + width > self.cache.max_length:
             return None
-        return None if GRAPH in self.refused or self.way == CALLS else width
+        return None if GRAPH in self.refused or self.mode == CALLS else width
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, counts: list[int]) -> Tensor:
@@ -215,9 +225,9 @@ class Decoder:
             self._reader.send(self._launched)
         self._launched += 1
 
-    def _body(self, way: str, bucket: int) -> Callable[[], None]:
+    def _body(self, mode: str, bucket: int) -> Callable[[], None]:
         """A step: what is captured."""
-        if way != ONE_LAUNCH:
+        if mode != ONE_LAUNCH:
             window = Window(self.cache, bucket, self.lengths)
 
             def body() -> None:
@@ -243,10 +253,10 @@ class Decoder:
         return one_launch
 
     def _replay_of(self, bucket: int) -> Callable[[], None]:
-        """What runs a step of a bucket, by the way that is named or fastest."""
+        """What runs a step of a bucket, by the mode that is named or fastest."""
         if bucket not in self.taken:
-            ready = {way: self._made(way, bucket) for way in self._candidates(bucket)}
-            ready = {way: replay for way, replay in ready.items() if replay is not None}
+            ready = {mode: self._made(mode, bucket) for mode in self._candidates(bucket)}
+            ready = {mode: replay for mode, replay in ready.items() if replay is not None}
             self.taken[bucket] = self._fastest(ready, bucket) if ready else CALLS
         replay = self._made(self.taken[bucket], bucket)
         if replay is None:  # it was captured before, for another sampling, and can't be any more
@@ -255,29 +265,29 @@ class Decoder:
         return replay
 
     def _candidates(self, bucket: int) -> list[str]:
-        """The ways to try: the one that is named, or was faster before, or all that are left."""
-        if self.way is not None:
-            return [self.way]
-        left = [way for way in (ONE_LAUNCH, GRAPH) if way not in self.refused]
+        """The modes to try: the one that is named, or was faster before, or all that are left."""
+        if self.mode is not None:
+            return [self.mode]
+        left = [mode for mode in (ONE_LAUNCH, GRAPH) if mode not in self.refused]
         known = self._measured.get((self.cache.batch, bucket)) if left else None
         return [known] if known in left else left
 
-    def _made(self, way: str, bucket: int) -> Callable[[], None] | None:
+    def _made(self, mode: str, bucket: int) -> Callable[[], None] | None:
         """The replay of a step, captured where it isn't yet; None where that fails."""
-        key = way, None if way == ONE_LAUNCH else bucket
-        return self._kept(key, way, lambda: self._body(way, bucket))
+        key = mode, None if mode == ONE_LAUNCH else bucket
+        return self._kept(key, mode, lambda: self._body(mode, bucket))
 
     def _kept(
-        self, key: tuple, way: str, make: Callable[[], Callable[[], None]]
+        self, key: tuple, mode: str, make: Callable[[], Callable[[], None]]
     ) -> Callable[[], None] | None:
         if key not in self._replays:
             try:
                 body = make()
-                self._replays[key] = body if way == CALLS else self._captured(body)
+                self._replays[key] = body if mode == CALLS else self._captured(body)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
-                self.refused[way] = _failure(error)
-                if way == self.way:
-                    raise RuntimeError(self._cannot(way)) from error
+                self.refused[mode] = _failure(error)
+                if mode == self.mode:
+                    raise RuntimeError(self._cannot(mode)) from error
                 return None
         return self._replays[key]
 
@@ -308,16 +318,16 @@ class Decoder:
         return restore
 
     def _fastest(self, replays: dict[str, Callable[[], None]], bucket: int) -> str:
-        """The way that takes least time here, by timing them in turns."""
+        """The mode that takes least time here, by timing them in turns."""
         if len(replays) == 1:
             return next(iter(replays))
         restore = self._restorer()
-        seconds: dict[str, list[float]] = {way: [] for way in replays}
+        seconds: dict[str, list[float]] = {mode: [] for mode in replays}
         for _ in range(ROUNDS):
-            for way, replay in replays.items():
-                seconds[way].append(_timed(replay, self.cache.device))
+            for mode, replay in replays.items():
+                seconds[mode].append(_timed(replay, self.cache.device))
                 restore()
-        best = min(seconds, key=lambda way: median(seconds[way]))
+        best = min(seconds, key=lambda mode: median(seconds[mode]))
         self._measured[self.cache.batch, bucket] = best
         return best
 

@@ -35,7 +35,7 @@ class Row:
     """
 
     tokens: list[int] = field(default_factory=list)
-    reason: str = ""
+    finish_reason: str = ""
     stopped_by: int | None = None
 
 
@@ -55,9 +55,9 @@ class Session:
         batch: int = 1,
         max_length: int | None = None,
         *,
-        decoding: str | None = None,
+        decode_mode: str | None = None,
     ) -> None:
-        self.model, self.decoding = model, decoding
+        self.model, self.decode_mode = model, decode_mode
         self.cache = KVCache(
             model.config,
             batch,
@@ -70,14 +70,14 @@ class Session:
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self._current: Stream | None = None
         self._decoder: Decoder | None = None
-        if decoding not in (None, CALLS):
-            self._decoder = Decoder(model, self.cache, decoding)
+        if decode_mode not in (None, CALLS):
+            self._decoder = Decoder(model, self.cache, decode_mode)
 
     def decoder(self) -> Decoder | None:
         """What decodes without waiting for the device, as the model is now; None: calls do."""
-        if self.decoding == CALLS:
+        if self.decode_mode == CALLS:
             return None
-        if self.decoding is None and not wanted(self.model, self.cache):
+        if self.decode_mode is None and not wanted(self.model, self.cache):
             return None
         if self._decoder is None:
             self._decoder = Decoder(self.model, self.cache)
@@ -210,8 +210,8 @@ class Stream(Iterator[list[int | None]]):
         raise StopIteration
 
     @property
-    def decoding(self) -> str:
-        """How it was decoded so far: the names of `decoding.WAYS`."""
+    def decode_mode(self) -> str:
+        """How it was decoded so far: the names of `decoding.DECODE_MODES`."""
         if self._decoder is None:
             return CALLS
         return ", ".join(sorted(set(self._decoder.taken.values()))) or CALLS
@@ -230,15 +230,15 @@ class Stream(Iterator[list[int | None]]):
         for b, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
             # A row that has ended runs along, so that rows of equal length stay so.
             session.ids[b].append(token)
-            if row.reason:
+            if row.finish_reason:
                 given[b] = None
             elif token in self.stops:
-                row.reason, row.stopped_by = "stop", token
+                row.finish_reason, row.stopped_by = "stop", token
                 given[b] = None
             else:
                 row.tokens.append(token)
         self.steps_left -= 1
-        if not self.steps_left or all(row.reason for row in self.rows):
+        if not self.steps_left or all(row.finish_reason for row in self.rows):
             self._end("length")
         return given
 
@@ -261,7 +261,7 @@ class Stream(Iterator[list[int | None]]):
     def _end(self, reason: str) -> None:
         self.steps_left = 0
         for row in self.rows:
-            row.reason = row.reason or reason
+            row.finish_reason = row.finish_reason or reason
         # What a row ran along after its end is no part of it.
         real = [n + len(row.tokens) for n, row in zip(self._prompts, self.rows, strict=True)]
         cache = self.session.cache
@@ -273,7 +273,7 @@ def stream(
     prompts: Prompts,
     max_new_tokens: int,
     *,
-    decoding: str | None = None,
+    decode_mode: str | None = None,
     **options: Any,
 ) -> Stream:
     """`generate` step by step: an iterator of list[int | None], a token for each row that goes
@@ -283,7 +283,7 @@ def stream(
     limit = model.config.rope_max_length
     check_lengths(ids, max_new_tokens, limit, "rope_max_length")
     room = min(limit, max(map(len, ids)) + max_new_tokens)
-    session = Session(model, len(ids), room, decoding=decoding)
+    session = Session(model, len(ids), room, decode_mode=decode_mode)
     return session.stream(ids, max_new_tokens, **options)
 
 
@@ -299,7 +299,7 @@ def generate(
     seed: int | Sequence[int] | None = None,
     stop_tokens: int | Iterable[int] = (),
     chunk: int = CHUNK,
-    decoding: str | None = None,
+    decode_mode: str | None = None,
 ) -> list[Row]:
     """Up to max_new_tokens tokens after each prompt: integers [batch, length], or a list of lists
     of ids, which may differ in length (none empty).
@@ -313,7 +313,7 @@ def generate(
     run = stream(
         model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens, chunk=chunk,
-        decoding=decoding,
+        decode_mode=decode_mode,
     )  # fmt: skip
     for _ in run:
         pass

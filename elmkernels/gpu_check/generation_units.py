@@ -1,6 +1,6 @@
-"""Tokens of whole models as units of a check: by the swapped model and by each way of decoding.
+"""Tokens of whole models as units of a check: by the accelerated model and by each decode mode.
 
-Each way has a unit of its own, so that one that hangs takes nothing else with it.
+Each mode has a unit of its own, so that one that hangs takes nothing else with it.
 """
 
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from ..bench.runners import Task
 from ..generation.session import greedy
 from ..openelm.cache import KVCache
 from ..testing.model_parity import ModelParity, check_model, compare_tokens
-from .models import LIMIT, WAY_LIMIT, Models
+from .models import LIMIT, MODE_LIMIT, Models
 from .runners import DecoderRunner
 from .stages import Clock, Found, LeftOut, Unit
 
@@ -26,17 +26,17 @@ EXACT_STEPS = 16  # whose logits are compared bit for bit
 
 
 def generation_units(models: Models) -> list[Unit]:
-    """Swapped models held to the reference, with gradients, then their tokens by each way. The
+    """Accelerated models held to the reference, with gradients, then their tokens by each mode. The
     model that decoding is measured with first comes last.
     """
     names, found = models.sizes.models, []
     pairs = [(name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)]
     for name, dtype in pairs:
         what = f"{name} {str(dtype).removeprefix('torch.')}"
-        found.append(Unit(what, partial(_swapped, models, name, dtype), LIMIT))
-        for way in (GRAPH, ONE_LAUNCH):
-            run = partial(_by_way, models, name, dtype, way)
-            found.append(Unit(f"{what} {way}", run, WAY_LIMIT))
+        found.append(Unit(what, partial(_accelerated, models, name, dtype), LIMIT))
+        for mode in (GRAPH, ONE_LAUNCH):
+            run = partial(_by_way, models, name, dtype, mode)
+            found.append(Unit(f"{what} {mode}", run, MODE_LIMIT))
         if dtype == torch.bfloat16:
             found.append(Unit(f"{what} packed", partial(_packed, models, name), LIMIT))
     return found
@@ -53,14 +53,14 @@ def _prompts(models: Models, name: str) -> Tensor:
 
 
 def _check(models: Models, name: str, dtype: torch.dtype, steps: int) -> ModelParity:
-    eager, swapped, report = models.get(name, dtype)
-    return check_model(eager, swapped, _prompts(models, name), steps, report.gemm)
+    eager, accelerated, report = models.get(name, dtype)
+    return check_model(eager, accelerated, _prompts(models, name), steps, report.gemm)
 
 
-def _swapped(models: Models, name: str, dtype: torch.dtype, found: Found, clock: Clock) -> None:
+def _accelerated(models: Models, name: str, dtype: torch.dtype, found: Found, clock: Clock) -> None:
     report = models.get(name, dtype)[2]
     found |= {"ok": False, "backends": report.backends | {"attention": report.attention}}
-    found |= {"fallbacks": report.fallbacks, "ways": report.ways}
+    found |= {"fallbacks": report.fallbacks, "modes": report.decode_modes}
     found["decode_step"] = choose("decode_step", models.device.type, None)
     parity = _check(models, name, dtype, _steps(models, name))
     bad = [row for row in parity.rows() if row["parity"] != "ok"]
@@ -71,41 +71,41 @@ def _swapped(models: Models, name: str, dtype: torch.dtype, found: Found, clock:
 
 
 def _by_way(
-    models: Models, name: str, dtype: torch.dtype, way: str, found: Found, clock: Clock
+    models: Models, name: str, dtype: torch.dtype, mode: str, found: Found, clock: Clock
 ) -> None:
     """Greedy tokens, held to the reference's up to a tie."""
-    eager, swapped, _ = models.get(name, dtype)
-    _need(models, way, swapped)
+    eager, accelerated, _ = models.get(name, dtype)
+    _need(models, mode, accelerated)
     found["ok"] = False
     ids, steps = _prompts(models, name), _steps(models, name)
     if (name, dtype) not in models.allowed:  # another process has compared the logits
         models.allowed[name, dtype] = _check(models, name, dtype, 1).greedy.gap_allowed
     captured = models.device.type == "cuda"
-    run = DecoderRunner(way, swapped, way, captured).run(Task("", ids, steps - 1))
+    run = DecoderRunner(mode, accelerated, mode, captured).run(Task("", ids, steps - 1))
     got = torch.tensor(run(), device=ids.device)
     same = compare_tokens(eager, ids, greedy(eager, ids, steps), got, models.allowed[name, dtype])
-    found |= {"way": way, "captured": captured, "tokens": asdict(same), "ok": same.ok}
+    found |= {"mode": mode, "captured": captured, "tokens": asdict(same), "ok": same.ok}
 
 
-def _need(models: Models, way: str, swapped: object) -> None:
-    """Raise LeftOut where a model can't be decoded in a way here."""
-    if why := models.lacks(way, swapped, trial=True):
+def _need(models: Models, mode: str, accelerated: object) -> None:
+    """Raise LeftOut where a model can't be decoded in a mode here."""
+    if why := models.lacks(mode, accelerated, trial=True):
         raise LeftOut(why)
-    if way == ONE_LAUNCH and choose("decode_step", models.device.type, None) == REFERENCE:
+    if mode == ONE_LAUNCH and choose("decode_step", models.device.type, None) == REFERENCE:
         raise LeftOut("decode_step has no kernel here")
 
 
 @torch.inference_mode()
 def _packed(models: Models, name: str, found: Found, clock: Clock) -> None:
     """The logits of a step by packed weights and by plain ones, which must be the same bits."""
-    eager, swapped, _ = models.get(name, torch.bfloat16)
-    _need(models, ONE_LAUNCH, swapped)
+    eager, accelerated, _ = models.get(name, torch.bfloat16)
+    _need(models, ONE_LAUNCH, accelerated)
     found |= {"ok": False, "steps": EXACT_STEPS, "equal": 0}
     ids = _prompts(models, name)
-    plain, packed = stack_of(swapped), stack_of(models.compressed(name, "packed"))
+    plain, packed = stack_of(accelerated), stack_of(models.compressed(name, "packed12"))
     room, where = ids.shape[1] + EXACT_STEPS, {"dtype": torch.bfloat16, "device": ids.device}
     one, other = (KVCache(eager.config, ids.shape[0], room, **where) for _ in range(2))
-    tokens = swapped(ids, cache=one, logits_to_keep=1)[:, -1].argmax(-1)
+    tokens = accelerated(ids, cache=one, logits_to_keep=1)[:, -1].argmax(-1)
     other.arena.data.copy_(one.arena.data)
     positions = torch.full_like(tokens, ids.shape[1])
     for _ in range(EXACT_STEPS):

@@ -1,4 +1,4 @@
-"""Whole models as units of a check under a clock: the same tokens, then time beside rivals."""
+"""Whole models as units of a check under a clock: the same tokens, then time beside baselines."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,10 +23,10 @@ from .runners import (
     OLMO,
     ONE_LAUNCH,
     OTHER_FORMS,
-    QUANTISED,
+    QUANTIZED,
     SDPA_GRAPH,
     DecoderRunner,
-    FairRunner,
+    TorchBaselineRunner,
     with_cublas,
     with_sdpa,
 )
@@ -44,7 +44,7 @@ def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float,
 
 
 def _caches(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> float:
-    """About the bytes of ten runners' caches, and of a prompt on its way through a layer."""
+    """About the bytes of ten runners' caches, and of a prompt on its mode through a layer."""
     tokens = task.prompts.shape[0] * (task.length + 128)
     cache = 2 * config.head_dim * sum(config.num_kv_heads) * tokens
     layer = (4 * max(config.ffn_dims) + 8 * config.model_dim) * tokens
@@ -56,7 +56,7 @@ OTHER_WEIGHTS = (
     EAGER,
     OLMO,
     COMPILED_OLMO,
-    *QUANTISED,
+    *QUANTIZED,
 )  # whose tokens aren't compared with eager's
 # About the seconds that torch.compile takes, which nothing can stop once it has begun.
 COMPILE_SECONDS = {COMPILED_FAIR: 60.0, COMPILED_OLMO: 40.0, "a training step": 60.0}
@@ -72,17 +72,17 @@ def _lacks_time(models: Models, what: str, clock: Clock) -> str | None:
 def _decoders(models: Models, name: str, task: Task, forms: bool) -> Makers:
     """What decodes a task without waiting for the host; forms: also of the weights' other forms."""
     captured = models.device.type == "cuda"
-    swapped = models.get(name, torch.bfloat16)[1]
+    accelerated = models.get(name, torch.bfloat16)[1]
 
     def by(
-        runner: str, way: str, form: str | None = None,
+        runner: str, mode: str, form: str | None = None,
         changed: Callable[[OpenELM], OpenELM] = lambda model: model,
     ) -> Callable[[], Runner]:  # fmt: skip
         def make() -> Runner:
-            if why := models.lacks(way, swapped):
+            if why := models.lacks(mode, accelerated):
                 raise LeftOut(why)
-            model = swapped if form is None else models.compressed(name, form)
-            return DecoderRunner(runner, changed(model), way, captured)
+            model = accelerated if form is None else models.compressed(name, form)
+            return DecoderRunner(runner, changed(model), mode, captured)
 
         return make
 
@@ -101,21 +101,21 @@ def _race(
     models: Models, name: str, task: Task, more: Callable[[OpenELM], Makers], forms: bool,
     found: Found, clock: Clock,
 ) -> None:  # fmt: skip
-    """A task by the reference, the swapped model and rivals; what can't be had is named."""
+    """A task by the reference, the accelerated model and baselines; what can't be had is named."""
     dtype = torch.bfloat16
-    eager, swapped, _ = models.get(name, dtype)
+    eager, accelerated, _ = models.get(name, dtype)
     models.need(_caches(eager.config, task, dtype), f"caches for {task.name}")
     torch.compiler.reset()  # what other tasks were compiled for is never called again
     makers: Makers = {EAGER: lambda: TorchRunner(EAGER, EAGER, eager)}
-    makers[roofline.SWAPPED] = lambda: TorchRunner(roofline.SWAPPED, OURS, swapped)
+    makers[roofline.ACCELERATED] = lambda: TorchRunner(roofline.ACCELERATED, OURS, accelerated)
     own = len(makers)
-    rivals: Makers = {"fair": lambda: FairRunner(eager)}
+    baselines: Makers = {"torch": lambda: TorchBaselineRunner(eager)}
     if task.steps:
-        rivals |= _decoders(models, name, task, forms)
+        baselines |= _decoders(models, name, task, forms)
     runs, tokens, missing = {}, {}, {}
     found |= {"model": name, "ok": True, "missing": missing, "steps": task.steps}
     found |= dict(zip(("batch", "context"), task.prompts.shape, strict=True))
-    for i, (key, make) in enumerate((makers | rivals | more(eager)).items()):
+    for i, (key, make) in enumerate((makers | baselines | more(eager)).items()):
         if i >= own and (why := _lacks_time(models, key, clock)):
             missing[key] = why
             continue
@@ -193,7 +193,7 @@ def _race_unit(
 
 
 def decode_units(models: Models) -> list[Unit]:
-    """Decoding of few sequences by every way and form of weights: the largest model's first, as it
+    """Decoding of few sequences by every mode and form of weights: the largest model's first, as it
     is what the last stage left on the device; one sequence after a short prompt before the rest.
     """
     s = models.sizes
@@ -219,12 +219,12 @@ def model_units(models: Models) -> list[Unit]:
 
 
 def compiled_units(models: Models) -> list[Unit]:
-    """What takes a compiler minutes, the paper's rival, and what only fits if time is left."""
+    """What takes a compiler minutes, the paper's baseline, and what only fits if time is left."""
     s = models.sizes
     options = {"backend": "eager"} if models.quick else {"mode": "reduce-overhead"}
 
     def compiled(model: OpenELM) -> Makers:
-        return {COMPILED_FAIR: lambda: FairRunner(model, options)}
+        return {COMPILED_FAIR: lambda: TorchBaselineRunner(model, options)}
 
     def with_olmo(model: OpenELM) -> Makers:
         shape = olmo.TINY if models.quick else olmo.SHAPE
@@ -235,8 +235,8 @@ def compiled_units(models: Models) -> list[Unit]:
                 built.append(olmo.build(shape, torch.bfloat16, models.device))
             return olmo.OlmoRunner(name, built[0], options)
 
-        rivals = {OLMO: lambda: runner(OLMO, None)} | compiled(model)
-        return rivals | {COMPILED_OLMO: lambda: runner(COMPILED_OLMO, options)}
+        baselines = {OLMO: lambda: runner(OLMO, None)} | compiled(model)
+        return baselines | {COMPILED_OLMO: lambda: runner(COMPILED_OLMO, options)}
 
     context, steps = s.contexts[0], s.steps
     long = {"limit": COMPILE_LIMIT}

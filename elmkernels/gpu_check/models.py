@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..acceleration.decode_modes import ways
+from ..acceleration.decode_modes import modes_of
 from ..acceleration.swap import Report, accelerate
 from ..bench.runners import compress
 from ..devices import architectures, capability, unfit
@@ -16,10 +16,10 @@ from ..testing.model_parity import free_bytes, twin
 from .stages import FAILED, Found, LeftOut
 from .watch import HUNG
 
-GENERATION = "generation"  # the stage whose units named for a way of decoding try it first
+GENERATION = "generation"  # the stage whose units named for a decode mode try it first
 # Seconds after which a unit is taken to hang: models are made in it, graphs captured, kernels
-# compiled. torch.compile takes its minutes; a way of decoding is tried in less.
-LIMIT, WAY_LIMIT, COMPILE_LIMIT = 150.0, 75.0, 420.0
+# compiled. torch.compile takes its minutes; a decode mode is tried in less.
+LIMIT, MODE_LIMIT, COMPILE_LIMIT = 150.0, 75.0, 420.0
 KEPT = 2  # models in memory: decoding goes to and fro between two
 TINY = {
     "num_transformer_layers": 2,
@@ -52,7 +52,7 @@ QUICK = Sizes(("tiny",), (), 16, (16,), (260,), (1, 2), 4, 16, 2)
 @dataclass
 class Models:
     """The models that are looked at, KEPT of them at a time, on their device: the reference and its
-    swapped twin. results: of the whole check, for what is known of the ways of decoding.
+    accelerated twin. results: of the whole check, for what is known of the decode modes.
     """
 
     device: torch.device
@@ -85,27 +85,27 @@ class Models:
             self.need(nbytes, f"{name}'s weights")
             where = {"dtype": dtype, "device": self.device}
             model = OpenELM.from_config(config, seed=self.seed, **where).eval()
-            swapped = twin(model)
-            report = accelerate(swapped)
-            self._held[name, dtype] = model, swapped, report
+            accelerated = twin(model)
+            report = accelerate(accelerated)
+            self._held[name, dtype] = model, accelerated, report
         return self._held[name, dtype]
 
     def compressed(self, name: str, form: str) -> OpenELM:
-        """The bfloat16 model with its weights in another form, swapped."""
+        """The bfloat16 model with its weights in another form, accelerated."""
         if (name, form) not in self._forms:
             ours = compress(form, self.get(name, torch.bfloat16)[0], progress=False)
             accelerate(ours)
             self._forms[name, form] = ours
         return self._forms[name, form]
 
-    def lacks(self, way: str, model: OpenELM, trial: bool = False) -> str | None:
-        """Why a model isn't decoded in one of the ways here, or None. trial: to see its tokens, as
+    def lacks(self, mode: str, model: OpenELM, trial: bool = False) -> str | None:
+        """Why a model isn't decoded in one of the modes here, or None. trial: to see its tokens, as
         long as it never hung; to be timed it must not have failed in bfloat16 either.
         """
-        if self.device.type == "cuda" and (why := ways(model, self.device)[way]):
+        if self.device.type == "cuda" and (why := modes_of(model, self.device)[mode]):
             return why
         units = self.results.get("stages", {}).get(GENERATION, {}).get("units", {})
-        bad = {n: u for n, u in units.items() if n.endswith(way) and u["state"] == FAILED}
+        bad = {n: u for n, u in units.items() if n.endswith(mode) and u["state"] == FAILED}
         for name, unit in bad.items():
             if unit["error"].startswith(HUNG) or (not trial and "bfloat16" in name):
                 return f"it failed as {name!r}: {unit['error']}"

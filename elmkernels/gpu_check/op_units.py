@@ -1,4 +1,4 @@
-"""Ops as units of a check under a clock: parity, memory errors, time beside rivals."""
+"""Ops as units of a check under a clock: parity, memory errors, time beside baselines."""
 
 import contextlib
 import os
@@ -26,11 +26,11 @@ MOST_ERRORS = 3
 SANITIZER = "compute-sanitizer"
 FOUND = 9  # the exit code that it is asked for where it finds an error
 LONG_TOKENS = 0  # "rows" of a token of each of many sequences, long ones
-BENCH_LIMIT = 150.0  # seconds after which one is taken to hang: rivals are compiled in it
+BENCH_LIMIT = 150.0  # seconds after which one is taken to hang: baselines are compiled in it
 LEAST_SECONDS = 30.0  # below which no watched process gets to its first case
 # Whose parity comes first: what a GPU decodes with, and of it the cases by form and few rows.
 FIRST = ("decode_step", "linear", "qk_norm_rope")
-_FORMS = "(plain|affine8_64|affine4_64|packed)"
+_FORMS = "(plain|affine8_64|affine4_64|packed12)"
 FIRST_CASES = {"decode_step": rf"{_FORMS}_batch_[1-4]", "linear": rf"{_FORMS}_rows_[18]"}
 NORMS = ("rms_norm", "add_rms_norm")
 
@@ -176,7 +176,7 @@ def run_apart(command: list[str], seconds: float) -> tuple[int, str, str]:
 
 
 def bench_units(device: torch.device, quick: bool) -> list[Unit]:
-    """Forward and forward + backward beside the rivals, the most telling rows first."""
+    """Forward and forward + backward beside the baselines, the most telling rows first."""
     chosen = [p for p in pairs(device, quick) if p[1] != REFERENCE and p[0] != "decode_step"]
     units: dict[str, Unit] = {}
     for bench in (Bench(1, models=("270M",)),) if quick else BENCHES:
@@ -208,13 +208,13 @@ def _bench(op, case, bench, backend, backward, device, found: Found, clock: Cloc
     except RuntimeError as error:
         if not compiled:
             raise
-        # A rival that can be called may yet not be captured: ours is measured without it.
+        # A baseline that can be called may yet not be captured: ours is measured without it.
         record = bench_op(op, case, dtype, backend, backward, device, compiled=False, **options)
         record.missing["compiled"] = first_line(error)
     found |= record.json() | {"rows": bench.rows}
     promised = datasheet(gpu_name(device))
     found |= {"bandwidth": record.bandwidth, "of_copy": record.of_copy, "ok": record.parity}
-    found["ratios"] = {name: record.speedup(name) for name in record.rivals}
+    found["ratios"] = {name: record.speedup(name) for name in record.baselines}
     found["of_datasheet"] = None if promised is None else record.bandwidth / promised.bandwidth
     found["of_datasheet_flops"] = (
         None if promised is None or not record.flops or dtype == torch.float32

@@ -6,13 +6,13 @@ from typing import Any
 
 from ..bench import chart
 from ..bench.ops import cell
-from ..bench.roofline import SWAPPED
+from ..bench.roofline import ACCELERATED
 from .runners import CUBLAS_GRAPH, GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
 from .stages import DONE, FAILED
 from .targets import all_units, timed, verdicts
 
 Found = dict[str, Any]
-OURS = (SWAPPED, GRAPH, SDPA_GRAPH, CUBLAS_GRAPH, ONE_LAUNCH)  # in the weights of the rivals
+OURS = (ACCELERATED, GRAPH, SDPA_GRAPH, CUBLAS_GRAPH, ONE_LAUNCH)  # in the weights of the baselines
 FORMS = tuple(OTHER_FORMS.values())
 MOST = 12  # rows of what is named one by one
 MOST_PANELS = 24
@@ -129,15 +129,15 @@ def _ops(results: Found) -> str:
         row |= {"GB/s": u["bandwidth"] / 1e9, "of copy": _percent(u["of_copy"])}
         share = u["of_datasheet_flops"] or u["of_datasheet"]
         row |= {"of datasheet": None if share is None else _percent(share)}
-        row |= {f"x {rival}": ratio for rival, ratio in u["ratios"].items()}
+        row |= {f"x {baseline}": ratio for baseline, ratio in u["ratios"].items()}
         calls = u["calls"].get(u["backend"])
         row["call us"] = None if calls is None else calls["median"] * 1e6
         rows.append(row | {"parity": "ok" if u["parity"] else "FAILED"})
-        lost += [f"{name}: {rival} {x:.2f}x" for rival, x in u["ratios"].items() if x < 1]
+        lost += [f"{name}: {baseline} {x:.2f}x" for baseline, x in u["ratios"].items() if x < 1]
     if not rows:
         return ""
     note = "Times of the work itself (graphs over rotated buffers on a GPU); `x` is how many times "
-    lines = ["## Ops", "", note + "faster than the rival.", "", markdown(rows), ""]
+    lines = ["## Ops", "", note + "faster than the baseline.", "", markdown(rows), ""]
     return "\n".join(lines + _losses(lost))
 
 
@@ -225,6 +225,6 @@ def draw(results: Found, folder: Path) -> list[str]:
 
 def _op_panel(name: str, u: Found) -> Found:
     """An op's bytes a second by each way, as the least bytes that it must move take so long."""
-    taken = {"ours": u["time"], **u["rivals"]}
+    taken = {"ours": u["time"], **u["baselines"]}
     rates = {who: u["nbytes"] / t["median"] / 1e9 for who, t in taken.items()}
     return {"task": name, "rates": rates, "ceiling": u["nbytes"] / u["copy"]["median"] / 1e9}

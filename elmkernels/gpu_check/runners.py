@@ -10,7 +10,7 @@ from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
 from ..backends import SDPA
 from ..bench.runners import COMPILED, EAGER, OURS, Run, Runner, Task
-from ..bench.torch_baseline import FairOpenELM
+from ..bench.torch_baseline import TorchBaseline
 from ..generation.cuda_graph import BUCKET
 from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
@@ -18,14 +18,14 @@ from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from ..testing.model_parity import twin
 
-FAIR, COMPILED_FAIR, GRAPH = "fair eager", "compiled", "swapped, graph"
+TORCH, COMPILED_FAIR, GRAPH = "torch baseline", "compiled", "accelerated, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"
-ONE_LAUNCH = "swapped, one launch"
+ONE_LAUNCH = "accelerated, one launch"
 # The same by weights in other forms, by the names of `runners.compress`. Only those of a packed
 # one are the same weights.
-OTHER_FORMS = {form: f"{ONE_LAUNCH}, {form}" for form in ("int8", "int4", "packed")}
-QUANTISED = (OTHER_FORMS["int8"], OTHER_FORMS["int4"])
-# Names of rivals that hold other weights: their tokens are not compared.
+OTHER_FORMS = {form: f"{ONE_LAUNCH}, {form}" for form in ("int8", "int4", "packed12")}
+QUANTIZED = (OTHER_FORMS["int8"], OTHER_FORMS["int4"])
+# Names of baselines that hold other weights: their tokens are not compared.
 OLMO, COMPILED_OLMO = "OLMo-1B eager", "OLMo-1B compiled"
 
 
@@ -35,20 +35,20 @@ def room_for(task: Task, model: OpenELM) -> int:
     return min(wanted, model.config.rope_max_length)
 
 
-class FairRunner(Runner):
-    """`FairOpenELM`; options: those of `torch.compile`, None for eager."""
+class TorchBaselineRunner(Runner):
+    """`TorchBaseline`; options: those of `torch.compile`, None for eager."""
 
     def __init__(self, model: OpenELM, options: dict[str, Any] | None = None) -> None:
         self.model, self.options = model, options
-        self.name = FAIR if options is None else COMPILED_FAIR
+        self.name = TORCH if options is None else COMPILED_FAIR
         self.kind, self.facts = EAGER if options is None else COMPILED, {}
 
     def run(self, task: Task) -> Run:
         """Compiled for the shapes of this task alone, when it is called first."""
         prompts, length = task.prompts, task.prompts.shape[1]
-        fair = FairOpenELM(self.model, prompts.shape[0], room_for(task, self.model))
+        torch = TorchBaseline(self.model, prompts.shape[0], room_for(task, self.model))
         positions = torch.arange(length, device=prompts.device)
-        call = self._compiled(fair)
+        call = self._compiled(torch)
 
         @torch.inference_mode()
         def prefill() -> list[list[int]]:
@@ -57,7 +57,7 @@ class FairRunner(Runner):
         if not task.steps:
             return prefill
         with torch.inference_mode():
-            first = fair(prompts, positions).argmax(-1)
+            first = torch(prompts, positions).argmax(-1)
 
         @torch.inference_mode()
         def decode() -> list[list[int]]:
@@ -75,14 +75,14 @@ class FairRunner(Runner):
             torch.compiler.cudagraph_mark_step_begin()
         return call(tokens[:, None], at, seen).argmax(-1)
 
-    def _compiled(self, fair: FairOpenELM) -> Callable:
+    def _compiled(self, torch: TorchBaseline) -> Callable:
         if self.options is None:
-            return fair
-        return torch.compile(fair, fullgraph=True, dynamic=False, **self.options)
+            return torch
+        return torch.compile(torch, fullgraph=True, dynamic=False, **self.options)
 
 
 def with_sdpa(model: OpenELM) -> OpenELM:
-    """A swapped model's twin with torch's attention."""
+    """A accelerated model's twin with torch's attention."""
     model = twin(model)
     for layer in model.layers:
         layer.attn.attention_backend = SDPA
@@ -90,20 +90,21 @@ def with_sdpa(model: OpenELM) -> OpenELM:
 
 
 def with_cublas(model: OpenELM) -> OpenELM:
-    """A swapped model's twin whose products are torch's, for few rows too."""
+    """A accelerated model's twin whose products are torch's, for few rows too."""
     model = twin(model)
     accelerate(model, plan=Plan(streamed=False))
     return model
 
 
 class DecoderRunner(Runner):
-    """A swapped model by one of the ways of `decoding`; captured: False, as on a CPU, calls the
+    """A accelerated model by one of the modes of `decoding`; captured: False, as on a CPU, calls
+    the
     same steps instead.
     """
 
-    def __init__(self, name: str, model: OpenELM, way: str, captured: bool) -> None:
+    def __init__(self, name: str, model: OpenELM, mode: str, captured: bool) -> None:
         self.name, self.kind, self.facts = name, OURS, {}
-        self.model, self.way, self.captured = model, way, captured
+        self.model, self.mode, self.captured = model, mode, captured
 
     def run(self, task: Task) -> Run:
         """The decoding of a task; what it needs is captured by the first call."""
@@ -112,7 +113,7 @@ class DecoderRunner(Runner):
         room, device = room_for(task, self.model), prompts.device
         dtype = self.model.activation_dtype
         cache = KVCache(self.model.config, batch, room, dtype=dtype, device=device)
-        decoder = Decoder(self.model, cache, self.way, captured=self.captured)
+        decoder = Decoder(self.model, cache, self.mode, captured=self.captured)
         with torch.inference_mode():
             logits = self.model(prompts, cache=cache, logits_to_keep=1)[:, -1]
         held = [[]] * batch

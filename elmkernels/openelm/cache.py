@@ -3,7 +3,7 @@
 Layer-wise scaling gives each layer its own number of key/value heads, so each has its own share of
 the buffer (`formats.Arena`): room for the widest layer everywhere would waste a quarter to a third.
 
-Keys are stored normalised and rotated: a token's position never changes, so nothing is ever
+Keys are stored normalized and rotated: a token's position never changes, so nothing is ever
 recomputed or moved. Nor is anything copied to grow: on a CPU the buffer is reserved address space,
 whose pages the system hands out, zeroed, as tokens are written to them. Memory follows the tokens
 and `max_length` may as well be the model's limit. Elsewhere the buffer is allocated whole.

@@ -26,17 +26,17 @@ from torch import Tensor, nn
 
 from ..devices import check_here
 from ..weights.affine import check_scheme
-from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed
-from ..weights.packed12 import check_packed
+from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed12
+from ..weights.packed12 import check_packed12
 from . import storage
-from .compressed import Compressed, packed_module, quantized_module, weight_of
+from .compressed import Compressed, packed12_module, quantized_module, weight_of
 from .config import VARIANTS, OpenELMConfig
 from .progress import progress
 from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 
 _CONFIG = "config.json"
 _PACKED = {"format": "packed12", "version": 1}
-_MARKS = {Affine: "scales", Packed: "packed"}  # the tensor that only this form has
+_MARKS = {Affine: "scales", Packed12: "packed"}  # the tensor that only this form has
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load(
 ) -> Loaded:
     """The parts of a Hugging Face folder, or of one CoreNet (.pt) or safetensors file with its
     `config`: an OpenELMConfig, a CoreNet YAML (parsed or its path) or a variant's name. Weights
-    keep their stored dtype unless `dtype` is given; of quantised ones that is the dtype of scales
+    keep their stored dtype unless `dtype` is given; of quantized ones that is the dtype of scales
     and biases, and packed ones are bfloat16 and nothing else.
     """
     path = Path(path)
@@ -108,13 +108,13 @@ def _take_module(
     if scheme != _PACKED:
         parts = (weights.pop(f"{name}.{part}") for part in ("weight", "scales", "biases"))
         return quantized_module(name, Affine(*parts, scheme["bits"], scheme["group_size"]))
-    parts = (weights.pop(f"{name}.{part}") for part in _parts(Packed, (1, columns), scheme))
-    packed = Packed(*parts, columns)
+    parts = (weights.pop(f"{name}.{part}") for part in _parts(Packed12, (1, columns), scheme))
+    packed = Packed12(*parts, columns)
     try:
-        check_packed(packed)
+        check_packed12(packed)
     except ValueError as error:
         raise ValueError(f"{path}: {name} is damaged: {error}") from error
-    made = packed_module(name, packed)
+    made = packed12_module(name, packed)
     made.dtype = weights["norm.weight"].dtype
     return made
 
@@ -125,7 +125,7 @@ def save(
     """Write a Hugging Face folder, in place of a checkpoint that is already there, even of the one
     that the model is mapped from. A file over max_shard_bytes is split between tensors.
 
-    A quantised model's folder is MLX's as well: `mlx_lm` loads it.
+    A quantized model's folder is MLX's as well: `mlx_lm` loads it.
     """
     folder = Path(path)
     if max_shard_bytes is not None and max_shard_bytes < 1:
@@ -172,26 +172,26 @@ def _folder_config(folder: Folder) -> tuple[OpenELMConfig, dict[str, Any] | None
 
 def _scheme(values: Mapping[str, Any]) -> dict[str, Any] | None:
     """What config.json says of compression, if anything."""
-    quantised, ours = values.get("quantization"), values.get("elmkernels")
-    if quantised is not None and ours is not None:
+    quantized, ours = values.get("quantization"), values.get("elmkernels")
+    if quantized is not None and ours is not None:
         raise ValueError("`quantization` and `elmkernels` exclude each other, both are given")
     if ours is not None:
         if ours != _PACKED:
             raise ValueError(f"elmkernels must be {_PACKED}, got {ours!r}")
         return _PACKED
-    if quantised is None:
+    if quantized is None:
         return None
-    if not isinstance(quantised, Mapping) or not {"bits", "group_size"} <= quantised.keys():
-        raise ValueError(f"quantization must have bits and group_size, got {quantised!r}")
-    mode = quantised.get("mode", "affine")
-    others = sorted(quantised.keys() - {"bits", "group_size", "mode"})
+    if not isinstance(quantized, Mapping) or not {"bits", "group_size"} <= quantized.keys():
+        raise ValueError(f"quantization must have bits and group_size, got {quantized!r}")
+    mode = quantized.get("mode", "affine")
+    others = sorted(quantized.keys() - {"bits", "group_size", "mode"})
     if mode != "affine" or others:
         raise ValueError(
             "quantization must be of mode 'affine' and the same for every matrix, "
             f"got {mode!r}{', and ' * bool(others)}{', '.join(others)}"
         )
-    check_scheme(quantised["bits"], quantised["group_size"])
-    return {"group_size": quantised["group_size"], "bits": quantised["bits"]}
+    check_scheme(quantized["bits"], quantized["group_size"])
+    return {"group_size": quantized["group_size"], "bits": quantized["bits"]}
 
 
 def _given_config(config: Any, path: Path) -> OpenELMConfig:
@@ -233,7 +233,7 @@ def _expected(
 ) -> dict[str, tuple[tuple[int | None, ...], str | None]]:
     """Every tensor that must be there, as `_parts` says it, given the names of those that are."""
     expected = {}
-    form = None if scheme is None else Packed if scheme == _PACKED else Affine
+    form = None if scheme is None else Packed12 if scheme == _PACKED else Affine
     found = set()
     for name, shape in config.parameter_shapes().items():
         module = name.removesuffix(".weight")
@@ -246,7 +246,7 @@ def _expected(
             parts = _parts(form, shape, scheme)
             expected |= {f"{module}.{part}": value for part, value in parts.items()}
     for other in found - {form}:
-        what, word = {Affine: ("quantised", "quantization"), Packed: ("packed", "elmkernels")}[
+        what, word = {Affine: ("quantized", "quantization"), Packed12: ("packed", "elmkernels")}[
             other
         ]
         raise ValueError(f"{path} holds {what} weights, but no {_CONFIG} with `{word}`")
@@ -309,7 +309,7 @@ def _scheme_to_save(model: nn.Module) -> dict[str, Any]:
     schemes = []
     for name, module in _compressed(model).items():
         weight = module.compressed()
-        if isinstance(weight, Packed):
+        if isinstance(weight, Packed12):
             scheme = {"elmkernels": _PACKED}
         else:
             values = {"group_size": weight.group_size, "bits": weight.bits}

@@ -1,4 +1,4 @@
-"""Modules whose weight is compressed: what quantised and packed projections and embeddings share.
+"""Modules whose weight is compressed: what quantized and packed projections and embeddings share.
 
     Linear     y = x w^T      dx = dy w
     Embedding  y = w[ids], and as the tied head y = x w^T
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
-from ..weights.formats import Affine, Packed, Weight
+from ..weights.formats import Affine, Packed12, Weight
 
 
 def weight_of(module: nn.Module) -> Weight:
@@ -26,13 +26,13 @@ def gather_rows(weight: Weight, ids: Tensor) -> Weight:
     if isinstance(weight, Affine):
         q = weight.q.view(torch.int32)[ids].view(torch.uint32)  # torch can't index uint32
         return Affine(q, weight.scales[ids], weight.biases[ids], weight.bits, weight.group_size)
-    if isinstance(weight, Packed):
+    if isinstance(weight, Packed12):
         begin = weight.escape_starts[ids]
         counts = weight.escape_starts[ids + 1] - begin
         starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         found = torch.repeat_interleave(begin - starts[:-1], counts)
         found += torch.arange(found.shape[0], dtype=found.dtype, device=found.device)
-        return Packed(
+        return Packed12(
             weight.data[ids],
             weight.exponents,
             starts,
@@ -70,7 +70,7 @@ def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    if x.dtype == torch.float64 or (isinstance(weight, Packed) and x.dtype != weight.dtype):
+    if x.dtype == torch.float64 or (isinstance(weight, Packed12) and x.dtype != weight.dtype):
         return _Product.apply(x, weight)
     return linear(x, weight, backend=backend)
 
@@ -80,14 +80,14 @@ class Compressed(nn.Module):
 
     names: tuple[str, ...]
 
-    def __init__(self, weight: Affine | Packed) -> None:
+    def __init__(self, weight: Affine | Packed12) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         # What the output of an embedding is cast to: follows model.to(dtype) like a Parameter.
         self.dtype = weight.dtype
         self.backend: str | None = None  # of `ops.linear`; `accelerate` names one
 
-    def compressed(self) -> Affine | Packed:
+    def compressed(self) -> Affine | Packed12:
         """The weight, whose tensors are this module's buffers."""
         raise NotImplementedError
 
@@ -146,11 +146,11 @@ class Quantized(Compressed):
 
 
 class QuantizedLinear(Quantized, CompressedLinear):
-    """A projection by a quantised weight."""
+    """A projection by a quantized weight."""
 
 
 class QuantizedEmbedding(Quantized, CompressedEmbedding):
-    """Token embeddings by a quantised weight, and the tied head's weight."""
+    """Token embeddings by a quantized weight, and the tied head's weight."""
 
 
 def quantized_module(name: str, weight: Affine) -> QuantizedLinear | QuantizedEmbedding:
@@ -158,12 +158,12 @@ def quantized_module(name: str, weight: Affine) -> QuantizedLinear | QuantizedEm
     return (QuantizedEmbedding if name == "token_embeddings" else QuantizedLinear)(weight)
 
 
-class PackedModule(Compressed):
+class Packed12Module(Compressed):
     """Buffers named as in a checkpoint. They stay what they are when the model is cast."""
 
     names = ("packed", "exponents", "escape_starts", "escape_columns", "escape_values")
 
-    def __init__(self, weight: Packed) -> None:
+    def __init__(self, weight: Packed12) -> None:
         super().__init__(weight)
         tensors = (
             weight.data,
@@ -175,8 +175,8 @@ class PackedModule(Compressed):
         for name, tensor in zip(self.names, tensors, strict=True):
             self.register_buffer(name, tensor)
 
-    def compressed(self) -> Packed:
-        return Packed(*(getattr(self, name) for name in self.names), self.in_features)
+    def compressed(self) -> Packed12:
+        return Packed12(*(getattr(self, name) for name in self.names), self.in_features)
 
     def _apply(self, fn, recurse=True):
         before = self.escape_values
@@ -194,14 +194,14 @@ class PackedModule(Compressed):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class PackedLinear(PackedModule, CompressedLinear):
+class Packed12Linear(Packed12Module, CompressedLinear):
     """A projection by a packed weight."""
 
 
-class PackedEmbedding(PackedModule, CompressedEmbedding):
+class Packed12Embedding(Packed12Module, CompressedEmbedding):
     """Token embeddings by a packed weight, and the tied head's weight."""
 
 
-def packed_module(name: str, weight: Packed) -> PackedLinear | PackedEmbedding:
+def packed12_module(name: str, weight: Packed12) -> Packed12Linear | Packed12Embedding:
     """The module of a model's matrix, by its name in the model."""
-    return (PackedEmbedding if name == "token_embeddings" else PackedLinear)(weight)
+    return (Packed12Embedding if name == "token_embeddings" else Packed12Linear)(weight)

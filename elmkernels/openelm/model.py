@@ -48,7 +48,7 @@ class OpenELM(nn.Module):
         self.gradient_checkpointing: bool | Collection[int] = False
         device = torch.get_default_device() if device is None else torch.device(device)
         check_here(device)
-        # Built on "meta" first, so that nn.Linear's own initialisation costs nothing.
+        # Built on "meta" first, so that nn.Linear's own initialization costs nothing.
         with torch.device("meta"):
             # Not nn.Embedding(): its normal_() on "meta" imports half of torch, a second or two.
             self.token_embeddings = nn.Embedding.from_pretrained(
@@ -86,7 +86,7 @@ class OpenELM(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "OpenELM":
-        """A freshly initialised model; the same seed gives the same weights."""
+        """A freshly initialized model; the same seed gives the same weights."""
         return cls(config, seed=seed, dtype=dtype, device=device)
 
     @classmethod

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .. import reference
 from ..backends import REFERENCE, choose, kernel
 from ..weights.checks import parts, rows_of
-from ..weights.formats import Packed, Weight
+from ..weights.formats import Packed12, Weight
 
 # Below what the C library maps anew, zeroed, at every call: page faults there cost more
 # than a larger block gains.
@@ -31,7 +31,7 @@ def dense_rows(
     if isinstance(weight, Tensor):
         return weight[begin:end].to(dtype)
     backend = choose("linear", weight.device.type, backend)
-    kernel_dtype = torch.bfloat16 if isinstance(weight, Packed) else dtype
+    kernel_dtype = torch.bfloat16 if isinstance(weight, Packed12) else dtype
     if backend == REFERENCE or kernel_dtype == torch.float64:
         return reference.dense(rows_of(weight, begin, end), dtype)
     like = torch.empty(0, dtype=kernel_dtype, device=weight.device)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import REFERENCE, define, kernel
-from ..checks import floating, last_dim_packed, like, shape
+from ..checks import floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_weight
 from ._rows_choice import rows_backend
 
@@ -46,9 +46,9 @@ class _AddRMSNorm(torch.autograd.Function):
         total, weight = ctx.saved_tensors
         if dnormed is None:
             return dsum, dsum, None, None, None
-        dsum = None if dsum is None else last_dim_packed(dsum)
+        dsum = None if dsum is None else last_dim_contiguous(dsum)
         dx, dweight = kernel("add_rms_norm_bwd", ctx.backend)(
-            last_dim_packed(dnormed), dsum, total, weight, ctx.eps
+            last_dim_contiguous(dnormed), dsum, total, weight, ctx.eps
         )
         return dx, dx, dweight, None, None
 
@@ -56,7 +56,7 @@ class _AddRMSNorm(torch.autograd.Function):
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition and RMS normalisation: returns (normed, sum), as CoreNet rounds them.
+    """Residual addition and RMS normalization: returns (normed, sum), as CoreNet rounds them.
 
     x, residual: [..., n] of one dtype (float32, bfloat16 or float16) and shape, any strides.
     weight: [n] in that dtype or float32. Both results are [..., n], contiguous, in x's dtype.
@@ -71,7 +71,7 @@ def add_rms_norm(
     backend = rows_backend("add_rms_norm", backend, x, residual, weight)
     if backend == REFERENCE:
         return reference.add_rms_norm(x, residual, weight, eps)
-    x, residual = last_dim_packed(x), last_dim_packed(residual)
+    x, residual = last_dim_contiguous(x), last_dim_contiguous(residual)
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or weight.requires_grad
     ):

@@ -2,7 +2,7 @@
 
 Scores, the softmax and every sum are float32; in bfloat16, where the processor multiplies pairs of
 it, the weights are rounded before they meet v, as flash attention does. No mask is ever built, and
-padding and what lies beyond a row's end are never read; of packed documents no pair of two is
+padding and what lies beyond a row's end are never read; of varlen documents no pair of two is
 ever scored. Backward, from the saved lse,
     p = exp(scale q k^T - lse), dv = p^T dout, ds = p (dout v^T - rowsum(dout out)),
     dq = scale ds k, dk = scale ds^T q.
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import PREFERENCE, REFERENCE, SDPA, define, kernel
-from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_packed, like, within
+from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ._attention_choice import attention_backend, kind_of
 from ._sdpa import by_sdpa
 
@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         grads = kernel("attention_bwd", ctx.backend)(
-            last_dim_packed(dout), *ctx.saved_tensors, ctx.scale
+            last_dim_contiguous(dout), *ctx.saved_tensors, ctx.scale
         )
         return *grads, None, None, None, None, None
 
@@ -133,7 +133,8 @@ def attention(
     """Causal grouped-query attention; query i of row b sees the keys 0..offsets[b] + i.
 
     q: [batch, lq, q_heads, head_dim]; k, v: [batch, lk, kv_heads, head_dim], lk >= lq, any strides
-    with a packed head_dim; key_mask: bool [batch, lk], False for padding; offsets: int64 [batch],
+    with a contiguous head_dim; key_mask: bool [batch, lk], False for padding; offsets: int64
+    [batch],
     each in [0, lk - lq], the place among the keys of a row's first query (None: lk - lq), beyond
     whose last query keys may be anything; scale: above 0, head_dim^-0.5 by default.
     cu_seqlens: int64 [documents + 1], rising from 0 to lk: the one row (batch 1, lq == lk, neither
@@ -150,12 +151,12 @@ def attention(
     if not plain or scale is not None:
         _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)
         key_mask = None if key_mask is None else key_mask.bool()
-        cu_seqlens = None if cu_seqlens is None else last_dim_packed(cu_seqlens)
+        cu_seqlens = None if cu_seqlens is None else last_dim_contiguous(cu_seqlens)
     if backend == REFERENCE or q.numel() == 0:
         return reference.attention(q, k, v, key_mask, scale, offsets, cu_seqlens)
     if backend == SDPA:
         return by_sdpa(q, k, v, key_mask, offsets, cu_seqlens, scale)
-    q, k, v = last_dim_packed(q), last_dim_packed(k), last_dim_packed(v)
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     sight = key_mask, offsets, cu_seqlens, q.shape[3] ** -0.5 if scale is None else scale
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, *sight, backend)

@@ -141,7 +141,7 @@ def decode_step(
 
     tokens, positions: int64 [batch], batch up to MAX_BATCH; row b's token goes to position (and
     slot) positions[b] and sees the positions before. arena: its keys and values, in the dtype of
-    the norms. Weights may be plain, `Affine` or `Packed`. Returns [batch, vocab_size].
+    the norms. Weights may be plain, `Affine` or `Packed12`. Returns [batch, vocab_size].
     chosen: int64 [batch], contiguous, receives the most likely token of each row, as torch.argmax
     finds it: the first of the largest, NaN being the largest. It may be `tokens` itself.
     Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.

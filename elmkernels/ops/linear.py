@@ -1,4 +1,4 @@
-"""linear: y = x w^T for a weight that is plain, affine-quantised or packed (see `formats`).
+"""linear: y = x w^T for a weight that is plain, affine-quantized or packed (see `formats`).
 
 Before it maybe a norm, x' = rms_norm(x, norm); after it maybe swiglu(y) or residual + y, each
 rounded as it is on its own.
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backends import REFERENCE, choose, define, kernel, optional_kernel
-from ..checks import fail, floating, last_dim_packed, like, shape
+from ..checks import fail, floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_norm
 from ..weights.checks import check_weight, parts
 from ..weights.formats import Affine, Weight
@@ -69,7 +69,7 @@ def linear(
     """Product with a weight in any form.
 
     x: [..., k] float32, bfloat16 or float16, any strides. weight: a tensor [n, k] of x's dtype, an
-    `Affine` (scales in any of the dtypes) or a `Packed` (x must be bfloat16). norm: [k] in x's
+    `Affine` (scales in any of the dtypes) or a `Packed12` (x must be bfloat16). norm: [k] in x's
     dtype or float32, x's RMS norm's (with eps). swiglu: the weight is [gate | up], n is even.
     residual: [..., n] in x's dtype, what the product is added to; not together with swiglu.
     Returns [..., n] (swiglu: n / 2), contiguous, in x's dtype; sums are float32.
@@ -85,13 +85,13 @@ def linear(
     streamed = not wants and 0 < rows <= MAX_ROWS and x.numel() and weight.shape[0]
     around = swiglu or norm is not None or residual is not None
     if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
-        residual = None if residual is None else last_dim_packed(residual)
-        x, found = last_dim_packed(x), parts(_packed_rows(weight))
+        residual = None if residual is None else last_dim_contiguous(residual)
+        x, found = last_dim_contiguous(x), parts(_packed_rows(weight))
         return fused(x, *found, norm, eps, swiglu, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps, backend=backend)
     if streamed:
-        y = kernel("linear_fwd", chosen)(last_dim_packed(x), *parts(_packed_rows(weight)))
+        y = kernel("linear_fwd", chosen)(last_dim_contiguous(x), *parts(_packed_rows(weight)))
     else:
         y = _torch_product(x, weight, wants, chosen)
     if swiglu:
@@ -106,7 +106,7 @@ def _torch_product(x: Tensor, weight: Weight, wants: bool, backend: str) -> Tens
 
 
 def _packed_rows(weight: Weight) -> Weight:
-    return last_dim_packed(weight) if isinstance(weight, Tensor) else weight
+    return last_dim_contiguous(weight) if isinstance(weight, Tensor) else weight
 
 
 def _check(

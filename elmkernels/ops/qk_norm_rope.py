@@ -1,4 +1,4 @@
-"""qk_norm_rope: split the fused projection q | k | v, RMS-normalise q and k, rotate both.
+"""qk_norm_rope: split the fused projection q | k | v, RMS-normalize q and k, rotate both.
 
 For a head x of q or k: u = round(x * rstd) * weight, then on its halves (a, b)
     y = round(a cos - b sin), round(b cos + a sin), in float32 between the roundings.
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import REFERENCE, define, kernel
-from ..checks import broadcastable, fail, floating, integers, last_dim_packed, positive, within
+from ..checks import broadcastable, fail, floating, integers, last_dim_contiguous, positive, within
 from ..checks import shape as check_shape
 from ..checks import weight as check_weight
 from ._rows_choice import rows_backend
@@ -72,7 +72,7 @@ class _QKNormRope(torch.autograd.Function):
     def backward(ctx, dq, dk, dv):
         qkv, q_weight, k_weight, positions, table = ctx.saved_tensors
         dqkv, dq_weight, dk_weight = kernel("qk_norm_rope_bwd", ctx.backend)(
-            last_dim_packed(dq), last_dim_packed(dk), last_dim_packed(dv),
+            last_dim_contiguous(dq), last_dim_contiguous(dk), last_dim_contiguous(dv),
             qkv, q_weight, k_weight, positions, table, ctx.eps,
         )  # fmt: skip
         dq_weight = None if q_weight is None else dq_weight
@@ -155,7 +155,7 @@ def qk_norm_rope(
     q_weight, k_weight: [head_dim] in qkv's dtype or float32, or both None (no QK norm).
     positions: int64, broadcastable to qkv.shape[:-1]; one per token, so that ragged and padded
     batches work. On a CPU a position outside the table is an error; on a GPU, where the check
-    would cost a synchronisation, its q and k are NaN.
+    would cost a synchronization, its q and k are NaN.
     rope_table: float32 [table_length, head_dim] from `rope_table()`.
     Returns q [..., q_heads, head_dim], k and v [..., kv_heads, head_dim]; v is a view of qkv.
     With k_cache and v_cache [batch, max_length, kv_heads, head_dim] and slots (int64,
@@ -180,7 +180,7 @@ def qk_norm_rope(
             qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table, eps,
             k_cache, v_cache, slots,
         )  # fmt: skip
-    qkv = last_dim_packed(qkv)
+    qkv = last_dim_contiguous(qkv)
     if flat:
         qkv = qkv.unsqueeze(0)
     if positions.shape != qkv.shape[:2]:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import REFERENCE, define, kernel
-from ..checks import floating, last_dim_packed
+from ..checks import floating, last_dim_contiguous
 from ..checks import weight as check_weight
 from ._rows_choice import rows_backend
 
@@ -39,12 +39,14 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx, dweight = kernel("rms_norm_bwd", ctx.backend)(last_dim_packed(dy), x, weight, ctx.eps)
+        dx, dweight = kernel("rms_norm_bwd", ctx.backend)(
+            last_dim_contiguous(dy), x, weight, ctx.eps
+        )
         return dx, dweight, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
-    """RMS normalisation over the last dimension, as CoreNet's `rms_norm.py` rounds it.
+    """RMS normalization over the last dimension, as CoreNet's `rms_norm.py` rounds it.
 
     x: [..., n] float32, bfloat16 or float16, any strides (a last dimension of stride other than 1
     is copied). weight: [n] in x's dtype or float32. Returns [..., n], contiguous, in x's dtype.
@@ -57,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
     backend = rows_backend("rms_norm", backend, x, weight)
     if backend == REFERENCE:
         return reference.rms_norm(x, weight, eps)
-    x = last_dim_packed(x)
+    x = last_dim_contiguous(x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps, backend)
     return kernel("rms_norm_fwd", backend)(x, weight, eps)

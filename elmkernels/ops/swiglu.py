@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import REFERENCE, choose, define, kernel
-from ..checks import fail, floating, last_dim_packed
+from ..checks import fail, floating, last_dim_contiguous
 
 define(
     "swiglu",
@@ -36,7 +36,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
-        return kernel("swiglu_bwd", ctx.backend)(last_dim_packed(dy), gate_up), None
+        return kernel("swiglu_bwd", ctx.backend)(last_dim_contiguous(dy), gate_up), None
 
 
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     backend = choose("swiglu", gate_up.device.type, backend)
     if backend == REFERENCE:
         return reference.swiglu(gate_up)
-    gate_up = last_dim_packed(gate_up)
+    gate_up = last_dim_contiguous(gate_up)
     if gate_up.requires_grad and torch.is_grad_enabled():
         return _SwiGLU.apply(gate_up, backend)
     return kernel("swiglu_fwd", backend)(gate_up)

@@ -1,7 +1,7 @@
 """softmax(scale q k^T) v with a causal mask, each key/value head shared by a group of query heads.
 
 Query i of row b sees the keys 0..offsets[b] + i; without offsets the last query sees every key. Of
-packed documents it sees its own alone. A query that sees no key (padding) gives zeros.
+varlen documents it sees its own alone. A query that sees no key (padding) gives zeros.
 """
 
 import torch

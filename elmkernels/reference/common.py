@@ -1,4 +1,4 @@
-"""Packed sequences: documents one after another, document d the tokens cu_seqlens[d] to
+"""Packed12 sequences: documents one after another, document d the tokens cu_seqlens[d] to
 cu_seqlens[d + 1]."""
 
 import torch

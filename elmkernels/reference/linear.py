@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..weights.formats import SEGMENT_COLUMNS, Affine, Packed, Weight
+from ..weights.formats import SEGMENT_COLUMNS, Affine, Packed12, Weight
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated
 
@@ -16,7 +16,7 @@ def dense(weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
     """The matrix [n, k] that a weight stands for, in `dtype` (None: its own)."""
     if isinstance(weight, Affine):
         weight = _affine(weight, dtype)
-    elif isinstance(weight, Packed):
+    elif isinstance(weight, Packed12):
         weight = _packed(weight)
     return weight if dtype is None else weight.to(dtype)
 
@@ -32,7 +32,7 @@ def _affine(w: Affine, dtype: torch.dtype | None) -> Tensor:
     return exact.flatten(1).to(dtype or w.dtype)
 
 
-def _packed(w: Packed) -> Tensor:
+def _packed(w: Packed12) -> Tensor:
     n, segments, _ = w.data.shape
     bytes_, codes = w.data.int().split((SEGMENT_COLUMNS, SEGMENT_COLUMNS // 2), dim=-1)
     codes = torch.cat((codes & 15, codes >> 4), dim=-1)

@@ -1,6 +1,6 @@
-"""Split a fused projection into q, k, v by its head counts; RMS-normalise and rotate q and k.
+"""Split a fused projection into q, k, v by its head counts; RMS-normalize and rotate q and k.
 
-The projection's columns are q | k | v, head after head. q and k are normalised over head_dim
+The projection's columns are q | k | v, head after head. q and k are normalized over head_dim
 (one weight shared by the heads; optional), then rotated by half-split RoPE in float32:
 (a, b) -> (a cos - b sin, b cos + a sin) for the two halves a, b of a head. v is a view.
 """

@@ -1,6 +1,6 @@
 """y = round(x * rsqrt(mean(x^2) + eps)) * weight, with round() to the dtype of x.
 
-The statistics are taken in float32 (float64 for float64 inputs); the normalised row is rounded
+The statistics are taken in float32 (float64 for float64 inputs); the normalized row is rounded
 to the input's dtype *before* it meets the weight, as in CoreNet's `rms_norm.py`.
 """
 

@@ -1,9 +1,9 @@
-"""Whether a whole swapped model computes what the reference model computes, on a few tokens.
+"""Whether a whole accelerated model computes what the reference model computes, on a few tokens.
 
 The same, already rounded weights and token ids go through three models: the reference in a wider
 dtype (truth: float64 for float32, float32 for the half types), the reference in the working dtype
-(the yardstick) and the swapped one. Its logits, the loss of every token and the gradient of every
-parameter are held to the rule of `testing.parity`:
+(the yardstick) and the accelerated one. Its logits, the loss of every token and the gradient of
+every parameter are held to the rule of `testing.parity`:
 
     max error <= 2 x yardstick's + 1 ulp of the largest truth
     rms error <= 1.5 x yardstick's + 4 eps32 x truth's rms
@@ -13,16 +13,16 @@ sample of it: now and then its own yardstick is small by luck. So the yardstick 
 never taken below the largest, relative to truth, of its kind over the layers. The mean loss is one
 number, whose yardstick luck can make 0: the losses are compared token by token, which bounds it.
 
-In float32 the projections of the swapped model may run in another library than the reference's,
+In float32 the projections of the accelerated model may run in another library than the reference's,
 which sums thousands of products in another order and with a larger error (oneDNN's against MKL's).
 Where they do, float32 may take 4 x the yardstick in both rules.
 
 Logits come from three passes: with gradients, without, and token by token through a cache. Losses
-and gradients are those of `loss`, which the swapped model computes without logits. Greedy
+and gradients are those of `loss`, which the accelerated model computes without logits. Greedy
 tokens must be the reference's up to a tie: where they part for the first time, the two tokens'
 logits in the reference may differ by no more than the errors allowed to two logits.
 
-Where memory can't hold truth, there is a weaker rule, named in the result: the swapped model is
+Where memory can't hold truth, there is a weaker rule, named in the result: the accelerated model is
 held to the reference in the working dtype, and both the rms and the largest difference may be
 32 eps (half types) or 256 eps (float32) of the reference's; that is about four times by how much
 two correct computations of OpenELM-270M differ. It finds a wrong kernel, not a careless rounding.
@@ -71,7 +71,7 @@ class Greedy:
 
 @dataclass(frozen=True)
 class ModelParity:
-    """The verdict on a swapped model in one dtype."""
+    """The verdict on a accelerated model in one dtype."""
 
     dtype: str
     truth: str | None
@@ -121,7 +121,7 @@ class ModelParity:
 
 
 def twin(model: OpenELM) -> OpenELM:
-    """A copy of the modules that shares the Parameters: to be swapped beside the original."""
+    """A copy of the modules that shares the Parameters: to be accelerated beside the original."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
@@ -155,11 +155,12 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_model(
-    reference: OpenELM, swapped: OpenELM, input_ids: Tensor, steps: int,
+    reference: OpenELM, accelerated: OpenELM, input_ids: Tensor, steps: int,
     plan: Plan | None = None, truth: bool | None = None,
 ) -> ModelParity:  # fmt: skip
-    """Compare a model with its swapped `twin` on input_ids [batch, length] and on `steps` greedy
-    tokens. plan: the routines of the swapped model's projections; None for F.linear everywhere.
+    """Compare a model with its accelerated `twin` on input_ids [batch, length] and on `steps`
+    greedy
+    tokens. plan: the routines of the accelerated model's projections; None for F.linear everywhere.
     truth: whether to compute it; None for wherever memory holds it.
     """
     dtype = reference.token_embeddings.weight.dtype
@@ -169,10 +170,10 @@ def check_model(
         truth = free is None or needed <= free
     expected = _everything(_widened(reference), input_ids) if truth else None
     yardstick = _everything(reference, input_ids)
-    got = _everything(swapped, input_ids)
+    got = _everything(accelerated, input_ids)
     losses = {
         name: float(found["token losses"].double().mean())
-        for name, found in (("truth", expected), ("eager", yardstick), ("swapped", got))
+        for name, found in (("truth", expected), ("eager", yardstick), ("accelerated", got))
         if found is not None
     }
     if truth:
@@ -197,7 +198,7 @@ def check_model(
         tuple(input_ids.shape),
         comparisons,
         losses,
-        _compare_greedy(reference, swapped, input_ids, steps, allowed),
+        _compare_greedy(reference, accelerated, input_ids, steps, allowed),
     )
 
 
@@ -312,9 +313,9 @@ def _judged(c: Comparison, too_far: str) -> Comparison:
 
 @torch.inference_mode()
 def _compare_greedy(
-    reference: OpenELM, swapped: OpenELM, prompt: Tensor, steps: int, allowed: float
+    reference: OpenELM, accelerated: OpenELM, prompt: Tensor, steps: int, allowed: float
 ) -> Greedy:
-    expected, got = (greedy(model, prompt, steps) for model in (reference, swapped))
+    expected, got = (greedy(model, prompt, steps) for model in (reference, accelerated))
     return compare_tokens(reference, prompt, expected, got, allowed)
 
 

@@ -1,9 +1,10 @@
-"""Do the kernels train as the reference does? The same run eager and swapped, step by step.
+"""Do the kernels train as the reference does? The same run eager and accelerated, step by step.
 
 In float32 the two curves may differ by rounding alone: at most FP32_BOUND of the loss at any step.
 In bfloat16 rounding is amplified from step to step, in any implementation. So the reference's own
 spread is the yardstick: eager runs whose initial weights differ by one unit in the last place of
-float32. The swapped run may be as far from the eager one as any two eager runs are from each other,
+float32. The accelerated run may be as far from the eager one as any two eager runs are from each
+other,
 times the factors that the ops' own parity allows: 2 at the worst step, 1.5 in the rms of all steps.
 """
 
@@ -24,7 +25,7 @@ from .loop import first_model
 from .parallel import World
 from .recipe import Recipe, model_config, to_mapping
 
-EAGER, SWAPPED = "eager", "swapped"
+EAGER, ACCELERATED = "eager", "accelerated"
 FP32_BOUND = 1e-4
 WORST_FACTOR, RMS_FACTOR = 2.0, 1.5
 # Eager runs from moved weights, besides the one from the weights themselves.
@@ -41,7 +42,7 @@ def compare(
     say: Callable[[str], None],
     save: Callable[[], None],
 ) -> None:
-    """Train a recipe for `steps`, eager and swapped, in float32 and bfloat16, in one process.
+    """Train a recipe for `steps`, eager and accelerated, in float32 and bfloat16, in one process.
 
     results: gets what is found, and save() is called whenever there is more of it.
     """
@@ -79,7 +80,7 @@ def _runs(
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """{name of a run: its curve, evaluation and speed}."""
-    todo = {EAGER: (False, None), SWAPPED: (recipe.engine.kernels or True, None)}
+    todo = {EAGER: (False, None), ACCELERATED: (recipe.engine.kernels or True, None)}
     todo |= {f"{EAGER}, moved {i}": (False, i) for i in range(1, moved + 1)}
     found = {}
     for name, (kernels, seed) in todo.items():
@@ -115,18 +116,20 @@ def moved_model(model: OpenELM, seed: int) -> OpenELM:
 def judge(precision: str, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The verdict on the runs of one precision, and the numbers that it rests on."""
     curves = {n: torch.tensor(found["loss"], dtype=torch.float64) for n, found in runs.items()}
-    eager, swapped = curves[EAGER], curves.pop(SWAPPED)
-    apart = (swapped - eager).abs()
+    eager, accelerated = curves[EAGER], curves.pop(ACCELERATED)
+    apart = (accelerated - eager).abs()
     pairs = [(a - b).abs() for a, b in combinations(curves.values(), 2)]
     worst, rms = float(apart.max()), _rms(apart)
     spread, rms_spread = max(float(p.max()) for p in pairs), max(map(_rms, pairs))
     relative = float((apart / eager.abs()).max())
     if precision == "fp32":
         ok = relative <= FP32_BOUND
-        rule = f"|swapped - eager| <= {FP32_BOUND:g} of the loss at every step"
+        rule = f"|accelerated - eager| <= {FP32_BOUND:g} of the loss at every step"
     else:
         ok = worst <= WORST_FACTOR * spread and rms <= RMS_FACTOR * rms_spread
-        rule = f"|swapped - eager| <= {WORST_FACTOR:g} (rms: {RMS_FACTOR:g}) times eager's spread"
+        rule = (
+            f"|accelerated - eager| <= {WORST_FACTOR:g} (rms: {RMS_FACTOR:g}) times eager's spread"
+        )
     return {
         "ok": ok,
         "rule": rule,
@@ -135,7 +138,7 @@ def judge(precision: str, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, An
         "rms_difference": rms,
         "largest_eager_spread": spread,
         "rms_eager_spread": rms_spread,
-        "last_loss": {EAGER: float(eager[-1]), SWAPPED: float(swapped[-1])},
+        "last_loss": {EAGER: float(eager[-1]), ACCELERATED: float(accelerated[-1])},
     }
 
 
@@ -150,13 +153,13 @@ def text(results: Mapping[str, Any]) -> str:
         last, speeds = found["last_loss"], found["runs"]
         lines += [
             f"{precision}: {'ok' if found['ok'] else 'FAILED'} ({found['rule']})",
-            f"  last loss          eager {last[EAGER]:.6f}, swapped {last[SWAPPED]:.6f}",
-            f"  swapped - eager    at most {found['largest_difference']:.2e}, "
+            f"  last loss          eager {last[EAGER]:.6f}, accelerated {last[ACCELERATED]:.6f}",
+            f"  accelerated - eager    at most {found['largest_difference']:.2e}, "
             f"rms {found['rms_difference']:.2e}",
             f"  eager's own spread at most {found['largest_eager_spread']:.2e}, "
             f"rms {found['rms_eager_spread']:.2e}",
             "  tokens/s           "
-            + ", ".join(f"{n} {speeds[n]['tokens_per_second']:,.0f}" for n in (EAGER, SWAPPED)),
+            + ", ".join(f"{n} {speeds[n]['tokens_per_second']:,.0f}" for n in (EAGER, ACCELERATED)),
         ]
     return "\n".join(lines)
 
@@ -170,7 +173,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for column, (precision, found) in enumerate(results["precisions"].items()):
         above, below = axes[0][column], axes[1][column]
         curves = {name: found["runs"][name]["loss"] for name in found["runs"]}
-        for name in (EAGER, SWAPPED):
+        for name in (EAGER, ACCELERATED):
             style = "-" if name == EAGER else "--"
             steps = range(1, len(curves[name]) + 1)
             above.plot(steps, curves[name], style, color=chart.COLORS[name], label=name)
@@ -178,8 +181,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             if name == EAGER:
                 continue
             gaps = [abs(a - b) for a, b in zip(losses, curves[EAGER], strict=True)]
-            label = f"{name} - {EAGER}" if name == SWAPPED else None
-            color = chart.COLORS[SWAPPED] if name == SWAPPED else chart.COLORS[EAGER]
+            label = f"{name} - {EAGER}" if name == ACCELERATED else None
+            color = chart.COLORS[ACCELERATED] if name == ACCELERATED else chart.COLORS[EAGER]
             below.semilogy(
                 range(1, len(gaps) + 1),
                 gaps,
@@ -196,4 +199,4 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         below.set_xlabel("step", fontsize=8)
         for axis in (above, below):
             axis.legend(fontsize=8)
-    chart.write(figure, f"{results['steps']} steps, eager and swapped", path)
+    chart.write(figure, f"{results['steps']} steps, eager and accelerated", path)

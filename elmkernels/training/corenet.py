@@ -169,7 +169,7 @@ _WHY = {
     "text_tokenizer.sentence_piece.append_sot_token": " (always, where the tokenizer has one)",
     "text_tokenizer.sentence_piece.append_eot_token": " (always)",
     "text_tokenizer.sentence_piece.enable_nfc_normalization": (
-        " (texts are tokenised as they are: normalise them before)"
+        " (texts are tokenized as they are: normalize them before)"
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The loop: one optimiser step after another, the same numbers however many processes do them.
+"""The loop: one optimizer step after another, the same numbers however many processes do them.
 
 Step s takes the G = batch.sequences sequences after those of the steps before. Process r of W has
 the r-th G/W of them, in micro batches whose gradients add up. With n targets in all of the step:
@@ -97,13 +97,13 @@ class Trainer:
         engine, loss = recipe.engine, recipe.loss
         self.model = first_model(recipe, self.config).to(world.device)
         self.model.gradient_checkpointing = engine.checkpoint_activations
-        self.swapped = None
+        self.accelerated = None
         if engine.kernels:
             backend = engine.kernels if isinstance(engine.kernels, str) else None
             if plan is None and world.device.type == "cpu":
                 plan = world.together(lambda: measure_plan(torch.float32))
             try:
-                self.swapped = accelerate(self.model, backend=backend, plan=plan)
+                self.accelerated = accelerate(self.model, backend=backend, plan=plan)
             except RuntimeError as error:  # that backend can't run here
                 raise ValueError(f"engine.kernels: {error}") from error
         self.bf16 = engine.precision == "bf16"
@@ -198,7 +198,7 @@ class Trainer:
             "processes": self.world.size,
             "recipe": to_mapping(self.recipe),
             "config": state.plain_config(self.config),
-            "plan": None if self.swapped is None else asdict(self.swapped.gemm),
+            "plan": None if self.accelerated is None else asdict(self.accelerated.gemm),
             "random": state.random_states(self.world.device),
             "versions": state.versions(),
         }

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate.
+"""The optimizer and its learning rate.
 
     w <- w - lr (m / (sqrt(v) + eps) + weight_decay w)    (AdamW; m and v corrected for their bias)
 

@@ -95,7 +95,7 @@ def world(device: torch.device) -> Iterator[World]:
         rank=rank,
         world_size=size,
     )
-    # The others wait as long as the first takes to tokenise a corpus.
+    # The others wait as long as the first takes to tokenize a corpus.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     yield World(device, rank, size, group)
     # Not after an error: the others may be waiting in a collective that will never end.

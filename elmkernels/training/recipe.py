@@ -37,7 +37,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Batch:
-    sequences: int = 2048  # of all processes together, in one optimiser step
+    sequences: int = 2048  # of all processes together, in one optimizer step
     micro: int = 1  # sequences that a process holds at once; the rest is accumulated
 
 

@@ -1,6 +1,6 @@
 """A whole run: from a recipe to OUT with its log, checkpoints, and the models at the end.
 
-OUT/train.jsonl     the log (see `journal`)        OUT/data/      tokenised text
+OUT/train.jsonl     the log (see `journal`)        OUT/data/      tokenized text
 OUT/checkpoints/    to go on from (see `state`)    OUT/earlier-1/ what --fresh set aside
 OUT/final/          the model                      OUT/average/   the mean of the last checkpoints
 """
@@ -51,7 +51,7 @@ def train(
     cache: Path | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate, save; called by every process of the world. steps: stop when so many are
-    done in all; the schedule stays the recipe's. say: gets lines for the user. cache: of tokenised
+    done in all; the schedule stays the recipe's. say: gets lines for the user. cache: of tokenized
     text, instead of OUT/data.
 
     Gives a summary, whose `stopped` is the name of a signal that ended the run early, else None.
@@ -72,8 +72,8 @@ def train(
             checks.fail("the corpus", expected, len(sequences.tokens))
         plan = Plan(**facts["plan"]) if facts.get("plan") else None
     trainer = Trainer(recipe, out, world, sequences, held_out, plan)
-    if trainer.swapped is not None and world.first:
-        for name, why in trainer.swapped.left:
+    if trainer.accelerated is not None and world.first:
+        for name, why in trainer.accelerated.left:
             say(f"left {name}: {why}")
     if chosen is not None:
         trainer.resume(path, facts)
@@ -171,7 +171,7 @@ def _set_aside(out: Path, say: Callable[[str], None]) -> None:
 def _sequences(
     recipe: Recipe, cache: Path, split: str, world: World, say: Callable[[str], None]
 ) -> Sequences | None:
-    """The first process tokenises, the others then find what it has written."""
+    """The first process tokenizes, the others then find what it has written."""
 
     def prepare() -> Any:
         return data.prepare(recipe, cache, split)

@@ -1,6 +1,6 @@
 """Checkpoints of a run: OUT/checkpoints/step-00000100/, from which it goes on as if never stopped.
 
-Model and optimiser lie in torch.distributed.checkpoint's form, by parameter name and whole shape,
+Model and optimizer lie in torch.distributed.checkpoint's form, by parameter name and whole shape,
 so that one process, DDP and FSDP of any size read each other's. trainer.json holds the rest: step,
 position in the data, recipe, model's configuration, random states, and every file's size.
 
@@ -229,9 +229,9 @@ def _rotate(out: Path, keep: int) -> None:
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Read a checkpoint that `examine` has passed into model and optimiser.
+    """Read a checkpoint that `examine` has passed into model and optimizer.
 
-    The optimiser's settings stay those of the recipe. Raises Broken; the model is then no good.
+    The optimizer's settings stay those of the recipe. Raises Broken; the model is then no good.
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)

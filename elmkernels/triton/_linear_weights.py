@@ -7,7 +7,7 @@ loads whole units and so adds up a unit's products without asking another thread
 - `Affine` of 8 bits: 8 columns in a word of 64 bits, of 4 bits: 8 columns in a word of 32 bits.
   Wider loads would give a thread columns whose activations lie apart, and cost more in those than
   they save: lanes side by side fill whole cache lines all the same;
-- `Packed`: 8 columns in 8 bytes of sign and mantissa and the 8 bytes that hold their codes, which
+- `Packed12`: 8 columns in 8 bytes of sign and mantissa and the 8 bytes that hold their codes, which
   are the codes of the 8 columns 64 further too: another lane of the same load reads them there. The
   exponent of a code is looked up in memory, where its 16 bytes stay in the first cache: selecting
   it from registers would take about seven integer operations a weight.

@@ -1,6 +1,6 @@
 """What the Triton kernels share: rows of strided tensors, the choice of a tile, partial sums.
 
-Sizes and strides are run-time integers that Triton never specialises on. They travel in units of
+Sizes and strides are run-time integers that Triton never specializes on. They travel in units of
 VEC elements (16 bytes where every one of them divides, else 1 element) and a kernel multiplies
 them back, so that the compiler knows that a row starts on a 16-byte boundary, and loads vectors,
 without knowing any width: one compilation serves every layer.

@@ -5,7 +5,7 @@
          or round(residual + round(x' w^T))
 
 fp32 inside; round() is to x's dtype, at the very places of rms_norm, linear, swiglu and an addition
-one after the other. A quantised weight is scale q + bias in fp32 and is not rounded; escapes of a
+one after the other. A quantized weight is scale q + bias in fp32 and is not rounded; escapes of a
 packed one are added after the rest of their row.
 
 A program takes a few rows of the weight (for swiglu half of them gate's and half up's) and all of
@@ -100,7 +100,7 @@ def _normed(value, rstd, scale, dtype: tl.constexpr):
 
 @triton.jit
 def _row(x, cols, there, rstd, norm, scale):
-    """Some columns of a row of x, normalised where there is a norm."""
+    """Some columns of a row of x, normalized where there is a norm."""
     value = tl.load(x + cols, mask=there, other=0.0)
     if norm is not None:
         value = _normed(value, rstd, scale, x.dtype.element_ty)

@@ -1,4 +1,4 @@
-"""qk_norm_rope: split the fused projection q | k | v, RMS-normalise q and k, rotate both.
+"""qk_norm_rope: split the fused projection q | k | v, RMS-normalize q and k, rotate both.
 
 For a head x of q or k: u = round(x * rstd) * weight (rounded again where the weight has x's dtype),
 then on its halves (a, b), y = round(a cos - b sin), round(b cos + a sin), in fp32 between. Without

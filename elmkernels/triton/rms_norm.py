@@ -1,6 +1,6 @@
 """rms_norm: y = round(x * rstd) * weight, rstd = (mean(x^2) + eps)^-1/2 over the last dimension.
 
-fp32 inside; the normalised row is rounded to x's dtype before it meets the weight. A row lives in
+fp32 inside; the normalized row is rounded to x's dtype before it meets the weight. A row lives in
 registers as two blocks that are powers of two, HEAD + TAIL: 1280 = 1024 + 256, 1536 = 1024 + 512,
 2048, 3072 = 2048 + 1024 are exact, where the next power of two would idle up to 37% of the lanes.
 Columns past 2 x MAX_HEAD are looped over and read twice (no OpenELM width is).

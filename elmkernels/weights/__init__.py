@@ -2,10 +2,10 @@
 
 from .affine import check_scheme, quantize_weight
 from .chunks import each_chunk
-from .packed12 import check_packed, count_exponents, pack_weight
+from .packed12 import check_packed12, count_exponents, pack_weight
 
 __all__ = [
-    "check_packed",
+    "check_packed12",
     "check_scheme",
     "count_exponents",
     "each_chunk",

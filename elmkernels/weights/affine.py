@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 64) -> Affine:
-    """w floating [n, k] -> its quantised form, on the same device.
+    """w floating [n, k] -> its quantized form, on the same device.
 
     Raises ValueError for bits not in (8, 4), group_size not in (32, 64), k that is no multiple of
     group_size, a dtype other than float32, bfloat16 and float16, and weights that are not finite.
@@ -64,7 +64,7 @@ def _quantize_rows(
     groups = w.reshape(len(w), -1, group_size)
     low, high = groups.min(-1), groups.max(-1)
     if not (np.isfinite(low) & np.isfinite(high)).all():
-        raise ValueError("weights must be finite to be quantised, got inf or nan")
+        raise ValueError("weights must be finite to be quantized, got inf or nan")
     top = np.float32(2**bits - 1)
     below = np.abs(low) > np.abs(high)
     # The range of huge weights may overflow, and MLX goes on with that.

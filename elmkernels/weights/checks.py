@@ -12,7 +12,7 @@ from .formats import (
     SEGMENT_COLUMNS,
     Affine,
     Layer,
-    Packed,
+    Packed12,
     Stack,
     Weight,
 )
@@ -24,7 +24,7 @@ def parts(weight: Weight) -> tuple:
     """A weight as the raw kernels take it: its tensors, and how many bits it has (0: plain)."""
     if isinstance(weight, Affine):
         return (weight.q, weight.scales, weight.biases, None, None, None, None, weight.bits)
-    if isinstance(weight, Packed):
+    if isinstance(weight, Packed12):
         escapes = (weight.escape_starts, weight.escape_columns, weight.escape_values)
         return (weight.data, None, None, weight.exponents, *escapes, PACKED_BITS)
     return (weight, None, None, None, None, None, None, 0)
@@ -35,12 +35,12 @@ def rows_of(weight: Weight, begin: int, end: int) -> Weight:
     if isinstance(weight, Affine):
         q, scales, biases = (t[begin:end] for t in (weight.q, weight.scales, weight.biases))
         return Affine(q, scales, biases, weight.bits, weight.group_size)
-    if isinstance(weight, Packed):
+    if isinstance(weight, Packed12):
         starts = weight.escape_starts[begin : end + 1]
         first, last = int(starts[0]), int(starts[-1])
         escapes = weight.escape_columns[first:last], weight.escape_values[first:last]
         data = weight.data[begin:end]
-        return Packed(data, weight.exponents, starts - first, *escapes, weight.columns)
+        return Packed12(data, weight.exponents, starts - first, *escapes, weight.columns)
     return weight[begin:end]
 
 
@@ -48,7 +48,7 @@ def check_weight(name: str, weight: Weight) -> None:
     """The tensors of a weight fit each other."""
     if isinstance(weight, Affine):
         _check_affine(name, weight)
-    elif isinstance(weight, Packed):
+    elif isinstance(weight, Packed12):
         _check_packed(name, weight)
     else:
         floating(name, weight)
@@ -85,7 +85,7 @@ def _check_affine(name: str, w: Affine) -> None:
         _check(f"{name}.{part}", x, w.scales.dtype, (n, k // w.group_size), w.q.device)
 
 
-def _check_packed(name: str, w: Packed) -> None:
+def _check_packed(name: str, w: Packed12) -> None:
     tensor(f"{name}.data", w.data)
     if w.data.dim() != 3:
         fail(f"{name}.data", f"[n, segments, {SEGMENT_BYTES}]", list(w.data.shape))

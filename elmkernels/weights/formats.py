@@ -3,7 +3,7 @@
 A weight [n, k] is a plain Tensor or one of two compressed forms of it:
 
 - `Affine`: w = scales q + biases per group of columns, q of 8 or 4 bits, in MLX's layout.
-- `Packed`: bfloat16 without loss in 12 bits: sign and mantissa in a byte, the exponent as a 4-bit
+- `Packed12`: bfloat16 without loss in 12 bits: sign and mantissa in a byte, the exponent as a 4-bit
   index into the matrix's 15 commonest, and a list of the few weights whose exponent is another.
 
 `reference.dense` is the specification of both.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64)
-# A row of `Packed` is a sequence of segments: 128 sign-and-mantissa bytes, 64 bytes of codes.
+# A row of `Packed12` is a sequence of segments: 128 sign-and-mantissa bytes, 64 bytes of codes.
 SEGMENT_COLUMNS, SEGMENT_BYTES = 128, 192
 ESCAPE = 15  # the code of a weight whose exponent is not in the table
 
@@ -53,7 +53,7 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class Packed12:
     """A bfloat16 matrix [n, columns] in 12 bits a weight.
 
     data: uint8 [n, segments, 192], a segment for every 128 columns (the last one padded with
@@ -91,7 +91,7 @@ class Packed:
         return sum(t.nbytes for t in tensors) + self.escape_values.nbytes
 
 
-Weight = Tensor | Affine | Packed
+Weight = Tensor | Affine | Packed12
 
 
 class Layer(NamedTuple):

@@ -3,7 +3,7 @@
 The exponents of a trained (or a random) matrix crowd into a few values: 15 of them, the commonest,
 are coded in 4 bits each, and sign and mantissa keep their byte. The weights with another exponent
 are escapes: a list of their columns and values for each row. Every bit comes back, of inf and nan
-too. `formats.Packed` is the layout, `reference.dense` the way back.
+too. `formats.Packed12` is the layout, `reference.dense` the way back.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .chunks import each_chunk
-from .formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, Packed
+from .formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, Packed12
 
 
 class Table(NamedTuple):
@@ -36,7 +36,7 @@ def count_exponents(w: Tensor) -> Table:
     return Table(table, len(common), int(counts.sum() - counts[common].sum()))
 
 
-def pack_weight(w: Tensor, table: Table | None = None) -> Packed:
+def pack_weight(w: Tensor, table: Table | None = None) -> Packed12:
     """w bfloat16 [n, k] -> its packed form, on the same device; `reference.dense` gives back every
     bit. table: what `count_exponents` found, if that is known. Raises ValueError for another w.
     """
@@ -64,7 +64,7 @@ def pack_weight(w: Tensor, table: Table | None = None) -> Packed:
     starts = np.concatenate(([0], counts.cumsum())).astype(np.int32)
     tensors = [torch.from_numpy(t) for t in (data, table.exponents, starts, columns, values)]
     tensors[-1] = tensors[-1].view(torch.bfloat16)
-    return Packed(*(t.to(w.device) for t in tensors), k)
+    return Packed12(*(t.to(w.device) for t in tensors), k)
 
 
 def _bits(w: Tensor) -> np.ndarray:
@@ -89,7 +89,7 @@ def _codes(exponents: np.ndarray, table: Table) -> np.ndarray:
     """The index of every exponent in the table, ESCAPE where it isn't there.
 
     A look-up in a table would need an int64 index a weight; the exponents of a matrix are mostly
-    one run of adjacent values, and a run takes a few operations on bytes, which are vectorised.
+    one run of adjacent values, and a run takes a few operations on bytes, which are vectorized.
     """
     codes = np.uint8(ESCAPE)
     values = table.exponents[: table.size]
@@ -117,7 +117,7 @@ def _interleaved(columns: np.ndarray, segments: int) -> np.ndarray:
     return words.swapaxes(-1, -2).reshape(n, segments, -1)
 
 
-def check_packed(weight: Packed) -> None:
+def check_packed12(weight: Packed12) -> None:
     """Raise ValueError where the escapes of a stored weight point outside of it."""
     starts, columns = weight.escape_starts, weight.escape_columns
     if starts.device.type == "meta":

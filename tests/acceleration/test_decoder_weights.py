@@ -65,7 +65,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def model_of(name: str) -> OpenELM:
     models = {
-        "tied, normalised": lambda: OpenELM(CONFIG, seed=1),
+        "tied, normalized": lambda: OpenELM(CONFIG, seed=1),
         "tied, no gate": lambda: OpenELM(GLU_FREE, seed=1),
         "untied": lambda: load_tiny("tiny_mha_untied").model(),
         "hf_tiny": lambda: load_hf_tiny().model(),
@@ -73,7 +73,7 @@ def model_of(name: str) -> OpenELM:
     return models[name]()
 
 
-NAMES = ("tied, normalised", "tied, no gate", "untied", "hf_tiny")
+NAMES = ("tied, normalized", "tied, no gate", "untied", "hf_tiny")
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -134,7 +134,7 @@ def change_module(model: OpenELM) -> None:
     ids=["weight", "data", "module", "accelerate", "dtype"],
 )
 def test_it_is_made_once_and_again_after_a_change(change):
-    model = model_of("tied, normalised")
+    model = model_of("tied, normalized")
     stack = stack_of(model)
     assert stack_of(model) is stack
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_it_is_made_once_and_again_after_a_change(change):
 
 
 def test_no_description_keeps_its_model():
-    model = model_of("tied, normalised")
+    model = model_of("tied, normalized")
     stack_of(model)
     gone = weakref.ref(model)
     del model
@@ -155,7 +155,7 @@ def test_no_description_keeps_its_model():
 
 
 def test_a_copy_is_described_by_its_own_weights():
-    model = model_of("tied, normalised")
+    model = model_of("tied, normalized")
     stack_of(model)
     other = copy.deepcopy(model)
     assert stack_of(other).norm is other.norm.weight is not model.norm.weight
@@ -208,7 +208,7 @@ def widen_eps(model: OpenELM) -> None:
 )
 def test_what_cannot_be_described(step, change, message, accelerated):
     """Its stack is refused, also where it was known before, and decoding goes through the model."""
-    model = model_of("tied, normalised")
+    model = model_of("tied, normalized")
     if accelerated:
         accelerate(model)
     stack_of(model)
@@ -242,7 +242,7 @@ class Affine8(nn.Module):
         return reference.linear(x, self.affine)
 
 
-def quantised(model: OpenELM) -> OpenELM:
+def quantized(model: OpenELM) -> OpenELM:
     for layer in model.layers:
         for owner, name in ((layer.attn, "qkv_proj"), (layer.ffn, "proj_1")):
             setattr(owner, name, Affine8(getattr(owner, name)))
@@ -250,7 +250,7 @@ def quantised(model: OpenELM) -> OpenELM:
 
 
 def test_compressed_weights_are_taken_as_they_are():
-    model = quantised(model_of("hf_tiny"))
+    model = quantized(model_of("hf_tiny"))
     stack = stack_of(model)
     assert stack.layers[2].qkv_proj is model.layers[2].attn.qkv_proj.affine
     assert isinstance(stack.layers[0].proj_1, Affine) and isinstance(stack.layers[0].proj_2, Tensor)
@@ -260,7 +260,7 @@ def test_compressed_weights_are_taken_as_they_are():
         stack_of(model)
 
 
-@pytest.mark.parametrize("prepare", [accelerate, quantised], ids=["accelerated", "quantised"])
+@pytest.mark.parametrize("prepare", [accelerate, quantized], ids=["accelerated", "quantized"])
 def test_decoding_uses_the_op(step, prepare):
     model = model_of("hf_tiny")
     prepare(model)

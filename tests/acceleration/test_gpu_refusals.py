@@ -13,7 +13,7 @@ from torch import nn
 
 from elmkernels import OpenELM, accelerate, backends, devices, pack, restore
 from elmkernels.acceleration import swap
-from elmkernels.acceleration.decode_modes import MOST_LAYERS, ways
+from elmkernels.acceleration.decode_modes import MOST_LAYERS, modes_of
 from elmkernels.acceleration.swap import Report
 from elmkernels.backends import BACKENDS
 from elmkernels.cli.main import main
@@ -72,7 +72,7 @@ def test_where_all_fits_every_call_decides(stand_in):
     stand_in()
     model, report = accelerated()
     assert set(given(model).values()) == {None}
-    assert report.fallbacks == [] and report.ways == {"graph": None, "one-launch": None}
+    assert report.fallbacks == [] and report.decode_modes == {"graph": None, "one-launch": None}
     assert report.backends["swiglu"] == "triton" and report.attention == "sdpa"
     assert "decoding: by graph or one-launch" in str(report)
 
@@ -85,7 +85,7 @@ def test_without_triton(stand_in):
     taken = dict(part.split(" for ") for part in line.partition("instead: ")[2].split("; "))
     assert "rms_norm, add_rms_norm" in taken["cuda"] and "swiglu" in taken["reference"]
     assert report.backends["rms_norm"] == "cuda" and report.backends["swiglu"] == "reference"
-    assert line in str(report) and report.ways["one-launch"] is None
+    assert line in str(report) and report.decode_modes["one-launch"] is None
 
 
 def test_an_old_gpu_takes_the_reference(stand_in):
@@ -99,7 +99,7 @@ def test_an_old_gpu_takes_the_reference(stand_in):
         assert "needs compute capability 8.0 or newer, this GPU has compute capability 7.5" in line
         assert "taken instead: reference for rms_norm" in line
     assert "another device" in report.fallbacks[-1]
-    assert report.ways["graph"] is None and "7.5" in report.ways["one-launch"]
+    assert report.decode_modes["graph"] is None and "7.5" in report.decode_modes["one-launch"]
     assert "decoding: by graph\nnot by one-launch: its kernel is backend 'cuda'" in str(report)
 
 
@@ -111,7 +111,7 @@ def test_a_library_for_other_gpus(stand_in):
     assert found["swiglu"] is found["attention"] is found["linear_cross_entropy"] is None
     assert "built for sm_80, sm_90, sm_100" in report.fallbacks[0] and "12.0" in report.fallbacks[0]
     assert "triton for rms_norm, add_rms_norm" in report.fallbacks[0]
-    assert "built for sm_80, sm_90, sm_100" in report.ways["one-launch"]
+    assert "built for sm_80, sm_90, sm_100" in report.decode_modes["one-launch"]
 
 
 def test_a_conversion_accelerates_again_as_it_was_asked(stand_in):
@@ -142,21 +142,21 @@ def test_a_named_backend_never_falls_back(stand_in, name):
 def test_ways_and_why_not(stand_in, monkeypatch):
     stand_in()
     model = tiny()
-    cpu = ways(model, torch.device("cpu"))
-    assert set(cpu) == set(gpu_decoder.WAYS) - {gpu_decoder.CALLS}
+    cpu = modes_of(model, torch.device("cpu"))
+    assert set(cpu) == set(gpu_decoder.DECODE_MODES) - {gpu_decoder.CALLS}
     assert cpu == dict.fromkeys(cpu, "it needs a CUDA device, the model is on cpu")
-    assert "Linear, not an elmkernels.OpenELM" in ways(nn.Linear(2, 2), GPU)["graph"]
-    assert "the model is torch.float64" in ways(tiny().double(), GPU)["one-launch"]
+    assert "Linear, not an elmkernels.OpenELM" in modes_of(nn.Linear(2, 2), GPU)["graph"]
+    assert "the model is torch.float64" in modes_of(tiny().double(), GPU)["one-launch"]
     mixed = tiny()
     mixed.layers[0].attn.out_proj.bfloat16()
-    assert "of one dtype, got torch.bfloat16, torch.float32" in ways(mixed, GPU)["graph"]
+    assert "of one dtype, got torch.bfloat16, torch.float32" in modes_of(mixed, GPU)["graph"]
     monkeypatch.setattr(devices, "cooperative", lambda device: False)
-    assert "cooperative launches" in ways(model, GPU)["one-launch"]
+    assert "cooperative launches" in modes_of(model, GPU)["one-launch"]
     monkeypatch.setattr("elmkernels.acceleration.decode_modes.MOST_LAYERS", 2)
-    assert f"2 layers, the model has {len(model.layers)}" in ways(model, GPU)["one-launch"]
-    assert ways(model, GPU)["graph"] is None and MOST_LAYERS == 128
+    assert f"2 layers, the model has {len(model.layers)}" in modes_of(model, GPU)["one-launch"]
+    assert modes_of(model, GPU)["graph"] is None and MOST_LAYERS == 128
     model.layers[0].register_forward_hook(lambda *_: None)
-    assert "layers.0 has hooks" in ways(model, GPU)["graph"]
+    assert "layers.0 has hooks" in modes_of(model, GPU)["graph"]
 
 
 def no_memory(monkeypatch, free: int) -> None:

@@ -28,7 +28,7 @@ PROJECTIONS = ("attn.qkv_proj", "ffn.proj_1", "ffn.proj_2")
 AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 
 
-def swapped() -> OpenELM:
+def accelerated() -> OpenELM:
     model = OpenELM(CONFIG, seed=0)
     accelerate(model)
     return model
@@ -54,17 +54,17 @@ def test_gradients_are_the_same_bits(monkeypatch, autocast):
         return apply(module, x, None if make is None else lambda: made.append(1) or make())
 
     monkeypatch.setattr(recompute, "apply", counted)
-    lean = gradients(swapped(), autocast)
+    lean = gradients(accelerated(), autocast)
     assert len(made) == len(PROJECTIONS) * 2
     monkeypatch.setattr(recompute, "apply", lambda module, x, make: module(x))
-    kept = gradients(swapped(), autocast)
+    kept = gradients(accelerated(), autocast)
     for name, value in kept.items():
         assert torch.equal(lean[name], value), name
 
 
 @AUTOCAST
 def test_the_inputs_are_not_kept(autocast):
-    model = swapped()
+    model = accelerated()
     seen = {}
     for name in (*PROJECTIONS, "attn.out_proj"):
 
@@ -80,7 +80,7 @@ def test_the_inputs_are_not_kept(autocast):
 @AUTOCAST
 def test_a_checkpointed_layer_keeps_nothing_of_it(autocast):
     """Its own hooks keep nothing; ours inside would hold what it means to let go."""
-    plain, checkpointed = swapped(), swapped()
+    plain, checkpointed = accelerated(), accelerated()
     checkpointed.gradient_checkpointing = True
     made = []
     for layer in checkpointed.layers:
@@ -101,11 +101,11 @@ def test_a_layer_with_a_module_left_as_it_was_still_trains():
 
 
 def test_a_copy_of_the_model_makes_its_own_inputs_again():
-    model = copy.deepcopy(swapped())
+    model = copy.deepcopy(accelerated())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    expected = swapped()
+    expected = accelerated()
     expected.load_state_dict(model.state_dict())
     got = gradients(model, False)
     for name, value in gradients(expected, False).items():
@@ -153,7 +153,7 @@ def test_the_loss_of_a_tied_model_makes_the_embedding_one_gradient(monkeypatch, 
     monkeypatch.setattr(Tied, "projection", lambda tied: made.append(1) or projection(tied))
     results = []
     for tied in (True, False):
-        model = swapped()
+        model = accelerated()
         if not tied:
             model.loss_head.tied = lambda embedding: None
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

@@ -41,14 +41,14 @@ def assert_matches(got, golden, exact, what: str = "tensor") -> None:
     assert comparison.ok, f"{what}: {comparison.reason}"
 
 
-def swapped(model: nn.Module, **options) -> nn.Module:
+def accelerated(model: nn.Module, **options) -> nn.Module:
     accelerate(model, **options)
     return model
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_logits_loss_and_every_gradient(tiny, backend):
-    model = swapped(tiny.model(), backend=backend)
+    model = accelerated(tiny.model(), backend=backend)
     got = logits_loss_gradients(model, tiny.tensors["input_ids"])
     assert got.keys() == tiny.expected.keys()
     for name, tensor in got.items():
@@ -57,15 +57,15 @@ def test_logits_loss_and_every_gradient(tiny, backend):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_bfloat16_logits(tiny, backend):
-    model = swapped(tiny.model(torch.bfloat16), backend=backend)
+    model = accelerated(tiny.model(torch.bfloat16), backend=backend)
     with torch.inference_mode():
         logits = model(tiny.tensors["input_ids"])
     assert_as_accurate(logits, tiny.tensors["logits_bf16"], tiny.exact["logits"])
 
 
-@pytest.mark.parametrize("pack_weights", [False, True])
-def test_cached_decoding(tiny, pack_weights):
-    model = swapped(tiny.model(), pack_weights=pack_weights).eval()
+@pytest.mark.parametrize("prepack", [False, True])
+def test_cached_decoding(tiny, prepack):
+    model = accelerated(tiny.model(), prepack=prepack).eval()
     ids, prefix = tiny.tensors["input_ids"], tiny.decode_prefix
     cache = KVCache(tiny.config, ids.shape[0], ids.shape[1])
     with torch.inference_mode():
@@ -79,7 +79,7 @@ def test_cached_decoding(tiny, pack_weights):
 
 
 def test_hugging_face_folder(hf_tiny):
-    model, t = swapped(hf_tiny.model()), hf_tiny.tensors
+    model, t = accelerated(hf_tiny.model()), hf_tiny.tensors
     expected = t["greedy_9_plus_24"]
     assert torch.equal(greedy(model, expected[:, :9], 24), expected[:, 9:])
     ids, mask = t["padded_ids"], t["padded_mask"]
@@ -93,13 +93,13 @@ def test_hugging_face_folder(hf_tiny):
 
 def test_seeded_270m():
     case = load_seeded_270m()
-    model, t = swapped(case.model()), case.tensors
+    model, t = accelerated(case.model()), case.tensors
     with torch.inference_mode():
         logits = model(t["input_ids"])[:, t["positions"]]
         restore(model)
         tight = (t["logits"] - t["logits_bf16"].float()).square().mean().sqrt() / 1000
         assert (logits - t["logits"]).square().mean().sqrt() <= tight
-        half = swapped(model.bfloat16())(t["input_ids"])[:, t["positions"]]
+        half = accelerated(model.bfloat16())(t["input_ids"])[:, t["positions"]]
     assert_as_accurate(half, t["logits_bf16"], t["logits"])
 
 
@@ -112,9 +112,9 @@ def test_corenet_calls(name, accelerated):
     if accelerated:
         report = accelerate(model)
         assert report.convention == "CoreNet"
-        assert report.swapped["layers"] == len(model.layers)
+        assert report.accelerated["layers"] == len(model.layers)
         projections = 4 * len(model.layers) + (model.classifier is not None)
-        assert report.swapped["projections"] == projections
+        assert report.accelerated["projections"] == projections
     got = logits_loss_gradients(model, case.tensors["input_ids"])
     for key, tensor in got.items():
         assert_matches(tensor, case.expected[key], case.exact[key], key)
@@ -156,8 +156,8 @@ def test_report_says_what_and_why(tiny):
     model = tiny.model()
     layers = tiny.config.num_transformer_layers
     report = accelerate(model, backend="reference")
-    assert report.swapped["layers"] == report.swapped["attentions"] == layers
-    assert report.swapped["norms"] == layers + 1
+    assert report.accelerated["layers"] == report.accelerated["attentions"] == layers
+    assert report.accelerated["norms"] == layers + 1
     assert report.backends == dict.fromkeys(report.backends, "reference")
     assert not report.left
     assert "rms_norm: reference" in str(report)
@@ -181,7 +181,7 @@ def test_parameters_are_shared_and_restored(tiny):
 
 
 def test_restore_keeps_what_was_loaded_meanwhile(tiny):
-    model, other = swapped(tiny.model()), OpenELM(tiny.config, seed=3)
+    model, other = accelerated(tiny.model()), OpenELM(tiny.config, seed=3)
     model.load_state_dict(other.state_dict(), assign=True)
     restore(model)
     ids = tiny.tensors["input_ids"]
@@ -191,7 +191,7 @@ def test_restore_keeps_what_was_loaded_meanwhile(tiny):
 
 @pytest.mark.parametrize("copier", ["deepcopy", "pickle", "torch.save"])
 def test_copies_work(tiny, copier):
-    model, ids = swapped(tiny.model(), pack_weights=True), tiny.tensors["input_ids"]
+    model, ids = accelerated(tiny.model(), prepack=True), tiny.tensors["input_ids"]
     with torch.inference_mode():
         expected = model(ids)
         if copier == "deepcopy":
@@ -210,7 +210,7 @@ def test_copies_work(tiny, copier):
 
 
 def test_dtype_moves(tiny):
-    model, ids = swapped(tiny.model()).bfloat16(), tiny.tensors["input_ids"]
+    model, ids = accelerated(tiny.model()).bfloat16(), tiny.tensors["input_ids"]
     with torch.inference_mode():
         assert_as_accurate(model(ids), tiny.tensors["logits_bf16"], tiny.exact["logits"])
     assert model.to("meta").layers[0].attn_norm.weight.device.type == "meta"
@@ -220,7 +220,7 @@ def test_float16_where_onednn_may_not_take_it(tiny):
     """Measured for it, or for another dtype before."""
     ids = tiny.tensors["input_ids"]
     named = Plan(*[ONEDNN] * 4)
-    models = swapped(tiny.model(torch.float16)), swapped(tiny.model(), plan=named).half()
+    models = accelerated(tiny.model(torch.float16)), accelerated(tiny.model(), plan=named).half()
     with torch.inference_mode():
         expected = tiny.model(torch.float16)(ids)
         for model in models:
@@ -231,7 +231,7 @@ def test_float16_where_onednn_may_not_take_it(tiny):
 
 
 def test_compile_is_one_graph(tiny):
-    model, ids = swapped(tiny.model()), tiny.tensors["input_ids"]
+    model, ids = accelerated(tiny.model()), tiny.tensors["input_ids"]
     got = logits_loss_gradients(torch.compile(model, fullgraph=True), ids)
     for name, expected in tiny.exact.items():
         compiled = got[name.replace("grad.", "grad._orig_mod.")]
@@ -239,10 +239,10 @@ def test_compile_is_one_graph(tiny):
 
 
 def test_autocast_training(tiny):
-    """Under autocast the swapped model may be no further from float64 than eager is."""
+    """Under autocast the accelerated model may be no further from float64 than eager is."""
     results = []
     for accelerated in (False, True):
-        model = swapped(tiny.model()) if accelerated else tiny.model()
+        model = accelerated(tiny.model()) if accelerated else tiny.model()
         with torch.autocast("cpu", torch.bfloat16):
             results.append(logits_loss_gradients(model, tiny.tensors["input_ids"]))
     eager, fast = results
@@ -253,7 +253,7 @@ def test_autocast_training(tiny):
 
 
 def test_gradient_checkpointing(tiny):
-    model, ids = swapped(tiny.model()), tiny.tensors["input_ids"]
+    model, ids = accelerated(tiny.model()), tiny.tensors["input_ids"]
     kept = logits_loss_gradients(model, ids)
     model.gradient_checkpointing = True
     recomputed = logits_loss_gradients(model, ids)
@@ -265,7 +265,7 @@ def test_without_glu():
     case = load_tiny("tiny_layerwise")
     ids = case.tensors["input_ids"] % GLU_FREE.vocab_size
     exact = OpenELM(GLU_FREE, seed=1).double()
-    eager, fast = OpenELM(GLU_FREE, seed=1), swapped(OpenELM(GLU_FREE, seed=1))
+    eager, fast = OpenELM(GLU_FREE, seed=1), accelerated(OpenELM(GLU_FREE, seed=1))
     exact, eager, fast = (logits_loss_gradients(m, ids) for m in (exact, eager, fast))
     for name, tensor in fast.items():
         assert_matches(tensor, eager[name], exact[name], name)
@@ -273,7 +273,7 @@ def test_without_glu():
 
 def test_plan_for_amd_trains_the_same(tiny):
     """oneDNN's products, forward and backward, whether or not this processor prefers them."""
-    model = swapped(tiny.model())
+    model = accelerated(tiny.model())
     for module in model.modules():
         if hasattr(module, "products"):
             module.products.plan = Plan(ONEDNN, ONEDNN, ONEDNN, ONEDNN)
@@ -396,7 +396,7 @@ class TestRefusals:
         left = dict(report.left)
         assert "hooks" in left["layers.1.ffn"] and "hooks" in left["layers.2"]
         assert left["layers.0.attn.out_proj"] == "Adapter is not nn.Linear"
-        assert report.swapped["layers"] == len(model.layers) - 1
+        assert report.accelerated["layers"] == len(model.layers) - 1
         case = load_tiny("tiny_layerwise")
         got = logits_loss_gradients(model, case.tensors["input_ids"])
         for name, tensor in got.items():
@@ -405,8 +405,8 @@ class TestRefusals:
 
 
 def test_hf_tiny_is_the_same_model_everywhere():
-    """The loaded folder, swapped: logits and loss as Apple's Hugging Face code printed them."""
+    """The loaded folder, accelerated: logits and loss as Apple's Hugging Face code printed them."""
     case = load_hf_tiny()
-    got = logits_loss_gradients(swapped(case.model()), case.tensors["input_ids"])
+    got = logits_loss_gradients(accelerated(case.model()), case.tensors["input_ids"])
     for name in ("logits", "loss"):
         assert_matches(got[name], case.expected[name], case.exact[name], name)

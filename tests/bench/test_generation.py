@@ -29,7 +29,7 @@ CONFIG = OpenELMConfig(
     rope_max_length=64,
 )
 SIZES = generation.Sizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
-RIVALS = {
+BASELINES = {
     "fp32": {"eager fp32", "ours fp32"},
     "16-bit": {"eager bf16", "ours bf16", "ours packed"},
     "int8": {"eager bf16", "ours int8"},
@@ -71,11 +71,11 @@ def raced(**options) -> tuple[dict, list[str], list[str]]:
 def test_every_group_has_every_figure(without_llama):
     results, _, texts = raced()
     assert results["complete"] is True
-    assert set(results["groups"]) == set(RIVALS)
+    assert set(results["groups"]) == set(BASELINES)
     assert results["sizes"]["steps"] == 4 and results["parameters"] == CONFIG.num_parameters
     for name, group in results["groups"].items():
-        assert set(group["runners"]) == RIVALS[name]
-        ours = {n for n in RIVALS[name] if n.startswith("ours")}
+        assert set(group["runners"]) == BASELINES[name]
+        ours = {n for n in BASELINES[name] if n.startswith("ours")}
         for runner, about in group["runners"].items():
             assert about["weight_bytes"] > 0 and about["cache_token_bytes"] > 0
             if runner in ours:
@@ -88,7 +88,7 @@ def test_every_group_has_every_figure(without_llama):
         assert [task["tokens"] for task in tasks.values()] == [12, 4, 8]
         for task in tasks.values():
             assert task["rounds"] == 2 and task["read_bandwidth"]["median"] > 0
-            assert set(task["runners"]) == RIVALS[name]
+            assert set(task["runners"]) == BASELINES[name]
             assert set(task["ratios"]) == ours
             for figures in task["runners"].values():
                 rate = figures["tokens_per_second"]
@@ -97,7 +97,7 @@ def test_every_group_has_every_figure(without_llama):
                 assert figures["ms_per_token"] == pytest.approx(1e3 / rate["median"])
                 assert ("of_read_bandwidth" in figures) == bool(task["steps"])
             for mine in ours:
-                eager = next(n for n in RIVALS[name] if n.startswith("eager"))
+                eager = next(n for n in BASELINES[name] if n.startswith("eager"))
                 expected = (
                     task["runners"][mine]["tokens_per_second"]["median"]
                     / task["runners"][eager]["tokens_per_second"]["median"]
@@ -110,7 +110,7 @@ def test_every_group_has_every_figure(without_llama):
 
 
 def test_formats_choose_the_groups(without_llama):
-    results, _, _ = raced(formats=("packed", "int4"), sizes=generation.replace(SIZES, batch=1))
+    results, _, _ = raced(formats=("packed12", "int4"), sizes=generation.replace(SIZES, batch=1))
     assert list(results["groups"]) == ["16-bit", "int4"]
     assert set(results["groups"]["16-bit"]["runners"]) == {"eager bf16", "ours packed"}
     assert len(results["groups"]["int4"]["tasks"]) == 2
@@ -164,7 +164,7 @@ def test_what_fails_is_named(without_llama, monkeypatch):
     results, _, _ = raced(formats=("fp32",), compiled=True)
     group = results["groups"]["fp32"]
     assert group["missing"]["compiled fp32, prefill 12"] == "no compiler"
-    assert all(set(task["runners"]) == RIVALS["fp32"] for task in group["tasks"])
+    assert all(set(task["runners"]) == BASELINES["fp32"] for task in group["tasks"])
 
 
 def test_a_format_that_does_not_fit_is_named(without_llama):
@@ -247,7 +247,7 @@ def test_an_interrupted_command(capsys, tmp_path, checkpoint, without_llama, mon
         (["generate", "--rounds", "0"], "must be a positive integer"),
         (["generate", "--backend", "avx2,avx512"], "--backend takes one name here"),
         (["generate", "--model", "2B"], "--model must be one of"),
-        (["generate", "--pack-weights"], "unrecognized arguments"),
+        (["generate", "--prepack"], "unrecognized arguments"),
         (["swiglu", "--steps", "4"], "--steps belongs to bench generate"),
         (["swiglu", "--rounds", "4"], "--rounds belongs to the main job, not to bench"),
         (["swiglu", "generate"], "op must be one of"),

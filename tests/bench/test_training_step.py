@@ -33,7 +33,7 @@ def test_a_race_measures_both_models_on_the_same_loss():
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
         found = results["precisions"][precision]
         losses = found["losses"]
-        assert set(losses) == {roofline.EAGER, roofline.SWAPPED}
+        assert set(losses) == {roofline.EAGER, roofline.ACCELERATED}
         assert math.isclose(*losses.values(), rel_tol=tolerance)
         assert found["tokens"] == 32
         assert found["ratio"][roofline.EAGER] > 0

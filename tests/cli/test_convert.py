@@ -25,12 +25,12 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_to_quantised(capsys, tmp_path, bits):
+def test_to_quantized(capsys, tmp_path, bits):
     how = ["--bits", str(bits), "--group-size", "32"]
     argv = ["--checkpoint", str(TINY), "--to", "quantized", "--out", str(tmp_path / "q")]
     assert main(["convert", *argv, *how]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"quantised to {bits} bits 13 matrices: ")
+    assert out.startswith(f"quantized to {bits} bits 13 matrices: ")
     assert out.endswith(f"wrote {tmp_path / 'q'}\n")
     expected = OpenELM.from_pretrained(TINY)
     quantize(expected, bits, 32)
@@ -40,12 +40,12 @@ def test_to_quantised(capsys, tmp_path, bits):
 def test_to_packed_with_what_stands_beside(capsys, tmp_path):
     source = shutil.copytree(TINY, tmp_path / "source")
     (source / "tokenizer.model").write_text("any")
-    argv = ["--checkpoint", str(source), "--to", "packed", "--out", str(tmp_path / "p"), "--json"]
+    argv = ["--checkpoint", str(source), "--to", "packed12", "--out", str(tmp_path / "p"), "--json"]
     assert "must be bfloat16 to be packed, got torch.float32" in refusal(capsys, *argv)
     assert not (tmp_path / "p").exists()
     assert main(["convert", *argv, "--dtype", "bf16"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["to"] == "packed" and found["said"][0].startswith("packed 13 matrices")
+    assert found["to"] == "packed12" and found["said"][0].startswith("packed 13 matrices")
     assert (tmp_path / "p" / "tokenizer.model").read_text() == "any"
     expected = OpenELM.from_pretrained(TINY, dtype=torch.bfloat16)
     loaded = OpenELM.from_pretrained(tmp_path / "p")
@@ -69,18 +69,18 @@ def test_wrong_input(capsys, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "o")]
     source = ["--checkpoint", str(TINY)]
     for argv, message in (
-        ([*source, "--to", "packed"], "convert needs --out"),
-        (["--to", "packed", *out], "convert needs --checkpoint"),
+        ([*source, "--to", "packed12"], "convert needs --out"),
+        (["--to", "packed12", *out], "convert needs --checkpoint"),
         ([*source, *out], "--to"),
         ([*source, *out, "--to", "gptq"], "invalid choice: 'gptq'"),
         ([*source, *out, "--to", "quantized", "--bits", "3"], "invalid choice: 3"),
-        ([*source, *out, "--to", "packed", "--bits", "4"], "--bits belongs to --to quantized"),
-        ([*source, *out, "--to", "packed", "--type", "f16"], "--type belongs to --to gguf"),
-        ([*source, "--out", str(TINY), "--to", "packed"], "--out must be another place"),
-        (["--checkpoint", "nowhere", *out, "--to", "packed"], "nowhere does not exist"),
+        ([*source, *out, "--to", "packed12", "--bits", "4"], "--bits belongs to --to quantized"),
+        ([*source, *out, "--to", "packed12", "--type", "f16"], "--type belongs to --to gguf"),
+        ([*source, "--out", str(TINY), "--to", "packed12"], "--out must be another place"),
+        (["--checkpoint", "nowhere", *out, "--to", "packed12"], "nowhere does not exist"),
     ):
         assert message in refusal(capsys, *argv)
-    assert main(["--seed", "1", "convert", *source, *out, "--to", "packed"]) == 2
+    assert main(["--seed", "1", "convert", *source, *out, "--to", "packed12"]) == 2
     assert "--seed belongs to the main job, not to convert" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install gguf" in refusal(capsys, *source, *out, "--to", "gguf")

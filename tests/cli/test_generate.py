@@ -49,9 +49,9 @@ def test_a_batch_as_json_and_from_a_file(capsys, tmp_path):
     rows = generate(model, ids, 6)
     assert [row["prompt"] for row in found["rows"]] == ids
     assert [row["tokens"] for row in found["rows"]] == [row.tokens for row in rows]
-    assert {row["reason"] for row in found["rows"]} == {"length"}
+    assert {row["finish_reason"] for row in found["rows"]} == {"length"}
     assert found["generated_tokens"] == 18 and found["prompt_tokens"] == 6
-    assert found["decoding"] == "calls"
+    assert found["decode_mode"] == "calls"
     assert found["tokens_per_second"] == pytest.approx(15 / found["generation_seconds"])
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -186,10 +186,13 @@ def test_a_signal_ends_it_cleanly(tmp_path):
         (["--checkpoint", str(TINY), "--ids", "1", "--dtype", "bf16"], "fp32, bf16"),
         (["--checkpoint", str(TINY), "--ids", "1", "--group-size", "32"], "--bits"),
         (["--checkpoint", str(TINY), "--ids", "1", "--bits", "5"], "--bits"),
-        (["--checkpoint", str(TINY), "--ids", "1", "--bits", "8", "--pack"], "--pack"),
+        (["--checkpoint", str(TINY), "--ids", "1", "--bits", "8", "--packed12"], "--packed12"),
         (["--checkpoint", str(TINY), "--ids", "1", "--eager", "--backend", "avx2"], "--eager"),
-        (["--checkpoint", str(TINY), "--ids", "1", "--decoding", "graph"], "needs a CUDA device"),
-        (["--checkpoint", str(TINY), "--ids", "1", "--decoding", "magic"], "'magic'"),
+        (
+            ["--checkpoint", str(TINY), "--ids", "1", "--decode-mode", "graph"],
+            "needs a CUDA device",
+        ),
+        (["--checkpoint", str(TINY), "--ids", "1", "--decode-mode", "magic"], "'magic'"),
         (["--checkpoint", str(TINY), "--model", "270M", "--ids", "1"], "not both"),
         (["--model", "9B", "--ids", "1"], "'9B'"),
     ],
@@ -199,7 +202,7 @@ def test_wrong_input_is_one_line(capsys, argv, named):
     assert named in refusal(capsys, *CPU, *argv)
 
 
-@pytest.mark.parametrize("option", [["--rounds", "3"], ["--pack-weights"], ["--quick"]])
+@pytest.mark.parametrize("option", [["--rounds", "3"], ["--prepack"], ["--quick"]])
 def test_options_of_the_main_job_are_refused(capsys, option):
     assert option[0] in refusal(capsys, *option, *HERE, "--ids", "1")
 

@@ -93,7 +93,7 @@ def test_bench_quick(capsys, monkeypatch, tmp_path):
     for record in found["records"]:
         assert record["parity"] is True
         assert record["time"]["median"] > 0
-        assert record["rivals"]["reference"]["median"] > 0
+        assert record["baselines"]["reference"]["median"] > 0
     assert found == json.loads((tmp_path / "results.json").read_text())
 
 
@@ -101,7 +101,7 @@ def test_main_job(capsys, tmp_path):
     assert main([*QUICK, "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert "parity: ok" in captured.out
-    assert "swapped is" in captured.out
+    assert "accelerated is" in captured.out
     assert "[1/5] bfloat16: model" in captured.err
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["complete"] is True
@@ -114,8 +114,8 @@ def test_main_job(capsys, tmp_path):
     assert len(done["speed"]) == 3
     for task in done["speed"]:
         times = task["times"]
-        assert task["ratio"]["eager"] == times["eager"]["median"] / times["swapped"]["median"]
-        assert 0 < task["of_ceiling"]["swapped"]
+        assert task["ratio"]["eager"] == times["eager"]["median"] / times["accelerated"]["median"]
+        assert 0 < task["of_ceiling"]["accelerated"]
     if chart.available() is None:
         assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -137,17 +137,17 @@ def test_main_job_finds_a_wrong_kernel(capsys, wrong_swiglu):
 def test_without_truth_a_weaker_rule_still_finds_a_wrong_kernel(wrong_swiglu):
     model = elmkernels.OpenELM.from_pretrained(TINY)
     ids = torch.arange(24).view(1, 24)
-    plain, swapped = model_parity.twin(model), model_parity.twin(model)
-    elmkernels.accelerate(swapped)
+    plain, accelerated = model_parity.twin(model), model_parity.twin(model)
+    elmkernels.accelerate(accelerated)
     assert model_parity.check_model(model, plain, ids, 4, truth=False).ok
-    found = model_parity.check_model(model, swapped, ids, 4, truth=False)
+    found = model_parity.check_model(model, accelerated, ids, 4, truth=False)
     assert found.rule.startswith("weak")
     assert not found.ok
 
 
 def test_packed_weights_are_proved_too(capsys):
-    found = run_json(capsys, *QUICK, "--pack-weights", "--rounds", "1")
-    assert found["pack_weights"] is True
+    found = run_json(capsys, *QUICK, "--prepack", "--rounds", "1")
+    assert found["prepack"] is True
     assert found["dtypes"]["bfloat16"]["speed"][0]["times"]["eager"]["n"] == 1
 
 
@@ -155,11 +155,11 @@ def test_a_speed_below_eager_is_shown_as_such():
     def measured(eager: float) -> roofline.Measured:
         times = {
             "eager": roofline.Timing(eager, eager, eager, 3),
-            "swapped": roofline.Timing(2, 2, 2, 3),
+            "accelerated": roofline.Timing(2, 2, 2, 3),
         }
         return roofline.Measured("task", 8, times, dict.fromkeys(times), 1.0, 1.0, roofline.MEMORY)
 
-    assert measured(1.5).rows()[0]["swapped is"] == "0.75x"
+    assert measured(1.5).rows()[0]["accelerated is"] == "0.75x"
     assert "slower than eager: task (0.75x)" in end_to_end.speed_text([measured(1.5)])
     assert "slower" not in end_to_end.speed_text([measured(3.0)])
 

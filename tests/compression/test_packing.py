@@ -1,4 +1,6 @@
-"""Packed weights: every bit of every bfloat16 matrix comes back, and models keep their numbers."""
+"""Packed12 weights: every bit of every bfloat16 matrix comes back, and models keep their
+numbers.
+"""
 
 import copy
 import pickle
@@ -10,7 +12,7 @@ from helpers.checkpoints import CONFIG, GROUPED, assert_held, assert_same, same_
 from elmkernels import OpenELM, accelerate, pack, quantize, reference, restore, unpack
 from elmkernels.compression.packing import MAX_ESCAPES
 from elmkernels.openelm import greedy
-from elmkernels.openelm.compressed import PackedEmbedding, PackedLinear, gather_rows, product
+from elmkernels.openelm.compressed import Packed12Embedding, Packed12Linear, gather_rows, product
 from elmkernels.weights import count_exponents, pack_weight
 
 IDS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(4))
@@ -140,8 +142,8 @@ def test_a_packed_model_has_the_same_logits(embeddings):
     plain, model = bf16(), bf16()
     done = pack(model, embeddings)
     assert done.matrices == 12 + embeddings and done.left == []
-    assert isinstance(model.token_embeddings, PackedEmbedding) == embeddings
-    assert isinstance(model.layers[0].ffn.proj_1, PackedLinear)
+    assert isinstance(model.token_embeddings, Packed12Embedding) == embeddings
+    assert isinstance(model.layers[0].ffn.proj_1, Packed12Linear)
     assert_held(model, plain, IDS)
     wide = copy.deepcopy(model).float()
     assert torch.equal(greedy(wide, IDS, 5), greedy(copy.deepcopy(plain).float(), IDS, 5))
@@ -202,7 +204,7 @@ def test_copies_and_state_dicts():
     assert_same(model, copy.deepcopy(model))
     assert_same(model, pickle.loads(pickle.dumps(model)))
     lengths = [
-        [m.escape_columns.numel() for m in each.modules() if isinstance(m, PackedLinear)]
+        [m.escape_columns.numel() for m in each.modules() if isinstance(m, Packed12Linear)]
         for each in (model, other)
     ]
     assert lengths[0] != lengths[1], "the escapes must differ for this to be a test"
@@ -216,7 +218,7 @@ def test_accelerated_before_or_after():
     pack(before)
     pack(after)
     report = accelerate(after, backend="reference")
-    assert report.left == [] and "kept 12 PackedLinear" in report.notes
+    assert report.left == [] and "kept 12 Packed12Linear" in report.notes
     for model in (before, after):
         assert model.layers[0].ffn.proj_1.backend == "reference"
         assert type(model.norm).__name__ == "FusedRMSNorm"
@@ -236,10 +238,10 @@ def test_what_cannot_be_packed_stays_as_it_was():
         model.layers[2].ffn.proj_2 = model.layers[2].ffn.proj_2.float()
     with pytest.raises(ValueError, match="layers.2.ffn.proj_2 must be bfloat16"):
         pack(model)
-    assert not any(isinstance(m, PackedLinear | PackedEmbedding) for m in model.modules())
+    assert not any(isinstance(m, Packed12Linear | Packed12Embedding) for m in model.modules())
     with pytest.raises(ValueError, match="no packed|none"):
         unpack(model)
-    quantised = OpenELM(GROUPED, seed=1, dtype=torch.bfloat16)
-    quantize(quantised, 4, 32)
+    quantized = OpenELM(GROUPED, seed=1, dtype=torch.bfloat16)
+    quantize(quantized, 4, 32)
     with pytest.raises(ValueError, match="token_embeddings must be plain.*QuantizedEmbedding"):
-        pack(quantised)
+        pack(quantized)

@@ -1,4 +1,4 @@
-"""Quantised weights: MLX's own bits, and what a model does with modules that hold them."""
+"""Quantized weights: MLX's own bits, and what a model does with modules that hold them."""
 
 import copy
 import pickle
@@ -174,7 +174,7 @@ def test_accelerated_before_or_after():
     quantize(before, 8, 32)
     quantize(after, 8, 32)
     report = accelerate(after, backend="reference")
-    assert report.left == [] and "projections" not in report.swapped
+    assert report.left == [] and "projections" not in report.accelerated
     assert "kept 12 QuantizedLinear" in report.notes
     expected = plain(IDS)
     for model in (before, after):

@@ -169,7 +169,7 @@ def test_any_number_of_blocks_has_parity(library, form, grid):
     assert_parity(simulated(library, grid), *decoding(form, torch.bfloat16))
 
 
-@pytest.mark.parametrize("form", ["plain", "affine4_64", "packed"])
+@pytest.mark.parametrize("form", ["plain", "affine4_64", "packed12"])
 def test_a_layer_of_270m_has_parity(library, form):
     config = models()["270M"]
     layer = config.num_transformer_layers // 2

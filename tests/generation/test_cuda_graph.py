@@ -6,14 +6,14 @@ import torch
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration.decode_modes import GRAPH, ONE_LAUNCH
 from elmkernels.bench.runners import Task
-from elmkernels.bench.torch_baseline import FairOpenELM
+from elmkernels.bench.torch_baseline import TorchBaseline
 from elmkernels.generation.cuda_graph import Window, bucket_of, step, width_of
 from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.generation.sampling import Sampler, Sampling
 from elmkernels.generation.session import greedy
 from elmkernels.gpu_check.model_units import agreement
 from elmkernels.gpu_check.models import TINY
-from elmkernels.gpu_check.runners import DecoderRunner, FairRunner, room_for
+from elmkernels.gpu_check.runners import DecoderRunner, TorchBaselineRunner, room_for
 from elmkernels.openelm import KVCache
 from elmkernels.testing.model_parity import twin
 
@@ -37,8 +37,8 @@ def expected(model, prompts) -> torch.Tensor:
     return greedy(model, prompts, STEPS)
 
 
-def swapped(model: OpenELM, backend: str | None) -> OpenELM:
-    """A swapped twin; "eager" is the model itself, "sdpa" has torch's attention."""
+def accelerated(model: OpenELM, backend: str | None) -> OpenELM:
+    """A accelerated twin; "eager" is the model itself, "sdpa" has torch's attention."""
     if backend == "eager":
         return model
     copy = twin(model)
@@ -64,18 +64,18 @@ def decoded(model, prompts, steps=STEPS, spoil=False):
 
 @pytest.mark.parametrize("backend", ["eager", None, "sdpa", "reference"])
 def test_the_same_tokens_as_without_fixed_shapes(model, prompts, expected, backend):
-    assert torch.equal(decoded(swapped(model, backend), prompts), expected)
+    assert torch.equal(decoded(accelerated(model, backend), prompts), expected)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", None])
 def test_what_lies_beyond_the_tokens_is_not_seen(model, prompts, expected, backend):
-    assert torch.equal(decoded(swapped(model, backend), prompts, spoil=True), expected)
+    assert torch.equal(decoded(accelerated(model, backend), prompts, spoil=True), expected)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("backend", ["eager", None, "sdpa"])
 def test_a_padded_prompt_of_rows_of_their_own_lengths(model, prompts, backend):
-    model = swapped(model, backend)
+    model = accelerated(model, backend)
     cache = KVCache(CONFIG, 2, 300)
     window = Window(cache, 256, torch.tensor([0, 0]))
     counts = torch.tensor([7, 16])
@@ -115,16 +115,16 @@ def test_widths():
 def test_the_fair_rival_decodes_the_same_tokens(model, prompts, expected, options):
     task = Task("decode", prompts, STEPS - 1)
     torch.compiler.reset()
-    run = FairRunner(model, options).run(task)
+    run = TorchBaselineRunner(model, options).run(task)
     for _ in range(2):  # a second call starts after the prompt again
         assert agreement(expected.tolist(), run()) == STEPS
-    prompt = FairRunner(model, options).run(Task("prefill", prompts, 0))
+    prompt = TorchBaselineRunner(model, options).run(Task("prefill", prompts, 0))
     assert prompt() == expected[:, :1].tolist()
 
 
 @pytest.mark.parametrize("way", [GRAPH, ONE_LAUNCH])
 def test_the_runner_starts_over(model, prompts, expected, way):
-    runner = DecoderRunner("", swapped(model, None), way, captured=False)
+    runner = DecoderRunner("", accelerated(model, None), way, captured=False)
     run = runner.run(Task("", prompts, STEPS - 1))
     assert run() == run() == expected.tolist()
 
@@ -139,7 +139,7 @@ def test_a_static_cache_is_a_multiple_of_what_masks_are_aligned_to(model):
 def test_the_fair_rival_refuses_other_shapes():
     config = OpenELMConfig.from_name("OpenELM-270M", **TINY | {"normalize_qk_projections": False})
     with pytest.raises(ValueError, match="must have QK norms"):
-        FairOpenELM(OpenELM.from_config(config), 1, 8)
+        TorchBaseline(OpenELM.from_config(config), 1, 8)
 
 
 def test_agreement_counts_from_the_start():

@@ -20,7 +20,7 @@ BACKENDS = runnable("decode_step")
 FORMS = {
     "float32": (torch.float32, lambda model: None),
     "bfloat16": (torch.bfloat16, lambda model: None),
-    "packed": (torch.bfloat16, lambda model: pack(model, progress=False)),
+    "packed12": (torch.bfloat16, lambda model: pack(model, progress=False)),
     "8 bits": (torch.bfloat16, lambda model: quantize(model, 8, 32, progress=False)),
     "4 bits": (torch.float32, lambda model: quantize(model, 4, 64, progress=False)),
 }

@@ -10,7 +10,7 @@ import torch
 from helpers.tape import record
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, restore
-from elmkernels.acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, why_not
+from elmkernels.acceleration.decode_modes import CALLS, GRAPH, ONE_LAUNCH, missing
 from elmkernels.generation import gpu_decoder
 from elmkernels.generation.gpu_decoder import AHEAD, Decoder
 from elmkernels.generation.sampling import Sampler, Sampling
@@ -42,26 +42,29 @@ def device(request, monkeypatch):
         monkeypatch.setattr(Decoder, "_captured", captured)
 
 
-every_way = pytest.mark.parametrize("way", [ONE_LAUNCH, GRAPH, None])
+every_way = pytest.mark.parametrize("mode", [ONE_LAUNCH, GRAPH, None])
 
 
-def rows_of(model, prompts, steps, way, **options):
-    session = Session(model, len(prompts), 400, decoding=way)
+def rows_of(model, prompts, steps, mode, **options):
+    session = Session(model, len(prompts), 400, decode_mode=mode)
     return session.generate(prompts, steps, **options)
 
 
 @every_way
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("prompts", [RAGGED, [LONG], [LONG[:100], LONG[::-1]]], ids=len)
-def test_the_same_tokens_as_by_calls(model, device, way, options, prompts):
+def test_the_same_tokens_as_by_calls(model, device, mode, options, prompts):
     expected = rows_of(model, prompts, 12, CALLS, **options)
-    assert rows_of(model, prompts, 12, way, **options) == expected
+    assert rows_of(model, prompts, 12, mode, **options) == expected
 
 
 @every_way
-def test_a_session_goes_on_with_what_it_captured(model, device, way):
+def test_a_session_goes_on_with_what_it_captured(model, device, mode):
     """Another sampling, the prompt's own prefix, stop tokens, an end before the last step."""
-    plain, session = Session(model, 2, 300, decoding=CALLS), Session(model, 2, 300, decoding=way)
+    plain, session = (
+        Session(model, 2, 300, decode_mode=CALLS),
+        Session(model, 2, 300, decode_mode=mode),
+    )
     first = plain.generate([[1, 2, 3], [4, 5]], 9)
     stop = first[0].tokens[4]
     calls = 2 * [
@@ -80,19 +83,19 @@ def test_a_session_goes_on_with_what_it_captured(model, device, way):
 
 
 @every_way
-@pytest.mark.parametrize("form", ["packed", "int8", "int4"])
-def test_compressed_weights(device, way, form):
+@pytest.mark.parametrize("form", ["packed12", "int8", "int4"])
+def test_compressed_weights(device, mode, form):
     model = OpenELM.from_config(CONFIG, seed=3, dtype=torch.bfloat16).eval()
-    pack(model) if form == "packed" else quantize(model, bits=int(form[3:]))
+    pack(model) if form == "packed12" else quantize(model, bits=int(form[3:]))
     expected = rows_of(model, RAGGED, 8, CALLS)
-    got = rows_of(model, RAGGED, 8, way)
+    got = rows_of(model, RAGGED, 8, mode)
     # Sums in another order change bfloat16 logits by a rounding, and a near tie with it.
     same = sum(a.tokens == b.tokens for a, b in zip(got, expected, strict=True))
-    assert same == 3 if way == ONE_LAUNCH else same >= 1
+    assert same == 3 if mode == ONE_LAUNCH else same >= 1
 
 
 def test_what_was_captured(model, device):
-    session = Session(model, 1, 400, decoding=GRAPH)
+    session = Session(model, 1, 400, decode_mode=GRAPH)
     session.generate([LONG], 12)
     decoder = session.decoder()
     assert decoder.captures == [(GRAPH, 256), (GRAPH, 400)]
@@ -105,7 +108,7 @@ def test_what_was_captured(model, device):
     assert set(decoder.captures) == {(16, 256), (32, 256), (GRAPH, 256)}
     assert decoder.taken == {256: GRAPH, 400: GRAPH}
     assert session.memory == {"cache": session.cache.nbytes, "graphs": 0}
-    session = Session(model, 1, 400, decoding=ONE_LAUNCH)
+    session = Session(model, 1, 400, decode_mode=ONE_LAUNCH)
     session.generate([LONG], 12)
     assert session.decoder().captures == [(ONE_LAUNCH, None)]
 
@@ -143,12 +146,12 @@ def test_the_faster_way_is_measured_once(model, device, monkeypatch, fastest):
 
 @pytest.mark.parametrize("failing", [{ONE_LAUNCH}, {GRAPH}, {ONE_LAUNCH, GRAPH}])
 def test_a_capture_that_fails(model, device, monkeypatch, failing):
-    """What is left decodes; a way that was named doesn't fall back."""
+    """What is left decodes; a mode that was named doesn't fall back."""
     made = Decoder._captured
 
     def captured(self, body):
-        way = {"one_launch": ONE_LAUNCH, "body": GRAPH}[body.__name__]
-        if way in failing and not body.__qualname__.startswith("Decoder.prefill"):
+        mode = {"one_launch": ONE_LAUNCH, "body": GRAPH}[body.__name__]
+        if mode in failing and not body.__qualname__.startswith("Decoder.prefill"):
             raise torch.OutOfMemoryError("no memory for it\nmore")
         return made(self, body)
 
@@ -156,7 +159,7 @@ def test_a_capture_that_fails(model, device, monkeypatch, failing):
     expected = rows_of(model, [[1, 2, 3]], 6, CALLS)
     session = Session(model, 1, 200)
     assert session.generate([[1, 2, 3]], 6) == expected
-    left = [way for way in (ONE_LAUNCH, GRAPH) if way not in failing]
+    left = [mode for mode in (ONE_LAUNCH, GRAPH) if mode not in failing]
     assert session.decoder().taken == {200: left[0] if left else CALLS}
     assert set(session.decoder().refused) == failing
     named = sorted(failing)[0]
@@ -194,7 +197,9 @@ def test_an_interruption_of_a_launch_loses_nothing(model, device, monkeypatch):
     monkeypatch.setattr(Decoder, "_launch", interrupted)
     session = Session(model, 1, 200)
     (row,) = session.generate([[1, 2, 3]], 30)
-    assert row.reason == "interrupted" and row.tokens == expected[0].tokens[: len(row.tokens)]
+    assert (
+        row.finish_reason == "interrupted" and row.tokens == expected[0].tokens[: len(row.tokens)]
+    )
     assert len(row.tokens) == 12 - AHEAD + 1
     assert session.generate([[1, 2, 3]], 30) == expected
 
@@ -205,14 +210,14 @@ def test_logits_that_are_no_numbers(model, device):
     run = Session(model, 1, 100).stream([[1, 2, 3]], 30, temperature=1.0)
     with pytest.raises(ValueError, match="got NaN"):
         list(run)
-    assert run.rows[0].reason == "failed"
+    assert run.rows[0].finish_reason == "failed"
 
 
 @torch.inference_mode()
 @every_way
-def test_all_steps_at_once(model, device, way):
+def test_all_steps_at_once(model, device, mode):
     cache = KVCache(CONFIG, 2, 300)
-    decoder = Decoder(model, cache, way, captured=False)
+    decoder = Decoder(model, cache, mode, captured=False)
     ids = torch.arange(40).view(2, 20)
     logits = model(ids, cache=cache, logits_to_keep=1)[:, -1]
     sampler = Sampler(Sampling(), [[]] * 2, CONFIG.vocab_size, cache.device, 9)
@@ -236,24 +241,24 @@ def test_no_room_for_the_padding_of_a_prompt(model, device):
 
 def test_what_cannot_be_had(model):
     with pytest.raises(RuntimeError, match="'graph' needs a CUDA device, the model is on cpu"):
-        Session(model, decoding=GRAPH)
-    with pytest.raises(ValueError, match="decoding must be one of .*, got 'magic'"):
-        stream(model, [[1]], 3, decoding="magic")
-    assert Session(model, decoding=CALLS).decoder() is None
+        Session(model, decode_mode=GRAPH)
+    with pytest.raises(ValueError, match="decode_mode must be one of .*, got 'magic'"):
+        stream(model, [[1]], 3, decode_mode="magic")
+    assert Session(model, decode_mode=CALLS).decoder() is None
     assert Session(model).decoder() is None
     cache = KVCache(CONFIG, 9, 20)
-    assert why_not(ONE_LAUNCH, model, cache) == "decode_step takes at most 8 sequences, got 9"
-    assert why_not(GRAPH, model, cache) is None
+    assert missing(ONE_LAUNCH, model, cache) == "decode_step takes at most 8 sequences, got 9"
+    assert missing(GRAPH, model, cache) is None
     cache = KVCache(CONFIG, 1, 20, dtype=torch.bfloat16)
-    assert "the weights must be torch.bfloat16 like the cache" in why_not(GRAPH, model, cache)
+    assert "the weights must be torch.bfloat16 like the cache" in missing(GRAPH, model, cache)
     handle = model.layers[0].register_forward_hook(lambda *_: None)
     cache = KVCache(CONFIG, 1, 20)
-    assert "layers.0 has hooks" in why_not(GRAPH, model, cache)
+    assert "layers.0 has hooks" in missing(GRAPH, model, cache)
     with pytest.raises(RuntimeError, match="'graph' can't be had: .*hooks.*; 'calls' can"):
         Decoder(model, cache, GRAPH, captured=False)
     handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
-        assert why_not(GRAPH, model, cache) == "autocast is on"
+        assert missing(GRAPH, model, cache) == "autocast is on"
     restore(model)
     accelerate(model, backend="reference")
-    assert "decode_step has no kernel here" in why_not(ONE_LAUNCH, model, cache)
+    assert "decode_step has no kernel here" in missing(ONE_LAUNCH, model, cache)

@@ -22,10 +22,10 @@ RAGGED = [[5, 4, 3, 2, 1], [7] * 17, [300], [9, 8, 7]]
 SAMPLED = {"temperature": 0.9, "top_k": 60, "top_p": 0.95, "repetition_penalty": 1.2}
 
 
-@pytest.fixture(params=["eager", "swapped"])
+@pytest.fixture(params=["eager", "accelerated"])
 def model(request) -> OpenELM:
     model = load_hf_tiny().model()
-    if request.param == "swapped":
+    if request.param == "accelerated":
         accelerate(model)
     return model
 
@@ -126,7 +126,7 @@ def test_stop_tokens(model):
             assert row == Row(tokens[: ends[0]], "stop", tokens[ends[0]])
         else:
             assert row == Row(tokens, "length")
-    assert rows[1].reason == "stop" and any(row.reason == "length" for row in rows)
+    assert rows[1].finish_reason == "stop" and any(row.finish_reason == "length" for row in rows)
     assert generate(model, RAGGED[1:2], 12, stop_tokens=stop) == rows[1:2]
 
 
@@ -230,7 +230,7 @@ def test_an_interrupted_stream_ends(model):
     interrupt = Interrupt(model, 3)
     assert len(list(run)) == 3
     interrupt.handle.remove()
-    assert run.interrupted and run.rows[0].reason == "interrupted"
+    assert run.interrupted and run.rows[0].finish_reason == "interrupted"
     assert list(run) == []
 
 

@@ -121,16 +121,16 @@ def test_tokens_of_one_launch_and_the_bits_of_packed_weights(rehearsal):
     packed = units["tiny bfloat16 packed"]
     assert packed["equal"] == packed["steps"] == generation_units.EXACT_STEPS
     decode = rehearsal[1]["stages"]["decode"]["units"]["tiny decode at 260 x 1"]
-    one_launch = {"swapped, one launch", *runners.OTHER_FORMS.values()}
+    one_launch = {"accelerated, one launch", *runners.OTHER_FORMS.values()}
     assert one_launch <= set(decode["times"]) and decode["missing"] == {}
-    assert set(decode["agree"]) & one_launch == one_launch - set(runners.QUANTISED)
+    assert set(decode["agree"]) & one_launch == one_launch - set(runners.QUANTIZED)
 
 
-def test_models_beside_their_rivals(rehearsal):
+def test_models_beside_their_baselines(rehearsal):
     stages = rehearsal[1]["stages"]
     decode = stages["decode"]["units"]["tiny decode at 260 x 2"]
-    ours = {"swapped", "swapped, graph", "swapped, graph, sdpa"}
-    assert set(decode["times"]) >= {"eager", "fair eager"} | ours
+    ours = {"accelerated", "accelerated, graph", "accelerated, graph, sdpa"}
+    assert set(decode["times"]) >= {"eager", "torch baseline"} | ours
     assert (decode["batch"], decode["context"], decode["steps"]) == (2, 260, 4)
     for name, rate in decode["tokens_per_second"].items():
         assert rate == pytest.approx(8 / decode["times"][name]["median"])
@@ -138,11 +138,11 @@ def test_models_beside_their_rivals(rehearsal):
     assert decode["datasheet_tokens"] is None
     assert all(0 <= n <= decode["tokens_each"] for n in decode["agree"].values())
     step = stages["models"]["units"]["tiny training step 16"]
-    assert set(step["times"]) == {"eager", "swapped"}
-    rivals = next(iter(stages["compiled"]["units"].values()))
-    named = set(rivals["times"]) | set(rivals["missing"])
-    assert named >= {"compiled", "OLMo-1B eager", "OLMo-1B compiled", "swapped"}
-    assert "compiled" in rivals["times"]
+    assert set(step["times"]) == {"eager", "accelerated"}
+    baselines = next(iter(stages["compiled"]["units"].values()))
+    named = set(baselines["times"]) | set(baselines["missing"])
+    assert named >= {"compiled", "OLMo-1B eager", "OLMo-1B compiled", "accelerated"}
+    assert "compiled" in baselines["times"]
 
 
 def test_a_failing_op_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -276,7 +276,7 @@ def test_a_task_beyond_the_positions_is_left_out():
 def test_floors_by_the_datasheet(monkeypatch):
     monkeypatch.setattr(model_units, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
     timing = model_units.roofline.Timing(1.0, 1.0, 1.0, 3)
-    times = {"eager": timing, "swapped": timing}
+    times = {"eager": timing, "accelerated": timing}
     for bound, rate in (
         (model_units.roofline.MEMORY, 3.35e12),
         (model_units.roofline.PRODUCTS, 989e12),
@@ -293,7 +293,7 @@ def test_losses_are_named_beside_the_wins():
     op |= {"of_datasheet": 0.3, "of_datasheet_flops": None, "calls": {}}
     op["ratios"] = {"eager": 2.0, "liger": 0.9}
     model = {"state": "done", "model": "1_1B", "missing": {"compiled": "no time left"}}
-    model |= {"tokens_per_second": {"eager": 10.0, "swapped": 20.0, "swapped, graph": 80.0}}
+    model |= {"tokens_per_second": {"eager": 10.0, "accelerated": 20.0, "accelerated, graph": 80.0}}
     model["tokens_per_second"]["compiled"] = 100.0
     model |= {"times": {}, "floor_tokens": 160.0, "datasheet_tokens": 200.0, "tokens_each": 5}
     stage = {"seconds": 1.0, "left_out": {}}
@@ -308,6 +308,6 @@ def test_losses_are_named_beside_the_wins():
     assert "Compute capability 9.0, 80 GiB, CUDA 13.0; the CUDA library is built for 80, 90" in text
     assert "- avx2: runs on cpu" in text and "- triton" not in text
     assert "- swiglu c: liger 0.90x" in text and "eager 2.00x" not in text
-    assert "- 1_1B decode: compiled, swapped, graph is 0.80x" in text
+    assert "- 1_1B decode: compiled, accelerated, graph is 0.80x" in text
     assert "| 1_1B decode | eager | 10 | 8.00x | 6% | 160 | 200 |" in text
     assert "- 1_1B decode: compiled: no time left" in text

@@ -9,7 +9,7 @@ from elmkernels.gpu_check import op_units, report, runners
 from elmkernels.gpu_check.targets import LARGE, TARGETS, verdicts
 
 EMPTY: dict = {"device": "cuda:0", "complete": True, "stages": {}}
-RATES = {"eager": 100.0, "swapped, graph": 1300.0, "swapped, one launch": 1500.0}
+RATES = {"eager": 100.0, "accelerated, graph": 1300.0, "accelerated, one launch": 1500.0}
 
 
 def results(**stages: dict) -> dict:
@@ -43,8 +43,8 @@ def test_what_no_one_measured_is_not_called_missed():
 
 
 def test_decoding():
-    long = decoding({"eager": 1.0, "swapped, graph": 9000.0}, context=1024)
-    many = decoding({"eager": 1.0, "swapped, graph": 9000.0}, batch=4)
+    long = decoding({"eager": 1.0, "accelerated, graph": 9000.0}, context=1024)
+    many = decoding({"eager": 1.0, "accelerated, graph": 9000.0}, batch=4)
     found = results(decode={"a": long, "b": many, "c": decoding(RATES)})
     what = "decoding one sequence in bfloat16: 1_1B"
     assert row(found, f"{what} by graph, an H200's") == ("1300 tokens/s", "reached")
@@ -62,7 +62,7 @@ def test_decoding():
 
 @pytest.mark.parametrize(("form", "rate", "verdict"), [
     ("int8", 2500.0, "missed"), ("int8", 2600.0, "reached"), ("int4", 4000.0, "reached"),
-    ("packed", 1700.0, "missed"),
+    ("packed12", 1700.0, "missed"),
 ])  # fmt: skip
 def test_other_forms_beside_their_own_bfloat16(form, rate, verdict):
     unit = decoding(RATES | {runners.OTHER_FORMS[form]: rate}, model="270M")
@@ -121,7 +121,7 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
     wanted = [f"rms_norm {m}_rows_16384 bfloat16" for m in ("270M", "450M", "1_1B", "3B")]
     wanted += [f"{op} 1_1B_rows_{n} bfloat16" for op in op_units.NORMS for n in (1, 4, 16)]
     wanted += ["qk_norm_rope 1_1B_rows_16384 bfloat16", "attention 1_1B_token_16x2048 bfloat16"]
-    wanted += [f"linear 1_1B_{f}_rows_{n} bfloat16" for f in ("plain", "packed") for n in (1, 8)]
+    wanted += [f"linear 1_1B_{f}_rows_{n} bfloat16" for f in ("plain", "packed12") for n in (1, 8)]
     assert not [name for name in wanted if f"{name} triton" not in names]
     first = [u.name for u in op_units.parity_units(torch.device("cuda"), False, first=True)]
     assert first == [f"{op} triton" for op in op_units.FIRST]
@@ -133,9 +133,11 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
             for b in (1, 4)}  # fmt: skip
     assert set(decode) == grid
     assert "1_1B decode at 2048 x 64" in stages["models"]
-    ways = [f"270M {d} {way}" for d in ("float32", "bfloat16") for way in ("graph", "one-launch")]
-    assert set(ways) | {"270M bfloat16 packed"} <= set(stages["generation"])
-    first = [name for case in ("plain", "affine8_64", "affine4_64", "packed")
+    modes = [
+        f"270M {d} {mode}" for d in ("float32", "bfloat16") for mode in ("graph", "one-launch")
+    ]
+    assert set(modes) | {"270M bfloat16 packed"} <= set(stages["generation"])
+    first = [name for case in ("plain", "affine8_64", "affine4_64", "packed12")
              for name in (f"{case}_batch_{b}" for b in (1, 2, 3, 4))]  # fmt: skip
     assert [c.name for c in op_units.in_order("decode_step")][:16] == first
 
@@ -143,17 +145,17 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
 def test_few_models_are_kept_with_their_other_forms(monkeypatch):
     models = gpu_held.Models(torch.device("cpu"), True)
     half = models.get("tiny", torch.bfloat16)
-    packed = models.compressed("tiny", "packed")
+    packed = models.compressed("tiny", "packed12")
     models.get("tiny", torch.float32)
     assert models.get("tiny", torch.bfloat16) is half
-    assert models.compressed("tiny", "packed") is packed
+    assert models.compressed("tiny", "packed12") is packed
     monkeypatch.setattr(gpu_held, "KEPT", 1)
     models.drop()
     half = models.get("tiny", torch.bfloat16)
-    packed = models.compressed("tiny", "packed")
+    packed = models.compressed("tiny", "packed12")
     models.get("tiny", torch.float32)
     assert models.get("tiny", torch.bfloat16) is not half
-    assert models.compressed("tiny", "packed") is not packed
+    assert models.compressed("tiny", "packed12") is not packed
 
 
 def test_a_way_that_hung_or_failed_is_not_timed():

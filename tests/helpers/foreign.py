@@ -1,7 +1,7 @@
 """Models that only look like an OpenELM: CoreNet's calls and Apple's Hugging Face calls.
 
 Stand-ins written for these tests with the module names, signatures and cache conventions of the
-two (keys cached normalised but not rotated, the whole cache rotated at every step, key/value heads
+two (keys cached normalized but not rotated, the whole cache rotated at every step, key/value heads
 repeated), so that the swap meets its users' conventions without their packages.
 """
 

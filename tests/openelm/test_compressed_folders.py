@@ -1,4 +1,4 @@
-"""Folders of quantised and packed models: what is in them, how they are loaded, what is refused."""
+"""Folders of quantized and packed models: what is in them, how they are loaded, what is refused."""
 
 import copy
 import json
@@ -18,9 +18,9 @@ IDS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(4))
 FORMS = {
     "4 bits": lambda m, **how: quantize(m, 4, 32, **how),
     "8 bits": lambda m, **how: quantize(m, 8, 32, **how),
-    "packed": pack,
+    "packed12": pack,
 }
-PACKED_PARTS = ["escape_columns", "escape_starts", "escape_values", "exponents", "packed"]
+PACKED_PARTS = ["escape_columns", "escape_starts", "escape_values", "exponents", "packed12"]
 
 
 def made(form: str, config: OpenELMConfig = GROUPED, **how) -> OpenELM:
@@ -87,7 +87,7 @@ def test_what_a_quantised_folder_holds(tmp_path):
 
 
 def test_what_a_packed_folder_holds(tmp_path):
-    made("packed").save_pretrained(tmp_path)
+    made("packed12").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["elmkernels"] == {"format": "packed12", "version": 1}
     prefix = "transformer.layers.0.ffn.proj_1."
@@ -132,7 +132,7 @@ def test_saving_over_the_folder_a_model_is_mapped_from(tmp_path, form):
 def test_dtype(tmp_path, form):
     made(form).save_pretrained(tmp_path)
     assert_same(OpenELM.from_pretrained(tmp_path, dtype=torch.bfloat16), made(form))
-    if form == "packed":
+    if form == "packed12":
         with pytest.raises(ValueError, match="dtype must be bfloat16 .* got torch.float32.*unpack"):
             OpenELM.from_pretrained(tmp_path, dtype=torch.float32)
         return
@@ -143,7 +143,7 @@ def test_dtype(tmp_path, form):
 
 
 def test_a_packed_model_that_was_cast(tmp_path):
-    model = made("packed").float()
+    model = made("packed12").float()
     model.save_pretrained(tmp_path)
     loaded = OpenELM.from_pretrained(tmp_path)
     assert loaded.token_embeddings.dtype == torch.float32
@@ -160,7 +160,7 @@ def test_on_the_meta_device(tmp_path, form):
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1], ids=["empty", "length", "header", "last byte"])
-@pytest.mark.parametrize("form", ["4 bits", "packed"])
+@pytest.mark.parametrize("form", ["4 bits", "packed12"])
 def test_truncated(tmp_path, form, size):
     made(form).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -172,15 +172,15 @@ def test_truncated(tmp_path, form, size):
 @pytest.mark.parametrize(
     ("form", "values", "message"),
     [
-        ("4 bits", {"quantization": None}, "holds quantised weights, but no .*`quantization`"),
-        ("packed", {"elmkernels": None}, "holds packed weights, but no .*`elmkernels`"),
+        ("4 bits", {"quantization": None}, "holds quantized weights, but no .*`quantization`"),
+        ("packed12", {"elmkernels": None}, "holds packed weights, but no .*`elmkernels`"),
         ("4 bits", {"elmkernels": {"format": "packed12", "version": 1}}, "exclude each other"),
         (
-            "packed",
+            "packed12",
             {"elmkernels": {"format": "packed12", "version": 2}},
             "elmkernels must be .*'version': 1.*got .*'version': 2",
         ),
-        ("packed", {"elmkernels": "packed12"}, "elmkernels must be .*got 'packed12'"),
+        ("packed12", {"elmkernels": "packed12"}, "elmkernels must be .*got 'packed12'"),
         (
             "4 bits",
             {"quantization": {"group_size": 32, "bits": 8}},
@@ -252,7 +252,7 @@ def test_tensors_that_do_not_fit(tmp_path):
 )
 def test_escapes_that_point_outside_of_a_weight(tmp_path, part, change, message):
     """A kernel trusts them: a damaged file must not make it read or write elsewhere."""
-    model = made("packed")
+    model = made("packed12")
     name, module = next(
         (n, m) for n, m in model.named_modules()
         if isinstance(m, CompressedLinear) and m.escape_columns.numel() > 1 and m.in_features == 64
@@ -273,7 +273,7 @@ def test_escapes_that_point_outside_of_a_weight(tmp_path, part, change, message)
 
 def test_a_single_file_does_not_say_how_it_is_compressed(tmp_path):
     made("8 bits").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds quantised weights, but no config.json"):
+    with pytest.raises(ValueError, match="holds quantized weights, but no config.json"):
         OpenELM.from_pretrained(tmp_path / "model.safetensors", config=GROUPED)
 
 
@@ -287,7 +287,7 @@ def test_mixed_forms_are_not_saved(tmp_path):
 
 @pytest.mark.parametrize(("form", "bits"), [("4 bits", 4), ("8 bits", 8)])
 def test_mlx_reads_the_folder(tmp_path, form, bits):
-    """mlx_lm's OpenELM on our folder: its dequantised weights are ours, and so are its logits."""
+    """mlx_lm's OpenELM on our folder: its dequantized weights are ours, and so are its logits."""
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.utils")
     model = made(form).float()

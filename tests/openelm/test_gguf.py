@@ -123,12 +123,12 @@ def test_compressed_models_are_written_as_what_they_stand_for(tmp_path):
     pytest.importorskip("gguf")
     plain, packed = (OpenELM(GROUPED, seed=1, dtype=torch.bfloat16) for _ in range(2))
     pack(packed)
-    for name, m in (("plain", plain), ("packed", packed)):
+    for name, m in (("plain", plain), ("packed12", packed)):
         export_gguf(m, tmp_path / name, "bf16")
-    assert (tmp_path / "plain").read_bytes() == (tmp_path / "packed").read_bytes()
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "packed12").read_bytes()
     quantize(packed, 8, 32)
-    export_gguf(packed, tmp_path / "quantised", "f32")
-    got = tensors(tmp_path / "quantised")["blk.1.attn_qkv.weight"]
+    export_gguf(packed, tmp_path / "quantized", "f32")
+    got = tensors(tmp_path / "quantized")["blk.1.attn_qkv.weight"]
     affine = packed.layers[1].attn.qkv_proj.compressed()
     assert torch.equal(got, reference.dense(affine).float())
 

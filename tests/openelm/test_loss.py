@@ -1,4 +1,4 @@
-"""OpenELM.loss and its head: eager, swapped, tied or not, compressed, recomputed."""
+"""OpenELM.loss and its head: eager, accelerated, tied or not, compressed, recomputed."""
 
 import copy
 import pickle
@@ -19,10 +19,10 @@ NAMES = ("tiny_layerwise", "tiny_mha_untied")  # tied, and with a classifier of 
 both = pytest.mark.parametrize("name", NAMES)
 
 
-def loaded(name: str, dtype: torch.dtype = torch.float32, swapped: bool = False):
+def loaded(name: str, dtype: torch.dtype = torch.float32, accelerated: bool = False):
     case = load_tiny(name)
     model = case.model(dtype)
-    if swapped:
+    if accelerated:
         accelerate(model)
     return model, case.tensors["input_ids"]
 
@@ -33,9 +33,9 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 
 @both
-@pytest.mark.parametrize("swapped", [False, True])
-def test_it_is_the_mean_of_the_next_tokens(name, swapped):
-    model, ids = loaded(name, swapped=swapped)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_it_is_the_mean_of_the_next_tokens(name, accelerated):
+    model, ids = loaded(name, accelerated=accelerated)
     exact, _ = loaded(name, torch.float64)
     eager, _ = loaded(name)
     mask = torch.ones_like(ids)
@@ -54,18 +54,18 @@ def test_it_is_the_mean_of_the_next_tokens(name, swapped):
 def test_the_swapped_model_has_the_loss_and_gradients_of_eager(name, reduction):
     """With every option; truth is the reference in float64."""
     results = {}
-    for key, dtype, swapped in (
+    for key, dtype, accelerated in (
         ("truth", torch.float64, False),
         ("eager", torch.float32, False),
-        ("swapped", torch.float32, True),
+        ("accelerated", torch.float32, True),
     ):
-        model, ids = loaded(name, dtype, swapped)
+        model, ids = loaded(name, dtype, accelerated)
         options = {"z_loss": 1e-3, "label_smoothing": 0.1, "reduction": reduction}
         targets = next_tokens(ids, ignore_index=7).masked_fill(ids == 3, 7)
         loss = model.loss(ids, targets, ignore_index=7, **options)
         results[key] = {"loss": loss.detach()} | gradients(model, loss.sum())
     for what, truth in results["truth"].items():
-        eager, got = results["eager"][what], results["swapped"][what]
+        eager, got = results["eager"][what], results["accelerated"][what]
         found = compare(truth.double(), eager, got, what, ATTENTION_SLACK)
         assert found.ok, f"{what}: {found.reason}"
 
@@ -76,7 +76,7 @@ def test_accelerate_swaps_the_head_and_restore_brings_it_back(name):
     keys, original = list(model.state_dict()), model.loss_head
     report = accelerate(model)
     assert type(model.loss_head) is FusedLossHead
-    assert report.swapped["loss heads"] == 1
+    assert report.accelerated["loss heads"] == 1
     assert report.loss in str(report)
     assert list(model.state_dict()) == keys
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -88,7 +88,7 @@ def test_accelerate_swaps_the_head_and_restore_brings_it_back(name):
 
 @both
 def test_no_logits_lie_in_memory(name, monkeypatch):
-    model, ids = loaded(name, swapped=True)
+    model, ids = loaded(name, accelerated=True)
     monkeypatch.setattr(type(model), "project", None)  # calling it would fail
     model.loss(ids, next_tokens(ids)).backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -101,7 +101,7 @@ def test_an_adapter_in_the_classifiers_place_is_asked():
         def forward(self, x):
             return super().forward(x) + 1 - x.sum(-1, keepdim=True)[..., :1].tanh()
 
-    model, ids = loaded("tiny_mha_untied", swapped=True)
+    model, ids = loaded("tiny_mha_untied", accelerated=True)
     plain = model.loss(ids, ids)
     handle = model.classifier.register_forward_hook(lambda m, args, out: 2 * out)
     assert not torch.equal(model.loss(ids, ids), plain)
@@ -130,15 +130,17 @@ SMALL = OpenELMConfig(
 )
 
 
-@pytest.mark.parametrize("compress", [lambda m: quantize(m, bits=8), pack], ids=["int8", "packed"])
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    "compress", [lambda m: quantize(m, bits=8), pack], ids=["int8", "packed12"]
+)
+@pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_compressed_head_is_projected_by_its_own_product(compress, swapped, tied):
+def test_a_compressed_head_is_projected_by_its_own_product(compress, accelerated, tied):
     config = replace(SMALL, share_input_output_layers=tied)
     model = OpenELM.from_config(config, seed=0, dtype=torch.bfloat16)
     ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
     compress(model)
-    if swapped:
+    if accelerated:
         accelerate(model)
     loss = model.loss(ids, ids)
     torch.testing.assert_close(loss, logits_loss(model, ids))
@@ -149,8 +151,8 @@ def test_a_compressed_head_is_projected_by_its_own_product(compress, swapped, ti
 @both
 def test_autocast(name):
     losses = []
-    for swapped in (False, True):
-        model, ids = loaded(name, swapped=swapped)
+    for accelerated in (False, True):
+        model, ids = loaded(name, accelerated=accelerated)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(ids, next_tokens(ids))
         assert loss.dtype == torch.float32
@@ -162,7 +164,7 @@ def test_autocast(name):
 
 @both
 def test_a_compiled_step_equals_eager(name):
-    model, ids = loaded(name, swapped=True)
+    model, ids = loaded(name, accelerated=True)
     expected = gradients(model, model.loss(ids, next_tokens(ids)))
     torch.compiler.reset()
     traced = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
@@ -172,9 +174,9 @@ def test_a_compiled_step_equals_eager(name):
 
 
 @both
-@pytest.mark.parametrize("swapped", [False, True])
-def test_documents_have_losses_of_their_own(name, swapped):
-    model, ids = loaded(name, swapped=swapped)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_documents_have_losses_of_their_own(name, accelerated):
+    model, ids = loaded(name, accelerated=accelerated)
     batch, length = ids.shape
     bounds = sorted({*range(0, batch * length + 1, length), length // 2})
     losses = model.loss(ids, ids, cu_seqlens=torch.tensor(bounds), reduction="none").flatten()
@@ -184,9 +186,9 @@ def test_documents_have_losses_of_their_own(name, swapped):
 
 
 @both
-@pytest.mark.parametrize("swapped", [False, True])
-def test_any_layers_may_be_recomputed(name, swapped):
-    model, ids = loaded(name, swapped=swapped)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_any_layers_may_be_recomputed(name, accelerated):
+    model, ids = loaded(name, accelerated=accelerated)
     expected = gradients(model, model.loss(ids, ids))
     count = len(model.layers)
     calls = []
@@ -215,7 +217,7 @@ def test_hidden_states_are_what_is_projected(name):
 
 
 def test_targets_of_another_shape_or_out_of_range_are_refused():
-    model, ids = loaded("tiny_layerwise", swapped=True)
+    model, ids = loaded("tiny_layerwise", accelerated=True)
     with pytest.raises(ValueError, match="targets must be .* like input_ids"):
         model.loss(ids, ids[:, 1:])
     with pytest.raises(ValueError, match="targets must be in"):

@@ -214,7 +214,7 @@ def test_rope_table_made_in_inference_mode_can_train(tiny):
     assert not model.rope_table.is_inference()
 
 
-def test_initialisation():
+def test_initialization():
     config = OpenELMConfig.from_name("OpenELM-270M", num_transformer_layers=2, vocab_size=512)
     model = OpenELM.from_config(config, seed=3)
     for name, weight in model.named_parameters():

@@ -17,16 +17,16 @@ OTHER = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"norm_eps": 1e-5, "rop
 
 @pytest.mark.parametrize("old_shards", [None, 60_000], ids=["over one", "over shards"])
 @pytest.mark.parametrize(
-    ("new_shards", "packed"),
+    ("new_shards", "packed12"),
     [(None, False), (60_000, False), (None, True)],
-    ids=["one", "shards", "packed"],
+    ids=["one", "shards", "packed12"],
 )
 def test_a_save_that_fails_anywhere_leaves_one_whole_checkpoint(
-    tmp_path, monkeypatch, old_shards, new_shards, packed
+    tmp_path, monkeypatch, old_shards, new_shards, packed12
 ):
     """Fail at the nth step that touches the disk, for every n: no mixture is ever loaded."""
     old, new = OpenELM(CONFIG, seed=1), OpenELM(OTHER, seed=2)
-    if packed:
+    if packed12:
         pack(new.bfloat16())
     steps = {
         (storage, "write_safetensors"): storage.write_safetensors,

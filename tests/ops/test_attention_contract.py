@@ -43,7 +43,7 @@ def test_attention_traces_and_passes_opcheck(backend, name):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("name", ["long", "ragged_long", "packed_long_among_short"])
+@pytest.mark.parametrize("name", ["long", "ragged_long", "varlen_long_among_short"])
 def test_attention_is_bitwise_equal_with_any_number_of_threads(backend, name):
     args, kwargs = inputs("attention", name, torch.bfloat16)
     threads = torch.get_num_threads()

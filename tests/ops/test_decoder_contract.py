@@ -14,7 +14,7 @@ from elmkernels.testing import runnable
 from elmkernels.testing.cases.decoder import FORMS, arena, decoder, dtypes_of, weight
 from elmkernels.testing.cases.draw import Draw
 from elmkernels.testing.parity import compare, with_written
-from elmkernels.weights.formats import Layer, Packed
+from elmkernels.weights.formats import Layer, Packed12
 from elmkernels.weights.packed12 import pack_weight
 
 BACKENDS = runnable("decode_step")
@@ -105,10 +105,10 @@ def test_packed_is_plain_bit_for_bit(backend, k):
 
 @every_backend
 def test_a_packed_decoder_is_the_plain_one_bit_for_bit(backend):
-    packed, tokens, positions, cache = decoding("packed", torch.bfloat16)
+    packed, tokens, positions, cache = decoding("packed12", torch.bfloat16)
 
     def dense(w):
-        return reference.dense(w) if isinstance(w, Packed) else w
+        return reference.dense(w) if isinstance(w, Packed12) else w
 
     plain = dataclasses.replace(
         packed,

@@ -1,4 +1,4 @@
-"""attention over packed documents: what it refuses, and that a document never meets another."""
+"""attention over varlen documents: what it refuses, and that a document never meets another."""
 
 import re
 

@@ -12,8 +12,8 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 # What takes Triton's interpreter long: for both dtypes, and for float32, whose tiles are smaller.
-LONG = {"large", "packed_long_among_short", "packed_long_first", "packed_short"}
-LONG_FLOAT32 = {"long", "long_prompt", "packed_two_long", "packed_ones", "ragged_long"}
+LONG = {"large", "varlen_long_among_short", "varlen_long_first", "varlen_short"}
+LONG_FLOAT32 = {"long", "long_prompt", "varlen_two_long", "varlen_ones", "ragged_long"}
 for form in FORMS:
     LONG |= {f"{form}_gradient_blocks", f"{form}_rows_9_blocks"}
     LONG_FLOAT32 |= {f"{form}_many_outputs", f"{form}_norm_swiglu_rows_3"}

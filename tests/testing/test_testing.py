@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elmkernels.bench.op_baselines import operations, rivals
+from elmkernels.bench.op_baselines import baselines, operations
 from elmkernels.bench.ops import format_table, run_bench
 from elmkernels.bench.timing import copies_beyond_cache, fingerprint, interleave, summary
 from elmkernels.testing import CASES, bench_cases, check_parity, compare, make, run_parity
@@ -147,7 +147,7 @@ def test_a_benchmark_record_has_its_rivals_and_its_parity():
     forward, both = run_bench(["rms_norm"], ["float32"], ["reference"], quick=True, rows=[2])
     assert not forward.backward
     assert both.backward
-    assert set(forward.rivals) >= {"eager"}
+    assert set(forward.baselines) >= {"eager"}
     # x, weight and y, 2048 wide; the backward reads dy, x and weight and writes dx and dweight.
     assert forward.nbytes == 4 * 2048 * (2 + 1 + 2)
     assert both.nbytes == forward.nbytes + 4 * 2048 * (2 + 2 + 1 + 2 + 1)
@@ -157,9 +157,9 @@ def test_a_benchmark_record_has_its_rivals_and_its_parity():
 
 
 def test_rivals_of_packed_documents_compute_them():
-    case = next(c for c in CASES["attention"] if c.name == "packed_short")
+    case = next(c for c in CASES["attention"] if c.name == "varlen_short")
     args, kwargs = make(case, torch.float32)
-    found = rivals("attention", args, kwargs, torch.device("cpu"), compiled=False)
+    found = baselines("attention", args, kwargs, torch.device("cpu"), compiled=False)
     assert set(found) == {"reference", "eager", "documents"}
     for name in ("eager", "documents"):
         torch.testing.assert_close(

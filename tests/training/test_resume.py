@@ -32,7 +32,7 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str, code: int = 2) -> str:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kernels", ["true", "false"], ids=["swapped", "eager"])
+@pytest.mark.parametrize("kernels", ["true", "false"], ids=["accelerated", "eager"])
 def test_to_the_bit(tmp_path, precision, kernels):
     recipe = write_recipe(tmp_path)
     how = ["--set", f"engine.precision={precision}", "--set", f"engine.kernels={kernels}"]

@@ -130,7 +130,7 @@ def test_a_comparison(tmp_path, capsys):
         "bf16": 5,
     }
     fp32 = found["precisions"]["fp32"]
-    assert 0 < fp32["largest_difference"] < 1e-4 and len(fp32["runs"]["swapped"]["loss"]) == 6
+    assert 0 < fp32["largest_difference"] < 1e-4 and len(fp32["runs"]["accelerated"]["loss"]) == 6
     if chart.available() is None:
         assert (out / "chart.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -138,16 +138,16 @@ def test_a_comparison(tmp_path, capsys):
 def test_a_comparison_can_fail():
     """Another curve than the reference's is seen, in either precision."""
     eager, moved = [3.0, 2.0, 1.0], [3.0, 2.001, 1.001]
-    for precision, swapped, ok in (
+    for precision, accelerated, ok in (
         ("fp32", [3.0, 2.0, 1.0000001], True),
         ("fp32", [3.0, 2.0, 1.001], False),
         ("bf16", [3.0, 2.001, 1.0], True),
         ("bf16", [3.0, 2.0, 1.01], False),  # worse at one step
         ("bf16", [3.0016, 2.0016, 1.0016], False),  # worse in the mean
     ):
-        curves = {"eager": eager, "swapped": swapped, "eager, moved 1": moved}
+        curves = {"eager": eager, "accelerated": accelerated, "eager, moved 1": moved}
         runs = {name: {"loss": losses} for name, losses in curves.items()}
-        assert compare.judge(precision, runs)["ok"] is ok, (precision, swapped)
+        assert compare.judge(precision, runs)["ok"] is ok, (precision, accelerated)
 
 
 def test_moved_weights_are_one_ulp_away():

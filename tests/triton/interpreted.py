@@ -131,17 +131,17 @@ def test_rows_farther_apart_than_int32_can_say():
     )
     table = reference.rope_table(4, 16)
     inputs = (w[:16], w[:16], torch.arange(2), 2, 1, table)
-    for ours, packed in zip(
+    for ours, packed12 in zip(
         ops.qk_norm_rope(x, *inputs, backend="triton"),
         ops.qk_norm_rope(x.contiguous(), *inputs, backend="triton"),
         strict=True,
     ):
-        assert torch.equal(ours, packed)
+        assert torch.equal(ours, packed12)
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_a_position_outside_the_table_is_nan_and_no_other(normalised):
-    qkv, w = randn(1, 5, 6 * 16), randn(16) if normalised else None
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_position_outside_the_table_is_nan_and_no_other(normalized):
+    qkv, w = randn(1, 5, 6 * 16), randn(16) if normalized else None
     table = reference.rope_table(8, 16)
     positions = torch.tensor([[7, 8, -1, 2**62, 0]])
     bad = torch.tensor([False, True, True, True, False])

@@ -1,4 +1,6 @@
-"""A swapped model that decodes by Triton, run by test_interpreted.py in an interpreted process."""
+"""A accelerated model that decodes by Triton, run by test_interpreted.py in an interpreted
+process.
+"""
 
 import copy
 import importlib
@@ -60,7 +62,7 @@ def few_programs(monkeypatch) -> None:
 
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
-    """How many layers went the way of few rows, by their rows."""
+    """How many layers went the mode of few rows, by their rows."""
     taken: list[int] = []
     forward = small_batch.forward
 
@@ -175,9 +177,9 @@ def test_a_session_replays_the_graph_of_a_step(passes, monkeypatch):
     captured = lambda self, body: record(body, self._restorer())  # noqa: E731
     monkeypatch.setattr(Decoder, "_captured", captured)
     model, prompts = model_of(), [[5, 9, 2], [7]]
-    expected = Session(model, 2, 64, decoding=CALLS).generate(prompts, 6)
+    expected = Session(model, 2, 64, decode_mode=CALLS).generate(prompts, 6)
     accelerate(model, backend="triton", plan=Plan())
-    session = Session(model, 2, 64, decoding=GRAPH)
+    session = Session(model, 2, 64, decode_mode=GRAPH)
     assert session.generate(prompts, 6) == expected
     # Two warm-ups and one recording of a step; replays call no Python.
     assert passes == [2] * 2 * 2

@@ -15,7 +15,7 @@ from elmkernels.testing.parity import compare, poisoned
 from elmkernels.triton import linear as kernels
 from elmkernels.weights.affine import quantize_weight
 from elmkernels.weights.checks import parts
-from elmkernels.weights.formats import Packed
+from elmkernels.weights.formats import Packed12
 from elmkernels.weights.packed12 import pack_weight
 
 HALF = torch.float16
@@ -30,7 +30,7 @@ def packed(n, k, escapes=False):
     return pack_weight(_many_escapes(d, n, k) if escapes else d.normal(n, k, scale=k**-0.5))
 
 
-def held(x, weight: Packed, norm=None, swiglu=False, residual=None):
+def held(x, weight: Packed12, norm=None, swiglu=False, residual=None):
     """The kernels with a packed weight against the reference with the dense one."""
     around = (norm, 1e-6, swiglu, residual)
     with poisoned():
@@ -91,7 +91,7 @@ def test_quantised_weights_are_dense_bit_for_bit(bits, dtype):
     assert torch.equal(got, reference.dense(weight, dtype)[5:])
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "packed"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "packed12"])
 def test_the_same_call_gives_the_same_bits(form):
     d = draw(torch.float32)
     x, w = d.normal(8, 320), compressed(form, d.normal(50, 320, scale=0.06))

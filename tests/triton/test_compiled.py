@@ -184,7 +184,7 @@ def test_compiles_without_spills(op, arch, tmp_path):
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_nothing_is_compiled_again_for_another_width(op):
-    """No size or stride is specialised on, and layers share their constants."""
+    """No size or stride is specialized on, and layers share their constants."""
     for kernel in KERNELS[op]:
         for parameter in kernel.params:
             if not parameter.is_constexpr and INTEGERS.fullmatch(parameter.name):

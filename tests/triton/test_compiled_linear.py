@@ -24,8 +24,8 @@ from elmkernels.triton import linear  # noqa: E402
 from elmkernels.triton._linear_weights import PACKED, stored  # noqa: E402
 
 MODELS = [OpenELMConfig.from_name(name) for name in VARIANTS]
-FORMS = {"plain": 0, "affine8": 8, "affine4": 4, "packed": PACKED.value}
-WORDS = {"affine8": "i64", "affine4": "i32", "packed": "i64"}
+FORMS = {"plain": 0, "affine8": 8, "affine4": 4, "packed12": PACKED.value}
+WORDS = {"affine8": "i64", "affine4": "i32", "packed12": "i64"}
 SIZES = {"rows", "n", "k", "x0", "w0", "r0", "begin"}
 ESCAPES = {"exponents": "*u8", "starts": "*i32", "columns": "*i32", "values": "*bf16"}
 AROUND = {"norm": None, "residual": None, "SWIGLU": False}
@@ -75,7 +75,7 @@ def build(kernel, table, arch, dtype, form, n, rows, vec=None, **extra) -> Build
     constants = {**constants, "VEC": vec or 16 // size, "GROUP": 64 if affine else 0, **extra}
     if not affine:
         constants |= {"scales": None, "biases": None}
-    if form != "packed":
+    if form != "packed12":
         constants |= dict.fromkeys(ESCAPES)
     return Build(kernel, dtype, form, constants, block.warps)
 
@@ -97,13 +97,13 @@ def builds(arch: str, form: str) -> Iterator[Build]:
         yield product(arch, "bf16", form, n, rows, "proj_1")
     yield product(arch, "bf16", form, 2048, 1, "out")
     yield product(arch, "bf16", form, 2048, 8, "out")
-    if form != "packed":
+    if form != "packed12":
         yield product(arch, "fp32", form, 2048, 8, "qkv")
         yield build(linear._dense, linear.DENSE, arch, "fp32", form, 4096, 1)
     yield product(arch, "bf16", form, 1001, 8, "proj_1", vec=1)
     if form != "plain":
         yield build(linear._dense, linear.DENSE, arch, "bf16", form, 4096, 1)
-    if arch == "sm_90" and form != "packed":  # float16 takes the same path as bfloat16
+    if arch == "sm_90" and form != "packed12":  # float16 takes the same path as bfloat16
         yield product(arch, "fp16", form, 3072, 4, "proj_1")
 
 
@@ -115,7 +115,7 @@ def test_compiles_without_spills(form, arch, tmp_path):
     for each in builds(arch, form):
         compiled = each.compile(arch)
         found = spills(compiled, arch, tmp_path)
-        if found is not None and arch == "gfx942" and form == "packed" and in_lanes(compiled):
+        if found is not None and arch == "gfx942" and form == "packed12" and in_lanes(compiled):
             found = None  # the many predicates of what is looked up and what has escaped
         if found is None and compiled.metadata.shared > SHARED_LIMIT:
             found = f"{compiled.metadata.shared} bytes of shared memory"
@@ -177,7 +177,7 @@ def test_a_plain_weight_is_loaded_in_16_bytes_and_nothing_in_two():
             assert len(shorter) <= (call == "out"), f"the residual alone: {each}"
 
 
-@pytest.mark.parametrize("form", ["affine8", "affine4", "packed"])
+@pytest.mark.parametrize("form", ["affine8", "affine4", "packed12"])
 def test_lanes_side_by_side_load_words_side_by_side_of_compressed_weights(form):
     """And none is exchanged for another lane's: shared memory holds the last sums alone."""
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):

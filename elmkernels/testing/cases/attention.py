@@ -1,4 +1,4 @@
-"""Inputs to `attention`: prompts, tokens, rows of their own lengths, packed documents."""
+"""Inputs to `attention`: prompts, tokens, rows of their own lengths, varlen documents."""
 
 import itertools
 import math
@@ -52,7 +52,7 @@ def attention_case(
     return Case("attention", name, build, **options)
 
 
-def packed_case(
+def varlen_case(
     name: str, q_heads: int, kv_heads: int, head_dim: int, documents: Sequence[int], **options
 ) -> Case:
     """One row of documents of these lengths, one after another."""
@@ -76,31 +76,31 @@ def _packed_cases() -> list[Case]:
     found = []
     for name, config in models().items():
         q, kv, d = config.num_query_heads[-1], config.num_kv_heads[-1], config.head_dim
-        found.append(packed_case(f"{name}_packed", q, kv, d, (5, 1, 12, 0, 9)))
+        found.append(varlen_case(f"{name}_packed", q, kv, d, (5, 1, 12, 0, 9)))
     short = [1 + 7 * i % 17 for i in range(60)]
     return found + [
-        packed_case("packed_short", 8, 2, 64, short),
-        packed_case("packed_one_document", 6, 2, 64, (150,)),
-        packed_case("packed_ones", 8, 2, 64, (1,) * 40),
-        packed_case("packed_empty_among_ones", 4, 1, 64, (0, 1, 1, 0, 0, 1, 5, 0)),
-        packed_case("packed_off_every_block", 4, 2, 64, (63, 65, 127, 129, 31, 33, 17, 15)),
-        packed_case("packed_on_blocks", 4, 2, 64, (64, 128, 32, 16)),
-        packed_case("packed_long_among_short", 4, 2, 64, (*short[:20], 700, *short[20:40])),
-        packed_case("packed_long_first", 4, 1, 64, (900, *short[:9]), dtypes=ALL[:1]),
-        packed_case("packed_two_long", 6, 2, 64, (300, 1, 280)),
-        packed_case("packed_strided", 8, 2, 64, (9, 1, 20, 3), strided=True),
-        packed_case("packed_head_dim_1", 4, 2, 1, (3, 9, 1)),
-        packed_case("packed_head_dim_20", 6, 2, 20, (33, 2, 40)),
-        packed_case("packed_head_dim_128", 8, 2, 128, (40, 1, 33)),
-        packed_case("packed_head_dim_256", 3, 1, 256, (10, 40)),
-        packed_case("packed_one_head_a_group", 3, 3, 64, (17, 30, 1)),
-        packed_case("packed_group_of_70", 70, 1, 20, (3, 1, 9), dtypes=ALL[:1]),
-        packed_case("packed_scale", 8, 2, 64, (12, 7), scale=0.3),
-        packed_case("packed_one_key_outweighs", 8, 2, 64, (20, 9), draw=Draw.outliers, scale=1e-5),
-        packed_case("packed_broadcast_dy", 8, 2, 64, (12, 20), cotangent="broadcast"),
-        packed_case("packed_strided_dy", 8, 2, 64, (12, 20), cotangent="strided"),
-        packed_case("packed_nothing", 4, 1, 64, ()),
-        packed_case("packed_empty", 4, 1, 64, (0, 0)),
+        varlen_case("varlen_short", 8, 2, 64, short),
+        varlen_case("varlen_one_document", 6, 2, 64, (150,)),
+        varlen_case("varlen_ones", 8, 2, 64, (1,) * 40),
+        varlen_case("varlen_empty_among_ones", 4, 1, 64, (0, 1, 1, 0, 0, 1, 5, 0)),
+        varlen_case("packed_off_every_block", 4, 2, 64, (63, 65, 127, 129, 31, 33, 17, 15)),
+        varlen_case("varlen_on_blocks", 4, 2, 64, (64, 128, 32, 16)),
+        varlen_case("varlen_long_among_short", 4, 2, 64, (*short[:20], 700, *short[20:40])),
+        varlen_case("varlen_long_first", 4, 1, 64, (900, *short[:9]), dtypes=ALL[:1]),
+        varlen_case("varlen_two_long", 6, 2, 64, (300, 1, 280)),
+        varlen_case("varlen_strided", 8, 2, 64, (9, 1, 20, 3), strided=True),
+        varlen_case("varlen_head_dim_1", 4, 2, 1, (3, 9, 1)),
+        varlen_case("varlen_head_dim_20", 6, 2, 20, (33, 2, 40)),
+        varlen_case("varlen_head_dim_128", 8, 2, 128, (40, 1, 33)),
+        varlen_case("varlen_head_dim_256", 3, 1, 256, (10, 40)),
+        varlen_case("varlen_one_head_a_group", 3, 3, 64, (17, 30, 1)),
+        varlen_case("varlen_group_of_70", 70, 1, 20, (3, 1, 9), dtypes=ALL[:1]),
+        varlen_case("varlen_scale", 8, 2, 64, (12, 7), scale=0.3),
+        varlen_case("varlen_one_key_outweighs", 8, 2, 64, (20, 9), draw=Draw.outliers, scale=1e-5),
+        varlen_case("packed_broadcast_dy", 8, 2, 64, (12, 20), cotangent="broadcast"),
+        varlen_case("varlen_strided_dy", 8, 2, 64, (12, 20), cotangent="strided"),
+        varlen_case("varlen_nothing", 4, 1, 64, ()),
+        varlen_case("varlen_empty", 4, 1, 64, (0, 0)),
     ]
 
 

@@ -19,20 +19,20 @@ FORMS: dict[str, tuple[int, int] | None] = {
     "affine8_32": (8, 32),
     "affine4_64": (4, 64),
     "affine4_32": (4, 32),
-    "packed": None,
+    "packed12": None,
 }
 
 
 def dtypes_of(form: str) -> tuple[torch.dtype, ...]:
     """A packed weight is bfloat16, and so are the activations that it meets."""
-    return (torch.bfloat16,) if form == "packed" else ALL
+    return (torch.bfloat16,) if form == "packed12" else ALL
 
 
 def compressed(form: str, w: Tensor) -> Weight:
     """w [n, k] in one of the forms."""
     if scheme := FORMS[form]:
         return quantize_weight(w, *scheme)
-    return pack_weight(w) if form == "packed" else w
+    return pack_weight(w) if form == "packed12" else w
 
 
 def weight(d: Draw, form: str, n: int, k: int, dtype: torch.dtype | None = None) -> Weight:
@@ -102,7 +102,7 @@ def linear_cases() -> list[Case]:
     for form in ("affine8_32", "affine4_32"):
         for k in (32, 96, 160, 224):
             found.append(_linear_case(f"{form}_k_{k}", form, (5, k), 40))
-    for form in ("plain", "packed"):
+    for form in ("plain", "packed12"):
         for k in (1, 7, 31, 33, 200, 1000):
             found.append(_linear_case(f"{form}_k_{k}", form, (5, k), 40))
     found += _other_scales()
@@ -124,14 +124,14 @@ def linear_cases() -> list[Case]:
         ),
         _linear_case(
             "packed_many_escapes",
-            "packed",
+            "packed12",
             (4, 300),
             70,
             draw_weight=lambda d: pack_weight(_many_escapes(d, 70, 300)),
         ),
         _linear_case(
             "packed_many_escapes_rows_12",
-            "packed",
+            "packed12",
             (12, 300),
             70,
             draw_weight=lambda d: pack_weight(_many_escapes(d, 70, 300)),
@@ -173,7 +173,7 @@ def _layer_shapes() -> list[Case]:
         for layer in (0, -1):
             heads = config.num_query_heads[layer] * config.head_dim
             for k in {config.model_dim, heads, config.ffn_dims[layer]}:
-                for form in ("plain", "affine4_64", "packed"):
+                for form in ("plain", "affine4_64", "packed12"):
                     case = f"{name}_{form}_layer_{layer % config.num_transformer_layers}_k_{k}"
                     found.append(_linear_case(case, form, (2, k), 24))
     return found
@@ -283,14 +283,14 @@ def decode_step_cases() -> list[Case]:
         _decode_case("no_norm", positions=several, norm=False),
         _decode_case("no_norm_affine4_64", "affine4_64", several, norm=False),
         _decode_case("no_gate", positions=several, gated=False),
-        _decode_case("no_gate_packed", "packed", several, gated=False),
+        _decode_case("no_gate_packed12", "packed12", several, gated=False),
         _decode_case("head_dim_128", positions=several, head_dim=128),
         _decode_case("head_dim_20", positions=ragged, head_dim=20),
         _decode_case("head_dim_2", positions=ragged, head_dim=2),
         _decode_case("group_1", positions=several, heads=((3, 3), (5, 5))),
         _decode_case("group_8", positions=several, heads=((8, 1), (16, 2))),
         _decode_case("odd_widths", positions=ragged, model_dim=45, ffn_dims=(37, 101)),
-        _decode_case("odd_widths_packed", "packed", ragged, model_dim=45, ffn_dims=(37, 101)),
+        _decode_case("odd_widths_packed12", "packed12", ragged, model_dim=45, ffn_dims=(37, 101)),
         _decode_case("width_1", positions=ragged, model_dim=1, ffn_dims=(1, 1), vocab_size=1),
         _decode_case("large_vocabulary", positions=several, vocab_size=3001),
         _decode_case("wide", positions=several, model_dim=1280, ffn_dims=(768, 2560)),
@@ -322,7 +322,7 @@ def bench_linear(model: str, config: OpenELMConfig, rows: tuple[int, ...]) -> li
 
     return [
         case(form, count, n, case(form, count, 128, None))
-        for form in ("plain", "affine8_64", "affine4_64", "packed")
+        for form in ("plain", "affine8_64", "affine4_64", "packed12")
         for count in rows
         if count <= 512
     ]
@@ -346,7 +346,7 @@ def bench_decode_step(model: str, config: OpenELMConfig, rows: tuple[int, ...]) 
     }
     return [
         _decode_case(f"270M_{form}_rows_{count}", form, (512,) * count, **sizes)
-        for form in ("plain", "affine8_64", "affine4_64", "packed")
+        for form in ("plain", "affine8_64", "affine4_64", "packed12")
         for count in rows
         if 0 < count <= 8
     ]

@@ -52,7 +52,7 @@ Inputs = tuple[tuple, dict]
 @dataclass(frozen=True)
 class Case:
     """One input to an op. `unused`: outputs that receive no gradient. `cotangent`: the layout of
-    the gradients that arrive: "packed", "broadcast" (stride 0, as sum() gives) or "strided".
+    the gradients that arrive: "contiguous", "broadcast" (stride 0, as sum() gives) or "strided".
     `check`: a smaller case whose parity stands for that of one too large to repeat in float64.
     """
 
@@ -61,7 +61,7 @@ class Case:
     build: Callable[[Draw], Inputs] = field(repr=False)
     dtypes: tuple[torch.dtype, ...] = ALL
     unused: tuple[int, ...] = ()
-    cotangent: str = "packed"
+    cotangent: str = "contiguous"
     check: "Case | None" = None
 
     def __str__(self) -> str:

@@ -66,7 +66,7 @@ def fused_cases() -> list[Case]:
             _case(f"{form}_norm_no_rows", form, (0, 128), 34, norm=True, swiglu=True),
             _case(f"{form}_norm_outliers", form, (4, 192), 70, norm=True, draw=Draw.outliers),
         ]  # fmt: skip
-    for form in ("plain", "packed"):
+    for form in ("plain", "packed12"):
         for k in (1, 7, 33, 200):
             found.append(_case(f"{form}_norm_swiglu_k_{k}", form, (5, k), 80, norm=True,
                                swiglu=True))  # fmt: skip
@@ -98,7 +98,7 @@ def _layer_shapes() -> list[Case]:
     for name, config in models().items():
         dim, ffn = config.model_dim, config.ffn_dims[-1]
         heads = config.num_query_heads[-1] * config.head_dim
-        for form in ("plain", "affine8_64", "affine4_32", "packed"):
+        for form in ("plain", "affine8_64", "affine4_32", "packed12"):
             found += [
                 _case(f"{name}_{form}_qkv", form, (2, dim), 24, norm=True),
                 _case(f"{name}_{form}_out", form, (2, heads), 24, residual=True),
@@ -128,7 +128,7 @@ def bench_fused(model: str, config: OpenELMConfig, rows: tuple[int, ...]) -> lis
 
     return [
         case
-        for form in ("plain", "affine4_64", "packed")
+        for form in ("plain", "affine4_64", "packed12")
         for count in rows
         if 0 < count <= 8
         for case in pair(form, count, max(dim, ffn), True)

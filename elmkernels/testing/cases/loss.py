@@ -30,7 +30,7 @@ def _case(
     offset: float = 0.0,
     wide: bool = False,
     ignored: float = 0.0,
-    cotangent: str = "packed",
+    cotangent: str = "contiguous",
     dtypes: tuple[torch.dtype, ...] = ALL,
     check: Case | None = None,
     **options,

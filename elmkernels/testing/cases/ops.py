@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...reference import rope_table
-from .attention import attention_case, attention_cases, mixed_lengths, packed_case
+from .attention import attention_case, attention_cases, mixed_lengths, varlen_case
 from .decoder import BENCH, decode_step_cases, linear_cases
 from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
 from .fused_linear import bench_fused, fused_cases
@@ -256,7 +256,7 @@ def bench_cases(
 ) -> list[Case]:
     """The op in one layer of one model, as many tokens at once as `rows` says. For attention a
     single row is one new token after 512 others; more rows are a prompt of that length, from 512 on
-    also packed documents of many lengths.
+    also varlen documents of many lengths.
     """
     config = models()[model]
     if op == "linear_cross_entropy":
@@ -284,7 +284,7 @@ def bench_cases(
         )
 
     def pack(count: int) -> Case:
-        return packed_case(f"{model}_packed_{count}", q, kv, d, mixed_lengths(count))
+        return varlen_case(f"{model}_packed_{count}", q, kv, d, mixed_lengths(count))
 
     builders = [(n, build) for n in rows]
     if op == "attention":

@@ -1,4 +1,4 @@
-"""From a recipe's paths to tokens: text is tokenised once, into a file that is mapped ever after.
+"""From a recipe's paths to tokens: text is tokenized once, into a file that is mapped ever after.
 
 The file's name in the cache is made of everything that its tokens depend on, so other data or
 another tokenizer never meets a stale one. It is written under another name and renamed when it is
@@ -24,7 +24,7 @@ from .tokenizers import load as load_tokenizer
 from .tokens import DTYPES, Info, Tokens, dtype_for, open_part, read_info, sidecar
 
 SPLITS = ("train", "validation")
-# Bytes of text that are tokenised at once, and pieces of it.
+# Bytes of text that are tokenized at once, and pieces of it.
 _AT_ONCE, _PIECES_AT_ONCE = 1 << 22, 1024
 # A partial file that nobody touched for so long is nobody's.
 _STALE = 24 * 3600.0
@@ -39,8 +39,8 @@ def prepare(
     """The tokens of a split ("train" or "validation"), None where the recipe gives it no paths.
 
     Texts come first, in the order of their sorted paths, then the .bin files. A file that
-    validation has as well is left out of train. cache: the folder for tokenised text, made if need
-    be. progress(done, total): called with bytes of the sources while text is tokenised.
+    validation has as well is left out of train. cache: the folder for tokenized text, made if need
+    be. progress(done, total): called with bytes of the sources while text is tokenized.
 
     Raises FileNotFoundError for paths that mean nothing, ValueError or TypeError for data that
     can't be read or doesn't suit the model, ImportError where a library is missing and OSError
@@ -71,7 +71,7 @@ def prepare(
     limit = tokenizer.vocab_size if tokenizer else config.vocab_size
     parts = [open_part(path, limit, eos) for path in bins]
     if texts:
-        path = _tokenised(data, Path(cache), split, texts, tokenizer, progress)
+        path = _tokenized(data, Path(cache), split, texts, tokenizer, progress)
         parts.insert(0, open_part(path, limit, eos))
     return Tokens(parts, limit, eos)
 
@@ -101,7 +101,7 @@ def fingerprint(data: Data, files: Sequence[Path], tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _tokenised(
+def _tokenized(
     data: Data,
     cache: Path,
     split: str,
@@ -145,7 +145,7 @@ def _is_whole(path: Path, key: str) -> bool:
         return False
     try:
         info = read_info(path)
-    except ValueError:  # not as it was written: tokenise again
+    except ValueError:  # not as it was written: tokenize again
         return False
     return (
         info is not None
