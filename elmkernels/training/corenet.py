@@ -111,8 +111,8 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }
     _losses_and_betas(flat, made)
     _engine(flat, made)
-    said = explain(values)
-    notes = [f"{name}: {said[name]}" for name in said if said[name].startswith(_IGNORED)]
+    explained = explain(values)
+    notes = [f"{name}: {explained[name]}" for name in explained if explained[name].startswith(_IGNORED)]
     if "optim.no_decay_bn_filter_bias" not in flat:
         notes.append("optimizer.weight_decay: assumed to leave norms out (CoreNet decays them)")
     if "scheduler.max_iterations" not in flat:
@@ -124,21 +124,21 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def explain(values: Mapping[str, Any]) -> dict[str, str]:
     """For every field of CoreNet's file: what it is used as, or that it is ignored, and why."""
-    said = {}
+    explained = {}
     for name in dict(_flatten(values)):
         if name in _TAKEN:
-            said[name] = f"used as {_TAKEN[name]}"
+            explained[name] = f"used as {_TAKEN[name]}"
         elif name in _COMBINED:
-            said[name] = f"used for {_COMBINED[name]}"
+            explained[name] = f"used for {_COMBINED[name]}"
         elif name.startswith(_MODEL):
-            said[name] = f"used as model.{name.removeprefix(_MODEL)}"
+            explained[name] = f"used as model.{name.removeprefix(_MODEL)}"
         elif name in _REQUIRED:
-            said[name] = f"nothing but {_REQUIRED[name]!r} can be trained"
+            explained[name] = f"nothing but {_REQUIRED[name]!r} can be trained"
         elif name.startswith(_ANCHOR):
-            said[name] = "used where it is repeated"
+            explained[name] = "used where it is repeated"
         else:
-            said[name] = _IGNORED + _WHY.get(name, "")
-    return said
+            explained[name] = _IGNORED + _WHY.get(name, "")
+    return explained
 
 
 _WHY = {

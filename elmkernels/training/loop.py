@@ -43,7 +43,7 @@ class Failed(RuntimeError):
     """A run that can't go on; what it had learned by then is in its last checkpoint."""
 
 
-class Did(NamedTuple):
+class StepResult(NamedTuple):
     """What one step gave. update: whether it was carried out."""
 
     loss: float
@@ -114,13 +114,13 @@ class Trainer:
         self.position = 0  # sequences that were taken so far
         self.skipped = 0
         self.saved: int | None = None  # the step of the last checkpoint
-        self.last: Did | None = None
+        self.last: StepResult | None = None
         self.evaluated: dict[str, float] | None = None
         self.seconds = 0.0  # of the steps of this process
 
     # One step.
 
-    def step(self) -> Did:
+    def step(self) -> StepResult:
         """Make the next update, or leave it out where loss or gradients aren't finite."""
         batch, world = self.recipe.batch, self.world
         lr = optim.learning_rate(self.recipe.schedule, self.done)
@@ -149,7 +149,7 @@ class Trainer:
                 clip_grads_with_norm_(parameters, clip, norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Did(loss, number, lr, targets, finite)
+        return StepResult(loss, number, lr, targets, finite)
 
     def _loss(self, module: nn.Module, batch: PackedBatch, plain: bool) -> torch.Tensor:
         device = self.world.device
@@ -230,17 +230,17 @@ class Trainer:
                         self.save(journal)
                     return stopped
                 begin = time.perf_counter()
-                did = self.last = self.step()
+                result = self.last = self.step()
                 self.seconds += time.perf_counter() - begin
-                row = 0 if did.update else row + 1
-                if not did.update:
-                    self._left_out(did, row, journal)
+                row = 0 if result.update else row + 1
+                if not result.update:
+                    self._left_out(result, row, journal)
                 self.done += 1
                 self.position += self.recipe.batch.sequences
                 if journal is not None:
                     journal.advance(self.done)
                     if keep.log_every and (self.done % keep.log_every == 0 or self.done == until):
-                        clock.log(did, journal)
+                        clock.log(result, journal)
                 if _due(self.done, keep.evaluate_every, until) and self.held_out is not None:
                     self.evaluated = self.evaluate()
                     if journal is not None:
@@ -255,12 +255,12 @@ class Trainer:
         counts = self.world.sum(*(number in caught for number in asked))
         return next((n for n, count in zip(asked, counts, strict=True) if count), None)
 
-    def _left_out(self, did: Did, row: int, journal: Journal | None) -> None:
+    def _left_out(self, result: StepResult, row: int, journal: Journal | None) -> None:
         step = self.done + 1
-        what = f"loss {did.loss:g}, gradient norm {did.norm:g} at step {step}, rate {did.lr:g}"
+        what = f"loss {result.loss:g}, gradient norm {result.norm:g} at step {step}, rate {result.lr:g}"
         self.skipped += 1
         if journal is not None:
-            journal.event("skipped", step, loss=did.loss, grad_norm=did.norm, lr=did.lr)
+            journal.event("skipped", step, loss=result.loss, grad_norm=result.norm, lr=result.lr)
         if self.recipe.on_nan == "skip" and row < MOST_SKIPPED:
             if journal is not None:
                 journal.say(f"left out an update: {what}")
@@ -280,12 +280,12 @@ class _Clock:
         self.begin = time.perf_counter()
         self._peak: float | None = None
 
-    def log(self, did: Did, journal: Journal) -> None:
+    def log(self, result: StepResult, journal: Journal) -> None:
         t, recipe = self.trainer, self.trainer.recipe
         if self._peak is None:
             dtype = torch.bfloat16 if t.bf16 else torch.float32
-            self._peak, said = speed.peak(dtype, t.world.device)
-            journal.event("peak", t.done, operations_per_second=self._peak, source=said)
+            self._peak, source = speed.peak(dtype, t.world.device)
+            journal.event("peak", t.done, operations_per_second=self._peak, source=source)
         length = recipe.data.sequence_length
         rate = (t.done - self.steps) * recipe.batch.sequences / (t.seconds - self.seconds)
         mfu = rate * speed.operations(t.config, length) / (self._peak * t.world.size)
@@ -293,17 +293,17 @@ class _Clock:
         journal.event(
             "step",
             t.done,
-            loss=did.loss,
-            lr=did.lr,
-            grad_norm=did.norm,
-            targets=did.targets,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.norm,
+            targets=result.targets,
             tokens=t.position * length,
             tokens_per_second=rate * length,
             mfu=mfu,
             seconds=time.perf_counter() - self.begin,
             peak_bytes=speed.peak_bytes(t.world.device),
         )
-        journal.show(t.done, did.loss, rate * length, mfu, f", rate {did.lr:.3g}")
+        journal.show(t.done, result.loss, rate * length, mfu, f", rate {result.lr:.3g}")
 
 
 def _due(step: int, every: int, until: int) -> bool:

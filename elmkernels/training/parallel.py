@@ -52,19 +52,19 @@ class World:
         """
         if self.size == 1:
             return work()
-        said: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         error = None
         if self.first:
             try:
-                said[0] = work()
+                outcome[0] = work()
             except Exception as caught:
-                error, said[1] = caught, str(caught)
-        dist.broadcast_object_list(said, src=0, group=self.group)
+                error, outcome[1] = caught, str(caught)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
         if error is not None:
             raise error
-        if said[1] is not None:
-            raise Reported(said[1])
-        return said[0]
+        if outcome[1] is not None:
+            raise Reported(outcome[1])
+        return outcome[0]
 
 
 @contextmanager

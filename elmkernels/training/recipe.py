@@ -11,7 +11,7 @@ from typing import Any
 from .. import checks
 from ..openelm.checkpoint import raw_config
 from ..openelm.config import VARIANTS, OpenELMConfig
-from . import corenet, fields
+from . import corenet, schema
 
 # Without these a model would be of no shape that anybody asked for.
 _SHAPE = ("num_transformer_layers", "model_dim", "head_dim")
@@ -127,7 +127,7 @@ def _load(source: str | Path, above: tuple[Path, ...]) -> tuple[Recipe, list[str
     path = _find(source)
     if path.resolve() in above:
         checks.fail("base", "another recipe", path)
-    values = fields.read_yaml(path)
+    values = schema.read_yaml(path)
     says_model = isinstance(values, Mapping) and "model" in values
     try:
         if corenet.is_corenet(values):
@@ -186,14 +186,14 @@ def from_mapping(values: Mapping[str, Any]) -> Recipe:
 
     Raises ValueError or TypeError naming section and field.
     """
-    recipe = fields.build(Recipe, values)
+    recipe = schema.build(Recipe, values)
     validate(recipe)
     return recipe
 
 
 def to_mapping(recipe: Recipe) -> dict[str, Any]:
     """Plain values that YAML and JSON can say, and `from_mapping` reads back."""
-    return fields.plain(recipe)
+    return schema.plain(recipe)
 
 
 def model_config(recipe: Recipe) -> OpenELMConfig:
@@ -209,7 +209,7 @@ def model_config(recipe: Recipe) -> OpenELMConfig:
     if isinstance(recipe.model, str):
         return OpenELMConfig.from_name(recipe.model)
     values = dict(recipe.model)
-    fields.known(
+    schema.known(
         "model", values, [n for n in OpenELMConfig.__dataclass_fields__ if n != "ffn_dims"]
     )
     if values.get("model_name") in VARIANTS:
@@ -226,7 +226,7 @@ def validate(recipe: Recipe) -> None:
     """Raises ValueError naming section and field where values are out of range or don't go
     together. The files that it names needn't exist.
     """
-    fields.validate(recipe)
+    schema.validate(recipe)
     if recipe.initial is not None and not Path(recipe.initial).exists():
         return
     try:
