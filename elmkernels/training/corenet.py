@@ -112,7 +112,9 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     _losses_and_betas(flat, made)
     _engine(flat, made)
     explained = explain(values)
-    notes = [f"{name}: {explained[name]}" for name in explained if explained[name].startswith(_IGNORED)]
+    ignored = [name for name in explained if explained[name].startswith(_IGNORED)]
+    notes = [f"{name}: {explained[name]}" for name in ignored]
+
     if "optim.no_decay_bn_filter_bias" not in flat:
         notes.append("optimizer.weight_decay: assumed to leave norms out (CoreNet decays them)")
     if "scheduler.max_iterations" not in flat:

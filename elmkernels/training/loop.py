@@ -257,7 +257,8 @@ class Trainer:
 
     def _left_out(self, result: StepResult, row: int, journal: Journal | None) -> None:
         step = self.done + 1
-        what = f"loss {result.loss:g}, gradient norm {result.norm:g} at step {step}, rate {result.lr:g}"
+        found = f"loss {result.loss:g}, gradient norm {result.norm:g}"
+        what = f"{found} at step {step}, rate {result.lr:g}"
         self.skipped += 1
         if journal is not None:
             journal.event("skipped", step, loss=result.loss, grad_norm=result.norm, lr=result.lr)
