@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from ..openelm import layers as reference
 from ..openelm.model import OpenELM
 from ..openelm.surgery import forward_hooks, unhooked
-from ..weights.formats import Affine, Layer, Packed12, Stack, Weight
+from ..weights.formats import Form, Layer, Stack, Weight, is_compressed
 from . import fused, projections
 
 
 def stack_of(model: OpenELM) -> Stack:
     """The weights, head counts and rotary table of a model, accelerated or not, without a copy.
 
-    A module with a method `compressed()` is asked for its `Affine` or `Packed12` first (None: it
+    A module with a method `compressed()` is asked for its compressed form first (None: it
     has none). Raises ValueError, with the reason, for a model that isn't described by its weights:
     adapters, hooks, foreign modules. The same object is returned until the model changes.
     """
@@ -32,7 +32,7 @@ class Described:
     def __init__(self, model: OpenELM) -> None:
         self.stack = _describe(model)
         self.dtypes = {w.dtype for w in _weights(self.stack)}
-        self.compressed = any(isinstance(w, Affine | Packed12) for w in _weights(self.stack))
+        self.compressed = any(map(is_compressed, _weights(self.stack)))
         # Not the model itself: what is kept here must not keep it.
         modules = [m for m in model.modules() if m is not model]
         places = [
@@ -103,13 +103,13 @@ def _norm(path: str, module: nn.Module, eps: float) -> Tensor:
     return module.weight
 
 
-def _compressed(path: str, module: nn.Module) -> Affine | Packed12 | None:
+def _compressed(path: str, module: nn.Module) -> Form | None:
     method = getattr(module, "compressed", None)
     if method is None:
         return None
     _unhooked(path, module)
     weight = method()
-    if weight is not None and not isinstance(weight, Affine | Packed12):
+    if weight is not None and not is_compressed(weight):
         _refuse(path, f"gives {type(weight).__name__} as compressed()")
     return weight
 
@@ -180,4 +180,4 @@ def _layer(path: str, layer: nn.Module, eps: float, gated: bool) -> Layer:
 def _weights(stack: Stack) -> Iterator[Weight]:
     yield from (stack.embedding, stack.norm, stack.head)
     for layer in stack.layers:
-        yield from (w for w in layer if isinstance(w, Tensor | Affine | Packed12))
+        yield from (w for w in layer if isinstance(w, Tensor | Form))

@@ -25,7 +25,7 @@ from ..openelm.compressed import CompressedLinear, weight_of
 from ..openelm.layers import Context
 from ..openelm.surgery import unhooked
 from ..ops.linear import MAX_ROWS
-from ..weights.formats import Packed12, Weight
+from ..weights.formats import Weight, form_of
 from .projections import Linear, TiedHead
 
 
@@ -55,7 +55,7 @@ def streams(device: str, backend: str | None) -> bool:
 
 
 def _fits(x: Tensor, weight: Weight) -> bool:
-    return not isinstance(weight, Tensor | Packed12) or weight.dtype == x.dtype
+    return form_of(weight).takes(x.dtype)
 
 
 def _weight(x: Tensor, module: nn.Module) -> Weight | None:

@@ -19,24 +19,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..devices import check_here
-from ..weights.affine import check_scheme
-from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Packed12
-from ..weights.packed12 import check_packed12
 from . import storage
-from .compressed import Compressed, packed12_module, quantized_module, weight_of
+from .compressed import STORED_FORMS, Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
 from .progress import progress
 from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 
 _CONFIG = "config.json"
-_PACKED = {"format": "packed12", "version": 1}
-_MARKS = {Affine: "scales", Packed12: "packed"}  # the tensor that only this form has
+
+
+class Scheme(NamedTuple):
+    """How the matrices of a folder are compressed: the form, and its own values in config.json."""
+
+    form: type[Compressed]
+    values: dict[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.values)
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,11 @@ def load(
         is_safetensors = path.suffix == ".safetensors"
         read = storage.read_safetensors if is_safetensors else storage.read_torch_file
         stored = read(path)
-    if scheme == _PACKED and dtype not in (None, torch.bfloat16):
+    only = None if scheme is None else scheme.form.only_dtype
+    if only is not None and dtype not in (None, only):
         raise ValueError(
-            f"dtype must be bfloat16 (or None) for the packed weights of {path}, got {dtype}: "
+            f"dtype must be {str(only).removeprefix('torch.')} (or None) for the "
+            f"{scheme.form.label} weights of {path}, got {dtype}: "
             "load them as they are, elmkernels.unpack(model), then cast"
         )
     chosen = _match(config, scheme, stored, path)
@@ -92,7 +99,8 @@ def load(
         weight = chosen[name].read()
         wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
         weights[name] = weight.to(device=device, dtype=wanted).contiguous()
-    names = [n.rpartition(".")[0] for n in weights if n.endswith(tuple(_MARKS.values()))]
+    marks = tuple(f".{form.mark}" for form in STORED_FORMS.values())
+    names = [name.rpartition(".")[0] for name in weights if name.endswith(marks)]
     shapes = config.parameter_shapes()
     modules = {
         name: _take_module(name, weights, scheme, shapes[f"{name}.weight"][1], path)
@@ -102,20 +110,17 @@ def load(
 
 
 def _take_module(
-    name: str, weights: dict[str, Tensor], scheme: dict[str, Any], columns: int, path: Path
+    name: str, weights: dict[str, Tensor], scheme: Scheme, columns: int, path: Path
 ) -> Compressed:
     """The module of a compressed matrix, which takes its tensors out of `weights`."""
-    if scheme != _PACKED:
-        parts = (weights.pop(f"{name}.{part}") for part in ("weight", "scales", "biases"))
-        return quantized_module(name, Affine(*parts, scheme["bits"], scheme["group_size"]))
-    parts = (weights.pop(f"{name}.{part}") for part in _parts(Packed12, (1, columns), scheme))
-    packed = Packed12(*parts, columns)
+    names = scheme.form.stored((1, columns), scheme.values)
+    tensors = [weights.pop(f"{name}.{part}") for part in names]
     try:
-        check_packed12(packed)
+        made = scheme.form.loaded(name, tensors, columns, scheme.values)
     except ValueError as error:
         raise ValueError(f"{path}: {name} is damaged: {error}") from error
-    made = packed12_module(name, packed)
-    made.dtype = weights["norm.weight"].dtype
+    if scheme.form.only_dtype is not None:
+        made.dtype = weights["norm.weight"].dtype
     return made
 
 
@@ -161,7 +166,7 @@ def raw_config(path: str | Path) -> dict[str, Any]:
     return storage.read_json(file)
 
 
-def _folder_config(folder: Folder) -> tuple[OpenELMConfig, dict[str, Any] | None]:
+def _folder_config(folder: Folder) -> tuple[OpenELMConfig, Scheme | None]:
     """The shape, and how the weights are compressed."""
     values = raw_config(folder.path)
     try:
@@ -170,28 +175,15 @@ def _folder_config(folder: Folder) -> tuple[OpenELMConfig, dict[str, Any] | None
         raise ValueError(f"{folder.path / _CONFIG}: {error}") from error
 
 
-def _scheme(values: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scheme(values: Mapping[str, Any]) -> Scheme | None:
     """What config.json says of compression, if anything."""
-    quantized, ours = values.get("quantization"), values.get("elmkernels")
-    if quantized is not None and ours is not None:
-        raise ValueError("`quantization` and `elmkernels` exclude each other, both are given")
-    if ours is not None:
-        if ours != _PACKED:
-            raise ValueError(f"elmkernels must be {_PACKED}, got {ours!r}")
-        return _PACKED
-    if quantized is None:
-        return None
-    if not isinstance(quantized, Mapping) or not {"bits", "group_size"} <= quantized.keys():
-        raise ValueError(f"quantization must have bits and group_size, got {quantized!r}")
-    mode = quantized.get("mode", "affine")
-    others = sorted(quantized.keys() - {"bits", "group_size", "mode"})
-    if mode != "affine" or others:
-        raise ValueError(
-            "quantization must be of mode 'affine' and the same for every matrix, "
-            f"got {mode!r}{', and ' * bool(others)}{', '.join(others)}"
-        )
-    check_scheme(quantized["bits"], quantized["group_size"])
-    return {"group_size": quantized["group_size"], "bits": quantized["bits"]}
+    given = {word: values[word] for word in STORED_FORMS if values.get(word) is not None}
+    if len(given) > 1:
+        words = " and ".join(f"`{word}`" for word in given)
+        raise ValueError(f"{words} exclude each other, both are given")
+    for word, value in given.items():
+        return Scheme(STORED_FORMS[word], STORED_FORMS[word].read_scheme(value))
+    return None
 
 
 def _given_config(config: Any, path: Path) -> OpenELMConfig:
@@ -209,54 +201,35 @@ def _given_config(config: Any, path: Path) -> OpenELMConfig:
     )
 
 
-def _parts(
-    form: type, shape: tuple[int, int], scheme: dict[str, Any]
-) -> dict[str, tuple[tuple[int | None, ...], str | None]]:
-    """The tensors of a compressed [n, k] matrix: name -> shape (None: any), dtype (None: float)."""
-    n, k = shape
-    if form is Affine:
-        groups = (n, k // scheme["group_size"])
-        words = (n, k * scheme["bits"] // 32)
-        return {"weight": (words, "U32"), "scales": (groups, None), "biases": (groups, None)}
-    segments = -(-k // SEGMENT_COLUMNS)
-    return {
-        "packed": ((n, segments, SEGMENT_BYTES), "U8"),
-        "exponents": ((16,), "U8"),
-        "escape_starts": ((n + 1,), "I32"),
-        "escape_columns": ((None,), "I32"),
-        "escape_values": ((None,), "BF16"),
-    }
-
-
 def _expected(
-    config: OpenELMConfig, scheme: dict[str, Any] | None, names: set[str], path: Path
+    config: OpenELMConfig, scheme: Scheme | None, names: set[str], path: Path
 ) -> dict[str, tuple[tuple[int | None, ...], str | None]]:
-    """Every tensor that must be there, as `_parts` says it, given the names of those that are."""
+    """Every tensor that must be there, given the names of those that are."""
     expected = {}
-    form = None if scheme is None else Packed12 if scheme == _PACKED else Affine
+    form = None if scheme is None else scheme.form
     found = set()
     for name, shape in config.parameter_shapes().items():
         module = name.removesuffix(".weight")
-        mark = next((f for f, part in _MARKS.items() if f"{module}.{part}" in names), None)
-        if mark is None or len(shape) != 2:
+        forms = STORED_FORMS.values()
+        marked = next((f for f in forms if f"{module}.{f.mark}" in names), None)
+        if marked is None or len(shape) != 2:
             expected[name] = shape, None
             continue
-        found.add(mark)
-        if mark is form:
-            parts = _parts(form, shape, scheme)
+        found.add(marked)
+        if marked is form:
+            parts = form.stored(shape, scheme.values)
             expected |= {f"{module}.{part}": value for part, value in parts.items()}
     for other in found - {form}:
-        what, word = {Affine: ("quantized", "quantization"), Packed12: ("packed", "elmkernels")}[
-            other
-        ]
-        raise ValueError(f"{path} holds {what} weights, but no {_CONFIG} with `{word}`")
+        raise ValueError(
+            f"{path} holds {other.label} weights, but no {_CONFIG} with `{other.word}`"
+        )
     if form is not None and form not in found:
         raise ValueError(f"{path / _CONFIG} says {scheme}, but no weight is stored so")
     return expected
 
 
 def _match(
-    config: OpenELMConfig, scheme: dict[str, Any] | None, stored: Sequence[Stored], path: Path
+    config: OpenELMConfig, scheme: Scheme | None, stored: Sequence[Stored], path: Path
 ) -> dict[str, Stored]:
     """The stored tensor of every name, or one error with all that doesn't fit."""
 
@@ -308,12 +281,7 @@ def _scheme_to_save(model: nn.Module) -> dict[str, Any]:
     """config.json's word on compressed weights."""
     schemes = []
     for name, module in _compressed(model).items():
-        weight = module.compressed()
-        if isinstance(weight, Packed12):
-            scheme = {"elmkernels": _PACKED}
-        else:
-            values = {"group_size": weight.group_size, "bits": weight.bits}
-            scheme = {"quantization": values}
+        scheme = {module.word: module.scheme()}
         if schemes and scheme != schemes[0]:
             raise ValueError(
                 f"a folder holds one form of weights, {name} has {scheme} beside {schemes[0]}"

@@ -6,6 +6,9 @@
 A compressed weight is data, not a Parameter: gradients pass through it to x, none are kept for it.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -13,34 +16,14 @@ from torch.nn import functional as F
 
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
-from ..weights.formats import Affine, Packed12, Weight
+from ..weights.affine import check_scheme
+from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Form, Packed12, Weight
+from ..weights.packed12 import check_packed12
 
 
 def weight_of(module: nn.Module) -> Weight:
     """The weight [n, k] of a projection or an embedding, in the form in which it is held."""
     return module.compressed() if isinstance(module, Compressed) else module.weight
-
-
-def gather_rows(weight: Weight, ids: Tensor) -> Weight:
-    """The rows that ids [m] name, as a weight of the same form."""
-    if isinstance(weight, Affine):
-        q = weight.q.view(torch.int32)[ids].view(torch.uint32)  # torch can't index uint32
-        return Affine(q, weight.scales[ids], weight.biases[ids], weight.bits, weight.group_size)
-    if isinstance(weight, Packed12):
-        begin = weight.escape_starts[ids]
-        counts = weight.escape_starts[ids + 1] - begin
-        starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        found = torch.repeat_interleave(begin - starts[:-1], counts)
-        found += torch.arange(found.shape[0], dtype=found.dtype, device=found.device)
-        return Packed12(
-            weight.data[ids],
-            weight.exponents,
-            starts,
-            weight.escape_columns[found],
-            weight.escape_values[found],
-            weight.columns,
-        )
-    return weight[ids]
 
 
 class _Product(torch.autograd.Function):
@@ -70,9 +53,14 @@ def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    if x.dtype == torch.float64 or (isinstance(weight, Packed12) and x.dtype != weight.dtype):
+    if x.dtype == torch.float64 or not weight.takes(x.dtype):
         return _Product.apply(x, weight)
     return linear(x, weight, backend=backend)
+
+
+PACKED12_SCHEME = {"format": "packed12", "version": 1}
+# {name: (shape, dtype)} of stored tensors; None: any size, any floating dtype.
+Stored = dict[str, tuple[tuple[int | None, ...], str | None]]
 
 
 class Compressed(nn.Module):
@@ -80,15 +68,45 @@ class Compressed(nn.Module):
 
     names: tuple[str, ...]
 
-    def __init__(self, weight: Affine | Packed12) -> None:
+    def __init__(self, weight: Form) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         # What the output of an embedding is cast to: follows model.to(dtype) like a Parameter.
         self.dtype = weight.dtype
         self.backend: str | None = None  # of `ops.linear`; `accelerate` names one
 
-    def compressed(self) -> Affine | Packed12:
+    def compressed(self) -> Form:
         """The weight, whose tensors are this module's buffers."""
+        raise NotImplementedError
+
+    # What a checkpoint says of the form: the word in config.json that describes it, its name in
+    # messages, the tensor that no other form has, the one dtype that it may be loaded in.
+    word: str
+    label: str
+    mark: str
+    only_dtype: torch.dtype | None = None
+
+    @staticmethod
+    def read_scheme(value: Any) -> dict[str, Any]:
+        """What config.json says under `word`, checked. Raises ValueError."""
+        raise NotImplementedError
+
+    def scheme(self) -> dict[str, Any]:
+        """The same of this module, to be written."""
+        raise NotImplementedError
+
+    @staticmethod
+    def stored(shape: tuple[int, int], scheme: dict[str, Any]) -> Stored:
+        """The tensors of a stored matrix [n, k] by their names."""
+        raise NotImplementedError
+
+    @staticmethod
+    def loaded(
+        name: str, tensors: list[Tensor], columns: int, scheme: dict[str, Any]
+    ) -> "Compressed":
+        """The module of a matrix by its name in the model, of the tensors that `stored` names, in
+        that order. Raises ValueError for tensors that contradict each other.
+        """
         raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
@@ -113,7 +131,7 @@ class CompressedEmbedding(Compressed):
     """ids [...] -> [..., in_features] in `dtype`; only the rows that ids name are made dense."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = dense(gather_rows(self.compressed(), ids.flatten().long()), self.dtype)
+        rows = dense(self.compressed().gather(ids.flatten().long()), self.dtype)
         return rows.view(*ids.shape, self.in_features)
 
 
@@ -121,6 +139,7 @@ class Quantized(Compressed):
     """Buffers as MLX names them: weight uint32, scales, biases (see `formats.Affine`)."""
 
     names = ("weight", "scales", "biases")
+    word, label, mark = "quantization", "quantized", "scales"
 
     def __init__(self, weight: Affine) -> None:
         super().__init__(weight)
@@ -130,6 +149,36 @@ class Quantized(Compressed):
 
     def compressed(self) -> Affine:
         return Affine(self.weight, self.scales, self.biases, self.bits, self.group_size)
+
+    @staticmethod
+    def read_scheme(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or not {"bits", "group_size"} <= value.keys():
+            raise ValueError(f"quantization must have bits and group_size, got {value!r}")
+        mode = value.get("mode", "affine")
+        others = sorted(value.keys() - {"bits", "group_size", "mode"})
+        if mode != "affine" or others:
+            raise ValueError(
+                "quantization must be of mode 'affine' and the same for every matrix, "
+                f"got {mode!r}{', and ' * bool(others)}{', '.join(others)}"
+            )
+        check_scheme(value["bits"], value["group_size"])
+        return {"group_size": value["group_size"], "bits": value["bits"]}
+
+    def scheme(self) -> dict[str, Any]:
+        return {"group_size": self.group_size, "bits": self.bits}
+
+    @staticmethod
+    def stored(shape: tuple[int, int], scheme: dict[str, Any]) -> Stored:
+        n, k = shape
+        groups = (n, k // scheme["group_size"])
+        words = (n, k * scheme["bits"] // 32)
+        return {"weight": (words, "U32"), "scales": (groups, None), "biases": (groups, None)}
+
+    @staticmethod
+    def loaded(
+        name: str, tensors: list[Tensor], columns: int, scheme: dict[str, Any]
+    ) -> Compressed:
+        return quantized_module(name, Affine(*tensors, scheme["bits"], scheme["group_size"]))
 
     def __getstate__(self) -> dict:
         # Python's pickle of a uint32 tensor can't be read back: travel as int32.
@@ -162,6 +211,7 @@ class Packed12Module(Compressed):
     """Buffers named as in a checkpoint. They stay what they are when the model is cast."""
 
     names = ("packed", "exponents", "escape_starts", "escape_columns", "escape_values")
+    word, label, mark, only_dtype = "elmkernels", "packed12", "packed", torch.bfloat16
 
     def __init__(self, weight: Packed12) -> None:
         super().__init__(weight)
@@ -177,6 +227,35 @@ class Packed12Module(Compressed):
 
     def compressed(self) -> Packed12:
         return Packed12(*(getattr(self, name) for name in self.names), self.in_features)
+
+    @staticmethod
+    def read_scheme(value: Any) -> dict[str, Any]:
+        if value != PACKED12_SCHEME:
+            raise ValueError(f"elmkernels must be {PACKED12_SCHEME}, got {value!r}")
+        return PACKED12_SCHEME
+
+    def scheme(self) -> dict[str, Any]:
+        return PACKED12_SCHEME
+
+    @staticmethod
+    def stored(shape: tuple[int, int], scheme: dict[str, Any]) -> Stored:
+        n, k = shape
+        segments = -(-k // SEGMENT_COLUMNS)
+        return {
+            "packed": ((n, segments, SEGMENT_BYTES), "U8"),
+            "exponents": ((16,), "U8"),
+            "escape_starts": ((n + 1,), "I32"),
+            "escape_columns": ((None,), "I32"),
+            "escape_values": ((None,), "BF16"),
+        }
+
+    @staticmethod
+    def loaded(
+        name: str, tensors: list[Tensor], columns: int, scheme: dict[str, Any]
+    ) -> Compressed:
+        weight = Packed12(*tensors, columns)
+        check_packed12(weight)
+        return packed12_module(name, weight)
 
     def _apply(self, fn, recurse=True):
         before = self.escape_values
@@ -205,3 +284,7 @@ class Packed12Embedding(Packed12Module, CompressedEmbedding):
 def packed12_module(name: str, weight: Packed12) -> Packed12Linear | Packed12Embedding:
     """The module of a model's matrix, by its name in the model."""
     return (Packed12Embedding if name == "token_embeddings" else Packed12Linear)(weight)
+
+
+# The forms that a checkpoint can hold, by their words in config.json.
+STORED_FORMS: dict[str, type[Compressed]] = {m.word: m for m in (Quantized, Packed12Module)}

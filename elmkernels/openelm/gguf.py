@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..ops.linear import dense_rows
-from ..weights.checks import rows_of
 from ..weights.chunks import each_chunk
+from ..weights.formats import form_of
 from .compressed import weight_of
 from .config import OpenELMConfig
 from .model import OpenELM
@@ -187,7 +187,7 @@ def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:
     def matrix(key: str, module: Any, part: slice | None = None) -> tuple:
         weight = weight_of(module)
         if part is not None:
-            weight = rows_of(weight, part.start, part.stop)
+            weight = form_of(weight).rows(part.start, part.stop)
         n = weight.shape[0]
         return f"{key}.weight", tuple(weight.shape), lambda: dense_rows(weight, weight.dtype, 0, n)
 

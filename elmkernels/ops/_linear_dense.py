@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backends import REFERENCE, choose, kernel
-from ..weights.checks import parts, rows_of
-from ..weights.formats import Packed12, Weight
+from ..weights.formats import Weight, form_of
 
 # Below what the C library maps anew, zeroed, at every call: page faults there cost more
 # than a larger block gains.
@@ -19,9 +18,8 @@ BLOCK_BYTES = 16 << 20
 
 
 def _block(weight: Weight, like: Tensor, begin: int, end: int, backend: str) -> Tensor:
-    *tensors, bits = parts(weight)
     dense = kernel("linear_dense", backend)
-    return dense(like, *tensors, bits, weight.shape[1], begin, end)
+    return dense(like, *form_of(weight).parts(), weight.shape[1], begin, end)
 
 
 def dense_rows(
@@ -31,9 +29,9 @@ def dense_rows(
     if isinstance(weight, Tensor):
         return weight[begin:end].to(dtype)
     backend = choose("linear", weight.device.type, backend)
-    kernel_dtype = torch.bfloat16 if isinstance(weight, Packed12) else dtype
+    kernel_dtype = weight.native_dtype or dtype
     if backend == REFERENCE or kernel_dtype == torch.float64:
-        return reference.dense(rows_of(weight, begin, end), dtype)
+        return reference.dense(weight.rows(begin, end), dtype)
     like = torch.empty(0, dtype=kernel_dtype, device=weight.device)
     return _block(weight, like, begin, end, backend).to(dtype)
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from .. import reference
 from ..backends import REFERENCE, choose, define, kernel
 from ..checks import fail, integers, tensor, within
-from ..weights.checks import check_stack, parts
-from ..weights.formats import Affine, Arena, Stack, Weight
+from ..weights.checks import check_stack
+from ..weights.formats import Arena, Stack, Weight, form_of
 from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_AFFINE_FORMS, _PACKED_FORM = {8: 3, 4: 4}, 5
+_FORMS = {8: 3, 4: 4, 12: 5}  # of compressed weights, by their bits
 _CPU = torch.device("cpu")
 
 define(
@@ -41,17 +41,14 @@ def _fields(weight: Weight) -> list[int]:
     bytes a row, data; element type, scales, biases, group; exponents, escapes' starts, columns,
     values.
     """
-    data, *rest, _ = parts(weight)
+    data, *rest, bits = form_of(weight).parts()
     n, k = weight.shape
     row_bytes = data.stride(0) * data.element_size()
-    pointers = [0 if t is None else t.data_ptr() for t in rest]
-    scales, biases, *packed = pointers
-    form = _ELEMENTS.get(data.dtype, _PACKED_FORM)
-    element = group = 0
-    if isinstance(weight, Affine):
-        form, element = _AFFINE_FORMS[weight.bits], _ELEMENTS[weight.scales.dtype]
-        group = weight.group_size
-    return [form, n, k, row_bytes, data.data_ptr(), element, scales, biases, group, *packed]
+    scales, biases, *packed12 = (0 if x is None else x.data_ptr() for x in rest)
+    element = _ELEMENTS[rest[0].dtype] if scales else 0
+    form = _FORMS[bits] if bits else _ELEMENTS[data.dtype]
+    group = form_of(weight).group_size
+    return [form, n, k, row_bytes, data.data_ptr(), element, scales, biases, group, *packed12]
 
 
 class _Table(NamedTuple):

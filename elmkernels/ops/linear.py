@@ -1,4 +1,4 @@
-"""linear: y = x w^T for a weight that is plain, affine-quantized or packed (see `formats`).
+"""linear: y = x w^T for a weight that is plain, affine-quantized or packed12 (see `formats`).
 
 Before it maybe a norm, x' = rms_norm(x, norm); after it maybe swiglu(y) or residual + y, each
 rounded as it is on its own.
@@ -17,8 +17,8 @@ from .. import reference
 from ..backends import REFERENCE, choose, define, kernel, optional_kernel
 from ..checks import fail, floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_norm
-from ..weights.checks import check_weight, parts
-from ..weights.formats import Affine, Weight
+from ..weights.checks import check_weight
+from ..weights.formats import Parts, Weight, form_of
 from ._linear_dense import BLOCK_BYTES, FrozenLinear, blocks, dense_product, dense_rows
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated
@@ -86,12 +86,12 @@ def linear(
     around = swiglu or norm is not None or residual is not None
     if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
         residual = None if residual is None else last_dim_contiguous(residual)
-        x, found = last_dim_contiguous(x), parts(_packed_rows(weight))
+        x, found = last_dim_contiguous(x), _parts(weight)
         return fused(x, *found, norm, eps, swiglu, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps, backend=backend)
     if streamed:
-        y = kernel("linear_fwd", chosen)(last_dim_contiguous(x), *parts(_packed_rows(weight)))
+        y = kernel("linear_fwd", chosen)(last_dim_contiguous(x), *_parts(weight))
     else:
         y = _torch_product(x, weight, wants, chosen)
     if swiglu:
@@ -105,8 +105,9 @@ def _torch_product(x: Tensor, weight: Weight, wants: bool, backend: str) -> Tens
     return FrozenLinear.apply(x, weight, backend) if wants else dense_product(x, weight, backend)
 
 
-def _packed_rows(weight: Weight) -> Weight:
-    return last_dim_contiguous(weight) if isinstance(weight, Tensor) else weight
+def _parts(weight: Weight) -> Parts:
+    """What a streaming kernel takes: of a plain weight with contiguous rows."""
+    return form_of(last_dim_contiguous(weight) if isinstance(weight, Tensor) else weight).parts()
 
 
 def _check(
@@ -117,7 +118,7 @@ def _check(
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         fail("x", f"[..., {k}] like weight's columns", list(x.shape))
-    if not isinstance(weight, Affine) and weight.dtype != x.dtype:
+    if not form_of(weight).takes(x.dtype):
         fail("weight", f"{x.dtype} like x", weight.dtype, TypeError)
     if weight.device != x.device:
         fail("weight", f"on {x.device} like x", weight.device)

@@ -1,102 +1,16 @@
-"""Weights in any form, and stacks of them: checks, rows, and their tensors as kernels take them."""
+"""Checks of weights in any form, and of whole decoders."""
 
 import torch
 from torch import Tensor
 
 from ..checks import fail, floating, positive, tensor
 from ..checks import weight as check_norm
-from .formats import (
-    BITS,
-    GROUP_SIZES,
-    SEGMENT_BYTES,
-    SEGMENT_COLUMNS,
-    Affine,
-    Layer,
-    Packed12,
-    Stack,
-    Weight,
-)
-
-PACKED_BITS = 12
-
-
-def parts(weight: Weight) -> tuple:
-    """A weight as the raw kernels take it: its tensors, and how many bits it has (0: plain)."""
-    if isinstance(weight, Affine):
-        return (weight.q, weight.scales, weight.biases, None, None, None, None, weight.bits)
-    if isinstance(weight, Packed12):
-        escapes = (weight.escape_starts, weight.escape_columns, weight.escape_values)
-        return (weight.data, None, None, weight.exponents, *escapes, PACKED_BITS)
-    return (weight, None, None, None, None, None, None, 0)
-
-
-def rows_of(weight: Weight, begin: int, end: int) -> Weight:
-    """Rows [begin, end) in the weight's own form."""
-    if isinstance(weight, Affine):
-        q, scales, biases = (t[begin:end] for t in (weight.q, weight.scales, weight.biases))
-        return Affine(q, scales, biases, weight.bits, weight.group_size)
-    if isinstance(weight, Packed12):
-        starts = weight.escape_starts[begin : end + 1]
-        first, last = int(starts[0]), int(starts[-1])
-        escapes = weight.escape_columns[first:last], weight.escape_values[first:last]
-        data = weight.data[begin:end]
-        return Packed12(data, weight.exponents, starts - first, *escapes, weight.columns)
-    return weight[begin:end]
+from .formats import Layer, Stack, Weight, check_part, form_of
 
 
 def check_weight(name: str, weight: Weight) -> None:
     """The tensors of a weight fit each other."""
-    if isinstance(weight, Affine):
-        _check_affine(name, weight)
-    elif isinstance(weight, Packed12):
-        _check_packed(name, weight)
-    else:
-        floating(name, weight)
-        if weight.dim() != 2:
-            fail(name, "[n, k]", list(weight.shape))
-
-
-def _check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple, device: torch.device) -> None:
-    tensor(name, x)
-    if x.dtype != dtype:
-        fail(name, dtype, x.dtype, TypeError)
-    if tuple(x.shape) != tuple(shape):
-        fail(name, list(shape), list(x.shape))
-    if x.device != device:
-        fail(name, f"on {device}", x.device)
-    if not x.is_contiguous():
-        fail(name, "contiguous", f"strides {x.stride()}")
-
-
-def _check_affine(name: str, w: Affine) -> None:
-    if w.bits not in BITS:
-        fail(f"{name}.bits", " or ".join(map(str, BITS)), w.bits)
-    if w.group_size not in GROUP_SIZES:
-        fail(f"{name}.group_size", " or ".join(map(str, GROUP_SIZES)), w.group_size)
-    tensor(f"{name}.q", w.q)
-    if w.q.dim() != 2:
-        fail(f"{name}.q", "[n, k bits / 32]", list(w.q.shape))
-    n, k = w.shape
-    if k % w.group_size:
-        fail(f"{name}.q", f"of a multiple of {w.group_size} columns (group_size)", k)
-    floating(f"{name}.scales", w.scales)
-    _check(f"{name}.q", w.q, torch.uint32, w.q.shape, w.q.device)
-    for part, x in (("scales", w.scales), ("biases", w.biases)):
-        _check(f"{name}.{part}", x, w.scales.dtype, (n, k // w.group_size), w.q.device)
-
-
-def _check_packed(name: str, w: Packed12) -> None:
-    tensor(f"{name}.data", w.data)
-    if w.data.dim() != 3:
-        fail(f"{name}.data", f"[n, segments, {SEGMENT_BYTES}]", list(w.data.shape))
-    n, segments = w.data.shape[0], -(-w.columns // SEGMENT_COLUMNS)
-    device = w.data.device
-    _check(f"{name}.data", w.data, torch.uint8, (n, segments, SEGMENT_BYTES), device)
-    _check(f"{name}.exponents", w.exponents, torch.uint8, (16,), device)
-    _check(f"{name}.escape_starts", w.escape_starts, torch.int32, (n + 1,), device)
-    count = w.escape_columns.shape
-    _check(f"{name}.escape_columns", w.escape_columns, torch.int32, count, device)
-    _check(f"{name}.escape_values", w.escape_values, torch.bfloat16, count, device)
+    form_of(weight).check(name)
 
 
 def _projection(name: str, weight: Weight, n: int | None, k: int | None, norm: Tensor) -> None:
@@ -105,12 +19,12 @@ def _projection(name: str, weight: Weight, n: int | None, k: int | None, norm: T
     expected = [b if a is None else a for a, b in zip((n, k), weight.shape, strict=True)]
     if list(weight.shape) != expected:
         fail(name, expected, list(weight.shape))
-    if not isinstance(weight, Affine) and weight.dtype != norm.dtype:
+    if not form_of(weight).takes(norm.dtype):
         fail(name, f"{norm.dtype} like norm", weight.dtype, TypeError)
     if weight.device != norm.device:
         fail(name, f"on {norm.device} like norm", weight.device)
     if isinstance(weight, Tensor) and weight.stride(-1) != 1:
-        fail(name, "of packed rows", f"strides {weight.stride()}")
+        fail(name, "of contiguous rows", f"strides {weight.stride()}")
 
 
 def _norm(name: str, x: Tensor, n: int, norm: Tensor) -> None:
@@ -150,7 +64,9 @@ def check_stack(stack: Stack) -> None:
     dim, table = stack.model_dim, stack.rope_table
     tensor("stack.rope_table", table)
     length = table.shape[0] if table.dim() else 0
-    _check("stack.rope_table", table, torch.float32, (length, stack.head_dim), stack.norm.device)
+    check_part(
+        "stack.rope_table", table, torch.float32, (length, stack.head_dim), stack.norm.device
+    )
     for name, weight in (("embedding", stack.embedding), ("head", stack.head)):
         _projection(f"stack.{name}", weight, None, dim, stack.norm)
     for i, layer in enumerate(stack.layers):

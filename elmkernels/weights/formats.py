@@ -6,13 +6,20 @@ A weight [n, k] is a plain Tensor or one of two compressed forms of it:
 - `Packed12`: bfloat16 without loss in 12 bits: sign and mantissa in a byte, the exponent as a 4-bit
   index into the matrix's 15 commonest, and a list of the few weights whose exponent is another.
 
-`reference.dense` is the specification of both.
+What a form is, its class knows: the tensors that kernels take, its rows, its checks, and the dense
+matrix that it stands for. `form_of` gives a plain Tensor the same methods. Nothing outside of this
+room asks which form a weight has.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ..checks import fail, floating, tensor
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64)
@@ -21,8 +28,118 @@ SEGMENT_COLUMNS, SEGMENT_BYTES = 128, 192
 ESCAPE = 15  # the code of a weight whose exponent is not in the table
 
 
+class Parts(NamedTuple):
+    """A weight as the raw kernels take it; bits: 0 of a plain one, 8 or 4 of `Affine`, 12."""
+
+    data: Tensor
+    scales: Tensor | None
+    biases: Tensor | None
+    exponents: Tensor | None
+    escape_starts: Tensor | None
+    escape_columns: Tensor | None
+    escape_values: Tensor | None
+    bits: int
+
+
+class Form(ABC):
+    """A matrix [n, k] in one form."""
+
+    group_size: int  # columns that share a scale; 0 if there are none
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the dense matrix, unless another is asked for."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int: ...
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """The tensors as kernels take them."""
+
+    @abstractmethod
+    def rows(self, begin: int, end: int) -> "Weight":
+        """Rows [begin, end) in the same form."""
+
+    @abstractmethod
+    def gather(self, ids: Tensor) -> "Weight":
+        """The rows that ids, integers [m], name, in the same form."""
+
+    @abstractmethod
+    def check(self, name: str) -> None:
+        """Raise ValueError or TypeError if the tensors don't fit each other."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix [n, k] that the weight stands for, in `dtype` (None: its own)."""
+
+    @property
+    def native_dtype(self) -> torch.dtype | None:
+        """The one dtype in which kernels make its rows dense; None if it may be any."""
+        return None
+
+    @abstractmethod
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether activations of a dtype are multiplied by it as it is."""
+
+
+class Dense(Form):
+    """A plain Tensor [n, k] as a form."""
+
+    group_size = 0
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def parts(self) -> Parts:
+        return Parts(self.weight, None, None, None, None, None, None, 0)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        return self.weight[begin:end]
+
+    def gather(self, ids: Tensor) -> Tensor:
+        return self.weight[ids]
+
+    def check(self, name: str) -> None:
+        floating(name, self.weight)
+        if self.weight.dim() != 2:
+            fail(name, "[n, k]", list(self.weight.shape))
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.weight if dtype is None else self.weight.to(dtype)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return dtype == self.dtype
+
+
 @dataclass(frozen=True, eq=False)
-class Affine:
+class Affine(Form):
     """w[n, c] = scales[n, g] q[n, c] + biases[n, g] with g = c // group_size.
 
     q: uint32 [n, k bits / 32], column c in bits (c bits) mod 32 and up of word c bits / 32.
@@ -40,20 +157,61 @@ class Affine:
         return self.q.shape[0], self.q.shape[1] * 32 // self.bits
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.scales.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.q.device
 
     @property
     def nbytes(self) -> int:
         return self.q.nbytes + self.scales.nbytes + self.biases.nbytes
 
+    def parts(self) -> Parts:
+        return Parts(self.q, self.scales, self.biases, None, None, None, None, self.bits)
+
+    def rows(self, begin: int, end: int) -> "Affine":
+        q, scales, biases = (t[begin:end] for t in (self.q, self.scales, self.biases))
+        return Affine(q, scales, biases, self.bits, self.group_size)
+
+    def gather(self, ids: Tensor) -> "Affine":
+        q = self.q.view(torch.int32)[ids].view(torch.uint32)  # torch can't index uint32
+        return Affine(q, self.scales[ids], self.biases[ids], self.bits, self.group_size)
+
+    def check(self, name: str) -> None:
+        if self.bits not in BITS:
+            fail(f"{name}.bits", " or ".join(map(str, BITS)), self.bits)
+        if self.group_size not in GROUP_SIZES:
+            fail(f"{name}.group_size", " or ".join(map(str, GROUP_SIZES)), self.group_size)
+        tensor(f"{name}.q", self.q)
+        if self.q.dim() != 2:
+            fail(f"{name}.q", "[n, k bits / 32]", list(self.q.shape))
+        n, k = self.shape
+        if k % self.group_size:
+            fail(f"{name}.q", f"of a multiple of {self.group_size} columns (group_size)", k)
+        floating(f"{name}.scales", self.scales)
+        check_part(f"{name}.q", self.q, torch.uint32, self.q.shape, self.q.device)
+        shape, dtype = (n, k // self.group_size), self.scales.dtype
+        for part, x in (("scales", self.scales), ("biases", self.biases)):
+            check_part(f"{name}.{part}", x, dtype, shape, self.q.device)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """scales q + biases in float32 (float64 if asked for), rounded once."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        words = self.q.view(torch.int32)
+        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=words.device)
+        q = (words[..., None] >> shifts) & (2**self.bits - 1)
+        groups = q.flatten(1).unflatten(1, (-1, self.group_size)).to(wide)
+        exact = self.scales.to(wide)[..., None] * groups + self.biases.to(wide)[..., None]
+        return exact.flatten(1).to(dtype or self.dtype)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return True
+
 
 @dataclass(frozen=True, eq=False)
-class Packed12:
+class Packed12(Form):
     """A bfloat16 matrix [n, columns] in 12 bits a weight.
 
     data: uint8 [n, segments, 192], a segment for every 128 columns (the last one padded with
@@ -73,16 +231,18 @@ class Packed12:
     escape_values: Tensor
     columns: int
 
+    group_size = 0  # no field: there are no groups
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.data.shape[0], self.columns
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.escape_values.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.data.device
 
     @property
@@ -90,8 +250,90 @@ class Packed12:
         tensors = (self.data, self.exponents, self.escape_starts, self.escape_columns)
         return sum(t.nbytes for t in tensors) + self.escape_values.nbytes
 
+    @property
+    def native_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def parts(self) -> Parts:
+        escapes = (self.escape_starts, self.escape_columns, self.escape_values)
+        return Parts(self.data, None, None, self.exponents, *escapes, 12)
+
+    def rows(self, begin: int, end: int) -> "Packed12":
+        starts = self.escape_starts[begin : end + 1]
+        first, last = int(starts[0]), int(starts[-1])
+        escapes = self.escape_columns[first:last], self.escape_values[first:last]
+        data = self.data[begin:end]
+        return Packed12(data, self.exponents, starts - first, *escapes, self.columns)
+
+    def gather(self, ids: Tensor) -> "Packed12":
+        begin = self.escape_starts[ids]
+        counts = self.escape_starts[ids + 1] - begin
+        starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        found = torch.repeat_interleave(begin - starts[:-1], counts)
+        found += torch.arange(found.shape[0], dtype=found.dtype, device=found.device)
+        escapes = self.escape_columns[found], self.escape_values[found]
+        return Packed12(self.data[ids], self.exponents, starts, *escapes, self.columns)
+
+    def check(self, name: str) -> None:
+        tensor(f"{name}.data", self.data)
+        if self.data.dim() != 3:
+            fail(f"{name}.data", f"[n, segments, {SEGMENT_BYTES}]", list(self.data.shape))
+        n, segments = self.data.shape[0], -(-self.columns // SEGMENT_COLUMNS)
+        device = self.data.device
+        shape = (n, segments, SEGMENT_BYTES)
+        check_part(f"{name}.data", self.data, torch.uint8, shape, device)
+        check_part(f"{name}.exponents", self.exponents, torch.uint8, (16,), device)
+        check_part(f"{name}.escape_starts", self.escape_starts, torch.int32, (n + 1,), device)
+        columns, values = self.escape_columns, self.escape_values
+        check_part(f"{name}.escape_columns", columns, torch.int32, columns.shape, device)
+        check_part(f"{name}.escape_values", values, torch.bfloat16, columns.shape, device)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The bfloat16 weights, bit for bit."""
+        n, segments, _ = self.data.shape
+        bytes_, codes = self.data.int().split((SEGMENT_COLUMNS, SEGMENT_COLUMNS // 2), dim=-1)
+        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
+        exponent = self.exponents.int()[codes.long()]
+        bits = (bytes_ & 0x80) << 8 | exponent << 7 | bytes_ & 0x7F
+        # Of each 64 bytes, those of the even groups of 8 are columns 0..31, the others 32..63.
+        bits = bits.view(n, 2 * segments, 4, 2, 8).transpose(2, 3).flatten(1)
+        found = bits.to(torch.uint16).view(torch.bfloat16)[:, : self.columns].clone()
+        rows = torch.arange(n, device=bits.device).repeat_interleave(
+            self.escape_starts.diff().long()
+        )
+        found[rows, self.escape_columns.long()] = self.escape_values
+        return found if dtype is None else found.to(dtype)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return dtype == self.dtype
+
 
 Weight = Tensor | Affine | Packed12
+
+
+def form_of(weight: Weight) -> Form:
+    """The weight with the methods of its form."""
+    return weight if isinstance(weight, Form) else Dense(weight)
+
+
+def is_compressed(weight: object) -> bool:
+    """Whether a weight is in another form than a plain Tensor."""
+    return isinstance(weight, Form)
+
+
+def check_part(
+    name: str, x: Tensor, dtype: torch.dtype, shape: tuple, device: torch.device
+) -> None:
+    """Raise TypeError or ValueError for a tensor of a form that isn't as it must be."""
+    tensor(name, x)
+    if x.dtype != dtype:
+        fail(name, dtype, x.dtype, TypeError)
+    if tuple(x.shape) != tuple(shape):
+        fail(name, list(shape), list(x.shape))
+    if x.device != device:
+        fail(name, f"on {device}", x.device)
+    if not x.is_contiguous():
+        fail(name, "contiguous", f"strides {x.stride()}")
 
 
 class Layer(NamedTuple):

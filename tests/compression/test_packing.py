@@ -12,7 +12,7 @@ from helpers.checkpoints import CONFIG, GROUPED, assert_held, assert_same, same_
 from elmkernels import OpenELM, accelerate, pack, quantize, reference, restore, unpack
 from elmkernels.compression.packing import MAX_ESCAPES
 from elmkernels.openelm import greedy
-from elmkernels.openelm.compressed import Packed12Embedding, Packed12Linear, gather_rows, product
+from elmkernels.openelm.compressed import Packed12Embedding, Packed12Linear, product
 from elmkernels.weights import count_exponents, pack_weight
 
 IDS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(4))
@@ -115,8 +115,8 @@ def test_the_table_and_the_escapes_are_counted():
 def test_rows_by_index(name):
     packed, w = pack_weight(MATRICES[name]), MATRICES[name]
     ids = torch.tensor([5, 0, 5, 8])
-    assert same_bits(reference.dense(gather_rows(packed, ids)), w[ids])
-    nothing = gather_rows(packed, ids[:0])
+    assert same_bits(reference.dense(packed.gather(ids)), w[ids])
+    nothing = packed.gather(ids[:0])
     assert reference.dense(nothing).shape == (0, w.shape[1])
 
 

@@ -20,7 +20,7 @@ FORMS = {
     "8 bits": lambda m, **how: quantize(m, 8, 32, **how),
     "packed12": pack,
 }
-PACKED_PARTS = ["escape_columns", "escape_starts", "escape_values", "exponents", "packed12"]
+PACKED_PARTS = ["escape_columns", "escape_starts", "escape_values", "exponents", "packed"]
 
 
 def made(form: str, config: OpenELMConfig = GROUPED, **how) -> OpenELM:
@@ -173,7 +173,7 @@ def test_truncated(tmp_path, form, size):
     ("form", "values", "message"),
     [
         ("4 bits", {"quantization": None}, "holds quantized weights, but no .*`quantization`"),
-        ("packed12", {"elmkernels": None}, "holds packed weights, but no .*`elmkernels`"),
+        ("packed12", {"elmkernels": None}, "holds packed12 weights, but no .*`elmkernels`"),
         ("4 bits", {"elmkernels": {"format": "packed12", "version": 1}}, "exclude each other"),
         (
             "packed12",

@@ -217,7 +217,7 @@ WRONG = {
         ValueError, "stack.head must be on cpu like norm, got meta"),
     "stack: a transposed head": (
         lambda: with_stack(head=STACK.head.T.contiguous().T),
-        ValueError, "stack.head must be of packed rows, got strides (1, 9)"),
+        ValueError, "stack.head must be of contiguous rows, got strides (1, 9)"),
     "stack: without its gate": (
         lambda: with_stack(gated=False),
         ValueError, "stack.layers[0].proj_1 must be [256, 64], got [512, 64]"),
