@@ -11,6 +11,28 @@ def fail(name: str, expected: object, got: object, kind: type[Exception] = Value
     raise kind(f"{name} must be {expected}, got {got}")
 
 
+NAMES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp64": torch.float64,
+    "float64": torch.float64,
+}
+
+
+def to_dtype(name: str, value: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype, or a name of one ("bf16", "bfloat16"), as a torch.dtype; None stays None.
+    Raises ValueError for anything else.
+    """
+    found = NAMES.get(value) if isinstance(value, str) else value
+    if value is not None and found not in NAMES.values():
+        fail(name, f"one of {', '.join(NAMES)}, or such a torch.dtype", repr(value))
+    return found
+
+
 def _shape(shape: tuple | list) -> str:
     return str(list(shape))
 

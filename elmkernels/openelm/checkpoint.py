@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import to_dtype
 from ..devices import check_here
 from . import storage
 from .compressed import STORED_FORMS, Compressed, weight_of
@@ -32,6 +33,7 @@ from .progress import progress
 from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 
 _CONFIG = "config.json"
+MOST_PROBLEMS = 8  # that one error names
 
 
 class Scheme(NamedTuple):
@@ -59,7 +61,7 @@ def load(
     path: str | Path,
     *,
     config: OpenELMConfig | Mapping[str, Any] | str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> Loaded:
     """The parts of a Hugging Face folder, or of one CoreNet (.pt) or safetensors file with its
@@ -68,8 +70,7 @@ def load(
     and biases, and packed ones are bfloat16 and nothing else.
     """
     path = Path(path)
-    if dtype is not None and dtype not in FLOATS.values():
-        raise ValueError(f"dtype must be one of {list(FLOATS.values())}, got {dtype}")
+    dtype = to_dtype("dtype", dtype)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist (a local folder or file; no download)")
     scheme = None
@@ -195,6 +196,16 @@ def _given_config(config: Any, path: Path) -> OpenELMConfig:
         return OpenELMConfig.from_name(config)
     if isinstance(config, (str, Path)) and Path(config).is_file():
         return OpenELMConfig.from_corenet_yaml(Path(config))
+    if config is None and path.suffix == ".gguf":
+        raise ValueError(
+            f"path must be a checkpoint folder, got the GGUF file {path}, which is written for "
+            "llama.cpp and not read here"
+        )
+    if config is None and (path.parent / _CONFIG).is_file():
+        raise ValueError(
+            f"path must be the folder {path.parent}, which holds {_CONFIG}, got its file "
+            f"{path.name} (which can be loaded with a config of its own)"
+        )
     raise ValueError(
         f"config must be an OpenELMConfig, a CoreNet YAML file or one of {', '.join(VARIANTS)} "
         f"to load the single file {path}, got {config!r}"
@@ -263,9 +274,9 @@ def _match(
             key = name.replace("classifier.", "lm_head.")
         problems.append(f"missing: {key} {_text(expected[name][0])}")
     if problems:
-        raise ValueError(
-            "\n  ".join((f"{path} does not fit its configuration:", *sorted(problems)))
-        )
+        first, more = sorted(problems)[:MOST_PROBLEMS], len(problems) - MOST_PROBLEMS
+        rest = (f"and {more} more",) if more > 0 else ()
+        raise ValueError("\n  ".join((f"{path} does not fit its configuration:", *first, *rest)))
     return {name: chosen[name] for name in expected}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import fail, to_dtype
 from ..devices import check_here
 from ..reference import rope_table
 from .cache import KVCache
@@ -40,10 +41,14 @@ class OpenELM(nn.Module):
         config: OpenELMConfig,
         *,
         seed: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, OpenELMConfig):
+            hint = "OpenELM.from_config takes a name as well"
+            fail("config", f"an OpenELMConfig ({hint})", type(config).__name__, TypeError)
+        dtype = to_dtype("dtype", dtype)
         self.config = config
         self.gradient_checkpointing: bool | Collection[int] = False
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -81,12 +86,16 @@ class OpenELM(nn.Module):
     @classmethod
     def from_config(
         cls,
-        config: OpenELMConfig,
+        config: OpenELMConfig | str,
         seed: int | None = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> "OpenELM":
-        """A freshly initialized model; the same seed gives the same weights."""
+        """A freshly initialized model of a configuration or of a variant's name ("OpenELM-270M");
+        the same seed gives the same weights.
+        """
+        if isinstance(config, str):
+            config = OpenELMConfig.from_name(config)
         return cls(config, seed=seed, dtype=dtype, device=device)
 
     @classmethod
@@ -95,7 +104,7 @@ class OpenELM(nn.Module):
         path: str | Path,
         *,
         config: OpenELMConfig | str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> "OpenELM":
         """See `checkpoint.load`: a Hugging Face folder, or CoreNet's .pt with its `config`."""
@@ -270,6 +279,13 @@ class OpenELM(nn.Module):
         cache: KVCache | None,
         cu_seqlens: Tensor | None = None,
     ) -> Context:
+        if not isinstance(input_ids, Tensor):
+            fail(
+                "input_ids",
+                "a tensor [batch, length] of int64 or int32, as torch.tensor([[1, 2]]) is",
+                type(input_ids).__name__,
+                TypeError,
+            )
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 "input_ids must be int64 or int32 [batch, length], "

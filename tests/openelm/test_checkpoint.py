@@ -150,7 +150,7 @@ def test_corenet_file_with_its_yaml(tmp_path):
         OpenELM.from_pretrained(path, config="OpenELM-270M")
 
 
-@pytest.mark.parametrize("config", [None, "OpenELM-270", 5])
+@pytest.mark.parametrize("config", ["OpenELM-270", 5])
 def test_a_single_file_needs_a_configuration(folder, config):
     with pytest.raises(ValueError, match="config must be .*OpenELM-3B to load the single file"):
         OpenELM.from_pretrained(folder / "model.safetensors", config=config)
@@ -192,6 +192,33 @@ def test_all_that_does_not_fit_is_reported_at_once(folder):
         "  unexpected: transformer.ffn_norm [1] in model.safetensors",
         "  unexpected: transformer.layers.7.attn_norm.weight [64] in model.safetensors",
     ]
+
+
+def test_a_file_without_a_configuration(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="config must be .*OpenELM-3B to load the single file"):
+        OpenELM.from_pretrained(folder / "model.safetensors")
+
+
+def test_many_problems_are_counted(folder):
+    rewrite(folder, lambda weights: [weights.pop(key) for key in sorted(weights)[:11]])
+    with pytest.raises(ValueError) as error:
+        OpenELM.from_pretrained(folder)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 10 and lines[-1] == "  and 3 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "path must be the folder .*, which holds config.json, got its file"),
+        ("model.gguf", "path must be a checkpoint folder, got the GGUF file .*model.gguf"),
+    ],
+)
+def test_a_file_where_a_folder_is_meant(folder, name, message):
+    (folder / name).touch()
+    with pytest.raises(ValueError, match=message):
+        OpenELM.from_pretrained(folder / name)
 
 
 def test_a_key_stored_twice(folder):

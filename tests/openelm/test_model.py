@@ -324,3 +324,33 @@ def test_seeded_weights_depend_on_name_and_seed_only():
     again = seeded_weights(GLU_FREE, 1)
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
     assert not torch.equal(seeded_weights(GLU_FREE, 2)["norm.weight"], weights["norm.weight"])
+
+
+def test_a_variant_s_name_and_a_dtype_s_name():
+    model = OpenELM.from_config("OpenELM-270M", dtype="bf16", device="meta")
+    assert model.config == OpenELMConfig.from_name("OpenELM-270M")
+    assert model.norm.weight.dtype == torch.bfloat16
+    assert OpenELM(GLU_FREE, dtype="float32", device="meta").norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: OpenELM.from_config("OpenELM-1B"), ValueError, "OpenELM-1_1B"),
+        (
+            lambda: OpenELM({"model_dim": 64}),
+            TypeError,
+            "config must be an OpenELMConf.*got dict",
+        ),
+        (lambda: OpenELM(GLU_FREE, dtype="half"), ValueError, "dtype must be one of fp32.*'half'"),
+        (lambda: OpenELM(GLU_FREE, dtype=torch.int8), ValueError, "dtype must be .*torch.int8"),
+        (
+            lambda: OpenELM(GLU_FREE)([[1, 2]]),
+            TypeError,
+            r"input_ids must be a tensor \[batch, length\].*got list",
+        ),
+    ],
+)
+def test_what_is_no_argument_of_a_model(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
