@@ -10,7 +10,7 @@ import torch
 from elmkernels import linear, rms_norm, swiglu
 from elmkernels.backends import SOME_HAVE, optional_kernel
 from elmkernels.testing import runnable
-from elmkernels.testing.cases.decoder import FORMS, compressed
+from elmkernels.testing.cases.weights import FORMS, compressed
 from elmkernels.weights.affine import quantize_weight
 from elmkernels.weights.packed12 import pack_weight
 
