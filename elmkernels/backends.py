@@ -108,40 +108,23 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": (*_INSTRUCTION_SETS, SDPA),
     "cuda": ("triton", "cuda", SDPA),
 }
-# Where an op's order is another: attention of a prompt; for other calls see ops/_attention_choice.
-OF_AN_OP: dict[tuple[str, str], tuple[str, ...]] = {("attention", "cuda"): (SDPA, "triton")}
+# The libraries of csrc/cpu: what is written for one is compiled for all.
+CPU = tuple(_INSTRUCTION_SETS)
 
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _CHOICE: dict[tuple[str, str, str | None], str] = {}
+# What `define` was told of each op: its raw kernels' suffixes, its backends, its own orders.
 _OPS: dict[str, tuple[str, ...]] = {}
+_HAVE: dict[str, tuple[str, ...]] = {}
+_ORDER: dict[tuple[str, str], tuple[str, ...]] = {}
 
-# The ops a backend has, where it doesn't have all of them. The CUDA decode_step is the only one of
-# its op on a GPU and so what is taken there; it has not been measured on one.
-HAS_ONLY: dict[str, tuple[str, ...]] = {
-    "cuda": ("rms_norm", "add_rms_norm", "qk_norm_rope", "decode_step"),
-    "triton": (
-        "rms_norm",
-        "add_rms_norm",
-        "qk_norm_rope",
-        "swiglu",
-        "attention",
-        "linear",
-        "linear_cross_entropy",
-    ),
-    SDPA: ("attention",),
-}
-# Raw kernels that not every backend of their op has: `optional_kernel` says so to their callers.
-SOME_HAVE: dict[str, tuple[str, ...]] = {
-    "linear_fused": ("triton",),
-    "linear_cross_entropy_add": tuple(_INSTRUCTION_SETS),
-}
 # Backends that are torch's own operations, not raw kernels.
 COMPOSED = (SDPA, REFERENCE)
 
 
 def implements(backend: str, op: str) -> bool:
     """Whether a backend, other than the reference, has an op at all, able to run here or not."""
-    return op in _OPS and op in HAS_ONLY.get(backend, _OPS)
+    return backend in _HAVE.get(op, ())
 
 
 def defined() -> tuple[str, ...]:
@@ -154,15 +137,29 @@ def declared(op: str) -> tuple[str, ...]:
     return _OPS[op]
 
 
-def define(op: str, **kernels: tuple[str, Callable]) -> None:
-    """Declare an op's raw kernels, {suffix: (schema, fake)}, for every backend that has them."""
-    _OPS[op] = tuple(kernels)
+def define(
+    op: str,
+    backends: tuple[str, ...],
+    order: dict[str, tuple[str, ...]] | None = None,
+    **kernels: tuple[str, Callable] | tuple[str, Callable, tuple[str, ...]],
+) -> None:
+    """Declare an op's raw kernels for every backend that has them.
+
+    Args:
+        op: its name.
+        backends: those that have it, the reference aside.
+        order: {device type: backends}, best first, where that isn't PREFERENCE.
+        kernels: {suffix: (schema, fake)}, and the backends that have it if some of the op's don't:
+            `optional_kernel` says so to their callers.
+    """
+    _OPS[op], _HAVE[op] = tuple(kernels), backends
+    _ORDER.update({(op, device): names for device, names in (order or {}).items()})
     for backend in BACKENDS.values():
         if backend.name in COMPOSED or not implements(backend.name, op):
             continue
-        for suffix, (schema, fake) in kernels.items():
+        for suffix, (schema, fake, *some) in kernels.items():
             name = f"{op}_{suffix}"
-            if backend.name not in SOME_HAVE.get(name, BACKENDS):
+            if some and backend.name not in some[0]:
                 continue
             qualified = f"elmkernels_{backend.name}::{name}"
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -186,7 +183,7 @@ def _late(op: str, name: str) -> Callable:
 
 def usable(op: str, device: str) -> list[str]:
     """The backends, besides the reference, that an op may take on a device type, best first."""
-    names = OF_AN_OP.get((op, device), PREFERENCE[device])
+    names = _ORDER.get((op, device), PREFERENCE[device])
     return [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
 
 
@@ -227,10 +224,11 @@ def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = (
 
 
 def where_it_has(op: str, backend: str | None) -> str | None:
-    """The named backend if it has the op, else None: for models, which take several ops and whose
-    backend need not have all of them.
+    """The named backend unless it lacks the op, then None: for models, which take several ops and
+    whose backend need not have all of them. A name that is no backend's is left for `choose`.
     """
-    return backend if backend == REFERENCE or implements(backend or "", op) else None
+    lacks = backend in BACKENDS and backend != REFERENCE and not implements(backend, op)
+    return None if lacks else backend
 
 
 def _refuse(op: str, device: str, name: str | None) -> None:

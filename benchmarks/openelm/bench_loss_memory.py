@@ -13,8 +13,7 @@ import torch
 
 from elmkernels.bench.op_baselines import baselines
 from elmkernels.bench.timing import peak_memory
-from elmkernels.testing import make
-from elmkernels.testing.cases.ops import bench_cases
+from elmkernels.testing import bench_cases, make
 
 OP = "linear_cross_entropy"
 OURS = "ours"

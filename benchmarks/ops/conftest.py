@@ -1,4 +1,4 @@
-"""The one way an op is measured: each bench_<op>.py names it in OP and calls `measure`."""
+"""How an op is measured: `measure` times it beside its baselines, and a table ends the session."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from elmkernels import ops
+from elmkernels.backends import REFERENCE
 from elmkernels.bench.ops import bench_op, closure, format_table, passes
-from elmkernels.testing import bench_cases, make, runnable
-from elmkernels.testing.cases.ops import BENCH_ROWS
+from elmkernels.testing import OPS, Case, bench_cases, make, runnable
+from elmkernels.testing.cases import BENCH_ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = pytest.StashKey[list]()
@@ -17,14 +18,23 @@ TABLE = pytest.StashKey[list]()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "measure" not in metafunc.fixturenames:
         return
-    full = metafunc.config.getoption("--size") == "full"
-    cases = bench_cases(metafunc.module.OP, BENCH_ROWS if full else (8,))
-    dtypes = (torch.float32, torch.bfloat16)
-    pairs = [(case, dtype) for case in cases for dtype in dtypes if dtype in case.dtypes]
-    metafunc.parametrize(("case", "dtype"), pairs, ids=str)
-    metafunc.parametrize("backend", runnable(metafunc.module.OP, DEVICE) or ["reference"])
-    backward = passes(metafunc.module.OP)
-    metafunc.parametrize("backward", backward, ids=["forward", "step"][: len(backward)])
+    rows = BENCH_ROWS if metafunc.config.getoption("--size") == "full" else (8,)
+    runs = [
+        pytest.param(
+            op, case, dtype, backend, backward, id=name(op, case, dtype, backend, backward)
+        )
+        for op in OPS
+        for backend in runnable(op, DEVICE) or [REFERENCE]
+        for case in bench_cases(op, rows)
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype in case.dtypes
+        for backward in passes(op)
+    ]
+    metafunc.parametrize(("op", "case", "dtype", "backend", "backward"), runs)
+
+
+def name(op: str, case: Case, dtype: torch.dtype, backend: str, backward: bool) -> str:
+    return f"{op}-{case}-{dtype}-{backend}-{'step' if backward else 'forward'}"
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..testing.cases import BENCH_ROWS, OPS, bench_cases
 from ..testing.cases.draw import Case, make
-from ..testing.cases.ops import BENCH_ROWS, bench_cases
 from ..testing.parity import DTYPES, check_parity, plan
-from .op_baselines import NO_BACKWARD, baselines, least_bytes, operations
+from .op_baselines import baselines
 from .timing import Timing, copies_beyond_cache, copies_of, interleave, keep_pages
 
 QUICK_ROWS = (1, 512)
@@ -88,7 +88,7 @@ class BenchRecord:
 
 def passes(op: str) -> tuple[bool, ...]:
     """Forward, and forward + backward where the op has kernels for it."""
-    return (False,) if op in NO_BACKWARD else (False, True)
+    return (False, True) if OPS[op].backward else (False,)
 
 
 def closure(fn: Callable, args: tuple, kwargs: dict, backward: bool) -> Callable[[], object]:
@@ -146,8 +146,8 @@ def bench_op(
     def ours(*args, **kwargs):
         return getattr(ops, op)(*args, backend=backend, **kwargs)
 
-    outputs = tuple(o.detach() for o in _tuple(ours(*args, **kwargs)))
-    nbytes = least_bytes(op, args, outputs, backward, kwargs)
+    spec, outputs = OPS[op], tuple(o.detach() for o in _tuple(ours(*args, **kwargs)))
+    nbytes = spec.least_bytes(args, kwargs, outputs, backward)
     copies = copies_beyond_cache(nbytes, device) if cold else 1
     inputs = [(args, kwargs), *(make(case, dtype, device, seed) for seed in range(1, copies))]
     measured: dict[str, list[Callable]] = {}
@@ -181,7 +181,7 @@ def bench_op(
         times,
         copy,
         nbytes,
-        operations(op, args, kwargs, backward),
+        spec.operations(args, kwargs, backward) if spec.operations else None,
         _parity(op, case, dtype, backend, str(device)),
         missing,
         calls,

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 Baseline = Callable[[], object] | Sequence[Callable[[], object]]
 
@@ -246,11 +245,6 @@ def _resident() -> int | None:
     if not path.exists():
         return None
     return int(path.read_text().split()[1]) * resource.getpagesize()
-
-
-def total_bytes(*tensors: Tensor | None) -> int:
-    """Bytes of the elements of tensors, once each, whatever their strides."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:

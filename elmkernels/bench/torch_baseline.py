@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..openelm.model import OpenELM
-from .op_baselines import rotate
+from ..testing.cases.qk_norm_rope import rotate
 
 
 class TorchBaseline(nn.Module):

@@ -27,7 +27,7 @@ from ..bench import chart, end_to_end
 from ..bench.ops import format_table, run_bench
 from ..bench.timing import fingerprint
 from ..openelm.config import VARIANTS
-from ..testing.cases.ops import CASES
+from ..testing.cases import CASES
 from ..testing.parity import run_parity, runnable
 from . import bench_generate, bench_train, convert, generate, gpu_check, train
 from .console import (

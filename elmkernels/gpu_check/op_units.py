@@ -15,8 +15,9 @@ import torch
 from ..backends import REFERENCE
 from ..bench.ops import bench_op, passes
 from ..devices import backends_of
+from ..testing.cases import CASES, bench_cases
+from ..testing.cases.attention import long_tokens
 from ..testing.cases.draw import Case
-from ..testing.cases.ops import CASES, bench_cases, long_tokens
 from ..testing.parity import DTYPES, Record, check_parity, plan
 from .gpu_facts import datasheet, gpu_name
 from .stages import Clock, Found, LeftOut, Unit, first_line
@@ -33,6 +34,7 @@ FIRST = ("decode_step", "linear", "qk_norm_rope")
 _FORMS = "(plain|affine8_64|affine4_64|packed12)"
 FIRST_CASES = {"decode_step": rf"{_FORMS}_batch_[1-4]", "linear": rf"{_FORMS}_rows_[18]"}
 NORMS = ("rms_norm", "add_rms_norm")
+UNTIMED = ("decode_step",)  # generation, whose step it is, times it
 
 
 class Bench(NamedTuple):
@@ -177,7 +179,7 @@ def run_apart(command: list[str], seconds: float) -> tuple[int, str, str]:
 
 def bench_units(device: torch.device, quick: bool) -> list[Unit]:
     """Forward and forward + backward beside the baselines, the most telling rows first."""
-    chosen = [p for p in pairs(device, quick) if p[1] != REFERENCE and p[0] != "decode_step"]
+    chosen = [p for p in pairs(device, quick) if p[1] != REFERENCE and p[0] not in UNTIMED]
     units: dict[str, Unit] = {}
     for bench in (Bench(1, models=("270M",)),) if quick else BENCHES:
         for op, backend in chosen:

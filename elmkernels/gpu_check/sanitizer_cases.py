@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..testing.cases import CASES
 from ..testing.cases.draw import Case, make
-from ..testing.cases.ops import CASES
 from ..testing.parity import check_parity, plan
 
 MOST_ELEMENTS = 1 << 16

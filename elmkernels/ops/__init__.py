@@ -9,13 +9,14 @@ from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .swiglu import swiglu
 
+# The list of ops, in the order in which tables have them.
 __all__ = [
-    "add_rms_norm",
-    "attention",
-    "decode_step",
-    "linear",
-    "linear_cross_entropy",
-    "qk_norm_rope",
     "rms_norm",
+    "add_rms_norm",
+    "qk_norm_rope",
     "swiglu",
+    "attention",
+    "linear",
+    "decode_step",
+    "linear_cross_entropy",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import REFERENCE, choose, define, kernel
+from ..backends import CPU, REFERENCE, choose, define, kernel
 from ..checks import fail, integers, tensor, within
 from ..weights.checks import check_stack
 from ..weights.formats import Arena, Stack, Weight, form_of
@@ -25,6 +25,9 @@ _CPU = torch.device("cpu")
 
 define(
     "decode_step",
+    # The CUDA one is the only one on a GPU and so what is taken there; it has not been measured
+    # on one.
+    backends=(*CPU, "cuda"),
     fwd=(
         "(Tensor table, Tensor tokens, Tensor positions, Tensor(a!) arena, Tensor offsets, "
         "Tensor rope_table, int max_length, int vocab_size, bool gated, float eps, int model_dim, "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..backends import REFERENCE, choose, define, kernel, optional_kernel
+from ..backends import CPU, REFERENCE, choose, define, kernel, optional_kernel
 from ..checks import fail, floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_norm
 from ..weights.checks import check_weight
@@ -40,6 +40,7 @@ def _fused_fake(x: Tensor, data: Tensor, *rest) -> Tensor:
 
 define(
     "linear",
+    backends=(*CPU, "triton"),
     fwd=(
         f"(Tensor x, {_PARTS}, int bits) -> Tensor",
         lambda x, data, *_: x.new_empty((*x.shape[:-1], data.shape[0])),
@@ -48,6 +49,7 @@ define(
         f"(Tensor x, {_PARTS}, int bits, Tensor? norm, float eps, bool swiglu, Tensor? residual) "
         "-> Tensor",
         _fused_fake,
+        ("triton",),
     ),
     dense=(
         f"(Tensor like, {_PARTS}, int bits, int k, int begin, int end) -> Tensor",

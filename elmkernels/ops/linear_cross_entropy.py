@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import REFERENCE, choose, define
+from ..backends import CPU, REFERENCE, choose, define
 from ..checks import fail, floating, integers
 from ._chunked_loss import check_targets, joined, run
 
 define(
     "linear_cross_entropy",
+    backends=(*CPU, "triton"),
     rows=(
         "(Tensor(a!) logits, Tensor targets, Tensor? dloss, int ignore_index, float z_loss, "
         "float label_smoothing, bool grad) -> Tensor",
         lambda logits, targets, *_: logits.new_empty(targets.shape, dtype=torch.float32),
     ),
-    add=("(Tensor(a!) total, Tensor share, Tensor? scale, bool fresh) -> ()", lambda *_: None),
+    add=("(Tensor(a!) total, Tensor share, Tensor? scale, bool fresh) -> ()", lambda *_: None, CPU),
 )
 
 

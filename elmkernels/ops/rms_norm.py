@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import REFERENCE, define, kernel
+from ..backends import CPU, REFERENCE, define, kernel
 from ..checks import floating, last_dim_contiguous
 from ..checks import weight as check_weight
 from ._rows_choice import rows_backend
 
 define(
     "rms_norm",
+    backends=(*CPU, "cuda", "triton"),
     fwd=(
         "(Tensor x, Tensor weight, float eps) -> Tensor",
         lambda x, weight, eps: x.new_empty(x.shape),

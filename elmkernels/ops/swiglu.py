@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import REFERENCE, choose, define, kernel
+from ..backends import CPU, REFERENCE, choose, define, kernel
 from ..checks import fail, floating, last_dim_contiguous
 
 define(
     "swiglu",
+    backends=(*CPU, "triton"),
     fwd=(
         "(Tensor gate_up) -> Tensor",
         lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),

@@ -25,25 +25,12 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
-from ..weights.formats import Arena, Stack
+from ..weights.formats import Arena
+from .cases import CASES, OPS
 from .cases.draw import Case, make
-from .cases.ops import CASES
 
 EPS32 = torch.finfo(torch.float32).eps
 SLACK = 4.0
-# Attention's softmax amplifies the rounding of its scores, and torch orders even the reference's
-# sums by shape and machine.
-ATTENTION_SLACK = 16.0
-OUTPUTS = {
-    "rms_norm": ("y",),
-    "add_rms_norm": ("normed", "sum"),
-    "qk_norm_rope": ("q", "k", "v"),
-    "swiglu": ("y",),
-    "attention": ("out",),
-    "linear": ("y",),
-    "decode_step": ("logits", "keys and values"),
-    "linear_cross_entropy": ("loss",),
-}
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -198,35 +185,10 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def with_written(decode_step: Callable) -> Callable:
-    """decode_step that also returns what it wrote: keys and values, layer after layer."""
-
-    def run(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
-        logits = decode_step(stack, tokens, positions, arena, **kwargs)
-        rows = torch.arange(arena.batch, device=positions.device)
-        views = [v for i, layer in enumerate(stack.layers) for v in arena.views(i, layer.kv_heads)]
-        written = [v[rows, positions].flatten() for v in views]
-        return logits, torch.cat(written) if written else logits.new_empty(0)
-
-    return run
-
-
 def specification(op: str) -> Callable:
-    """The reference of an op under the op's public signature, caches included."""
-    if op == "decode_step":
-        return with_written(reference.decode_step)
-    if op != "qk_norm_rope":
-        return getattr(reference, op)
-
-    def qk_norm_rope(*args, k_cache=None, v_cache=None, slots=None, **kwargs):
-        q, k, v = reference.qk_norm_rope(*args, **kwargs)
-        if k_cache is None:
-            return q, k, v
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        k_cache[rows, slots], v_cache[rows, slots] = k, v
-        return q, k_cache, v_cache
-
-    return qk_norm_rope
+    """The reference of an op under the op's public signature, with what it writes in place."""
+    spec = OPS[op]
+    return spec.observe(spec.adapt(getattr(reference, op)))
 
 
 def _widen(x: Any, dtype: torch.dtype | None) -> Any:
@@ -275,7 +237,7 @@ def _run(
     args = tuple(_widen(a, dtype) for a in inputs[0])
     kwargs = {key: _widen(value, dtype) for key, value in inputs[1].items()}
     outputs = _tuple(fn(*args, **kwargs))
-    names = OUTPUTS[case.op]
+    names = OPS[case.op].outputs
     found = {name: out.detach() for name, out in zip(names, outputs, strict=True)}
     parameters = list(inspect.signature(getattr(ops, case.op)).parameters)
     named = dict(zip(parameters, args, strict=False)) | kwargs
@@ -346,14 +308,14 @@ def check_parity(
     truth = _run(spec, case, inputs, torch.float64, seed, like=outputs)
     yardstick = _run(spec, case, inputs, None, seed, like=outputs)
 
-    fn = with_written(ops.decode_step) if op == "decode_step" else getattr(ops, op)
+    fn = OPS[op].observe(getattr(ops, op))
 
     def candidate(*args, **kwargs):
         return fn(*args, backend=backend, **kwargs)
 
     with poisoned():
         got = _run(candidate, case, inputs, None, seed, like=outputs)
-    slack = ATTENTION_SLACK if op == "attention" else SLACK
+    slack = SLACK * OPS[op].slack
     comparisons = [compare(truth[k], yardstick[k], got[k], k, slack) for k in truth]
     name = str(dtype).removeprefix("torch.")
     return Record(op, case.name, name, backend or "preferred", str(device), comparisons)

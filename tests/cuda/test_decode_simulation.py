@@ -14,9 +14,10 @@ from torch import Tensor
 
 from elmkernels.ops.decode_step import table_of
 from elmkernels.testing import CASES
-from elmkernels.testing.cases.decoder import FORMS, arena, decoder, dtypes_of
+from elmkernels.testing.cases.decode_step import arena, decoder, with_written
 from elmkernels.testing.cases.draw import Draw, make, models
-from elmkernels.testing.parity import compare, specification, with_written
+from elmkernels.testing.cases.weights import FORMS, dtypes_of
+from elmkernels.testing.parity import compare, specification
 from elmkernels.weights.affine import quantize_weight
 from elmkernels.weights.formats import Affine, Arena, Stack
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elmkernels import qk_norm_rope, reference
 from elmkernels.testing import CASES
-from elmkernels.testing.cases.ops import _qk_case
+from elmkernels.testing.cases.qk_norm_rope import heads_case
 from elmkernels.testing.parity import assert_parity
 
 OP = sys.modules["elmkernels.ops.qk_norm_rope"]
@@ -184,7 +184,7 @@ def test_a_grid_changes_no_bit_of_a_head(simulated, dtype, grid):
 @pytest.mark.parametrize("grid", [(0, 0), (2, 1)])
 def test_heads_wider_than_a_warp_have_parity(simulated, dtype, head_dim, grid):
     simulation = simulated(*grid)
-    case = _qk_case(f"head_dim_{head_dim}", 3, 1, head_dim, batch=2, length=3)
+    case = heads_case(f"head_dim_{head_dim}", 3, 1, head_dim, batch=2, length=3)
     assert_parity("qk_norm_rope", case, dtype, None)
     pack = 16 // dtype.itemsize
     assert set(simulation.columns) == {1 if head_dim // 2 % pack else pack}

@@ -28,7 +28,7 @@ ATTENTION = [name for name in KERNELS if name != "triton"]
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("name", ["chunk", "ragged_and_padded", "packed_off_every_block"])
+@pytest.mark.parametrize("name", ["chunk", "ragged_and_padded", "varlen_off_every_block"])
 def test_attention_traces_and_passes_opcheck(backend, name):
     args, kwargs = inputs("attention", name, torch.float32)
     q, k, v = (a.detach().nan_to_num() for a in args)

@@ -11,9 +11,10 @@ import torch
 from elmkernels import decode_step, linear, reference
 from elmkernels.ops.decode_step import _TABLES
 from elmkernels.testing import runnable
-from elmkernels.testing.cases.decoder import FORMS, arena, decoder, dtypes_of, weight
+from elmkernels.testing.cases.decode_step import arena, decoder, with_written
 from elmkernels.testing.cases.draw import Draw
-from elmkernels.testing.parity import compare, with_written
+from elmkernels.testing.cases.weights import FORMS, dtypes_of, weight
+from elmkernels.testing.parity import compare
 from elmkernels.weights.formats import Layer, Packed12
 from elmkernels.weights.packed12 import pack_weight
 

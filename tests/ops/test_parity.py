@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from elmkernels.testing import CASES, assert_parity
-from elmkernels.testing.cases.decoder import FORMS
 from elmkernels.testing.cases.draw import models
+from elmkernels.testing.cases.weights import FORMS
 from elmkernels.testing.parity import runnable
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

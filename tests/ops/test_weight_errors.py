@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from elmkernels import decode_step, linear
-from elmkernels.testing.cases.decoder import arena, decoder
+from elmkernels.testing.cases.decode_step import arena, decoder
 from elmkernels.testing.cases.draw import Draw
 from elmkernels.weights.affine import quantize_weight
 from elmkernels.weights.packed12 import pack_weight

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from elmkernels.bench.op_baselines import baselines, operations
+from elmkernels.bench.op_baselines import baselines
 from elmkernels.bench.ops import format_table, run_bench
 from elmkernels.bench.timing import copies_beyond_cache, fingerprint, interleave, summary
-from elmkernels.testing import CASES, bench_cases, check_parity, compare, make, run_parity
+from elmkernels.testing import CASES, OPS, bench_cases, check_parity, compare, make, run_parity
 from elmkernels.testing.cases.attention import mixed_lengths
 from elmkernels.testing.parity import poisoned, ulp
 
@@ -167,7 +167,7 @@ def test_rivals_of_packed_documents_compute_them():
         )
     lengths = kwargs["cu_seqlens"].diff()
     pairs = int((lengths * (lengths + 1) // 2).sum())
-    assert operations("attention", args, kwargs, backward=False) == 4 * 8 * 64 * pairs
+    assert OPS["attention"].operations(args, kwargs, False) == 4 * 8 * 64 * pairs
     assert sum(mixed_lengths(4096)) == 4096
 
 

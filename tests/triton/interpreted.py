@@ -6,7 +6,8 @@ import torch
 from elmkernels import ops, reference
 from elmkernels.backends import BACKENDS
 from elmkernels.testing.cases.attention import attention_case
-from elmkernels.testing.cases.ops import Case, _qk_case, grad
+from elmkernels.testing.cases.draw import Case, grad
+from elmkernels.testing.cases.qk_norm_rope import heads_case
 from elmkernels.testing.parity import assert_parity
 from elmkernels.triton import attention
 from elmkernels.triton import qk_norm_rope as kernels
@@ -33,7 +34,7 @@ def test_more_leading_dimensions_than_a_kernel_strides_through(op):
 
 
 def test_heads_of_enough_tokens_for_the_larger_tile():
-    assert_parity("qk_norm_rope", _qk_case("many", 12, 4, batch=1, length=260), HALF, "triton")
+    assert_parity("qk_norm_rope", heads_case("many", 12, 4, batch=1, length=260), HALF, "triton")
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "qk_norm_rope"])

@@ -9,8 +9,8 @@ import torch
 
 from elmkernels import ops, reference
 from elmkernels.ops.linear import dense_rows
-from elmkernels.testing.cases.decoder import FORMS, _many_escapes, compressed
 from elmkernels.testing.cases.draw import Draw
+from elmkernels.testing.cases.weights import FORMS, compressed, many_escapes
 from elmkernels.testing.parity import compare, poisoned
 from elmkernels.triton import linear as kernels
 from elmkernels.weights.affine import quantize_weight
@@ -27,7 +27,7 @@ def draw(dtype=HALF, seed=0):
 
 def packed(n, k, escapes=False):
     d = draw(torch.bfloat16)
-    return pack_weight(_many_escapes(d, n, k) if escapes else d.normal(n, k, scale=k**-0.5))
+    return pack_weight(many_escapes(d, n, k) if escapes else d.normal(n, k, scale=k**-0.5))
 
 
 def held(x, weight: Packed12, norm=None, swiglu=False, residual=None):

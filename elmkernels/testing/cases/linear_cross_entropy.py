@@ -1,14 +1,15 @@
-"""Inputs to `linear_cross_entropy`: the widths of the four models, vocabularies that are no
-multiple of anything, every option, and logits far from 0.
+"""What is known of `linear_cross_entropy`. Its cases: the widths of the four models, vocabularies
+that are no multiple of anything, every option, and logits far from 0.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...openelm.config import OpenELMConfig
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
+from .spec import OpSpec, installed, liger, total_bytes
 
 VOCABULARY = 32000  # that of the benchmarks
 
@@ -54,7 +55,7 @@ def _case(
     return Case("linear_cross_entropy", name, build, dtypes, cotangent=cotangent, check=check)
 
 
-def loss_cases() -> list[Case]:
+def cases() -> list[Case]:
     found = [
         _case(f"{name}_hidden", (2, 9, config.model_dim), 515) for name, config in models().items()
     ]
@@ -96,10 +97,54 @@ def loss_cases() -> list[Case]:
     ]
 
 
-def bench_linear_cross_entropy(
-    model: str, config: OpenELMConfig, rows: tuple[int, ...]
-) -> list[Case]:
+def bench_cases(model: str, rows: tuple[int, ...], layer: int) -> list[Case]:
     """The mean loss of `rows` tokens over the whole vocabulary."""
-    n = config.model_dim
+    n = models()[model].model_dim
     small = _case(f"{model}_check", (64, n), 2003)
     return [_case(f"{model}_rows_{r}", (r, n), VOCABULARY, check=small) for r in rows]
+
+
+def _eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def _of_rows(fn: Callable | None, **options) -> Callable | None:
+    """A function of [rows, n] and [rows] under the op's signature."""
+    if fn is None:
+        return None
+    return lambda hidden, weight, targets: fn(
+        hidden.flatten(0, -2), weight, targets.flatten(), **options
+    )
+
+
+def baselines(args: tuple, kwargs: dict, device: torch.device) -> dict[str, Callable | None]:
+    """torch's own is in chunks of its default size."""
+    found: dict[str, Callable | None] = {"eager": _eager}
+    if device.type == "cuda":
+        found["liger"] = _of_rows(liger("liger_fused_linear_cross_entropy"))
+        found["cce"] = installed("cut_cross_entropy", "linear_cross_entropy")
+    if options := getattr(torch.nn, "LinearCrossEntropyOptions", None):
+        found["torch"] = _of_rows(F.linear_cross_entropy, options=options())
+    return found
+
+
+def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward: bool) -> int:
+    written = total_bytes(*args[:2]) if backward else 0
+    return total_bytes(*args, *outputs) + written
+
+
+def operations(args: tuple, kwargs: dict, backward: bool) -> int:
+    hidden, weight = args[:2]
+    return (6 if backward else 2) * hidden.numel() * weight.shape[0]
+
+
+SPEC = OpSpec(
+    "linear_cross_entropy",
+    outputs=("loss",),
+    cases=cases(),
+    bench_cases=bench_cases,
+    baselines=baselines,
+    least_bytes=least_bytes,
+    operations=operations,
+)

@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...openelm.config import OpenELMConfig
-from .decoder import FORMS, dtypes_of, weight
 from .draw import HALF, LAYOUTS, Case, Draw, Inputs, grad, models
+from .weights import FORMS, dtypes_of, weight
 
 
 def _case(
@@ -108,9 +107,10 @@ def _layer_shapes() -> list[Case]:
     return found
 
 
-def bench_fused(model: str, config: OpenELMConfig, rows: tuple[int, ...]) -> list[Case]:
+def bench_fused(model: str, rows: tuple[int, ...]) -> list[Case]:
     """The last layer's way into its feed-forward network, norm and SwiGLU included, and out of it,
     for few rows."""
+    config = models()[model]
     dim, ffn = config.model_dim, config.ffn_dims[-1]
 
     def pair(form: str, count: int, width: int, check: bool) -> list[Case]:

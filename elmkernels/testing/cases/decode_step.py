@@ -1,0 +1,220 @@
+"""What is known of `decode_step`: small layer-wise decoders, what a step writes and must read."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...openelm.config import OpenELMConfig
+from ...reference import rope_table
+from ...weights.formats import Arena, Layer, Stack, Weight
+from .draw import HALF, Case, Draw, Inputs, models
+from .spec import OpSpec, total_bytes
+from .weights import FORMS, dtypes_of, weight
+
+
+def arena(d: Draw, stack: Stack, batch: int, max_length: int) -> Arena:
+    """Keys and values of random tokens, each layer's from a multiple of 64 elements on."""
+    offsets, end = [], 0
+    for layer in stack.layers:
+        count = batch * layer.kv_heads * max_length * stack.head_dim
+        room = -(-count // 64) * 64
+        offsets.append([end, end + room])
+        end += 2 * room
+    starts = torch.tensor(offsets, dtype=torch.int64).view(-1, 2)
+    return Arena(d.normal(end), starts, batch, max_length, stack.head_dim)
+
+
+def decoder(
+    d: Draw,
+    form: str = "plain",
+    model_dim: int = 256,
+    head_dim: int = 64,
+    heads: tuple[tuple[int, int], ...] = ((8, 2), (12, 3)),
+    ffn_dims: tuple[int, ...] = (256, 384),
+    vocab_size: int = 203,
+    *,
+    norm: bool = True,
+    gated: bool = True,
+    tied: bool = True,
+    table_length: int = 256,
+) -> Stack:
+    """A decoder with its own heads (queries, keys) and feed-forward width in every layer."""
+
+    def norm_weight(n: int) -> Tensor:
+        return d.weight(n).detach()
+
+    layers = []
+    for (q, kv), ffn in zip(heads, ffn_dims, strict=True):
+        layers.append(
+            Layer(
+                norm_weight(model_dim),
+                weight(d, form, (q + 2 * kv) * head_dim, model_dim),
+                norm_weight(head_dim) if norm else None,
+                norm_weight(head_dim) if norm else None,
+                weight(d, form, model_dim, q * head_dim),
+                norm_weight(model_dim),
+                weight(d, form, (2 if gated else 1) * ffn, model_dim),
+                weight(d, form, model_dim, ffn),
+                q,
+                kv,
+            )
+        )
+    embedding = weight(d, form, vocab_size, model_dim)
+    return Stack(
+        embedding=embedding,
+        layers=tuple(layers),
+        norm=norm_weight(model_dim),
+        head=embedding if tied else weight(d, form, vocab_size, model_dim),
+        rope_table=rope_table(table_length, head_dim, device=d.device),
+        head_dim=head_dim,
+        gated=gated,
+        eps=1e-6,
+    )
+
+
+def _decode_case(
+    name: str, form: str = "plain", positions: tuple[int, ...] = (9,), max_length: int = 0,
+    dtypes: tuple[torch.dtype, ...] | None = None, **sizes,
+) -> Case:  # fmt: skip
+    """positions: of each sequence's new token. max_length: of the cache, 0: as short as can be."""
+
+    def build(d: Draw) -> Inputs:
+        stack = decoder(d, form, **sizes)
+        shape = (len(positions),)
+        options = {"generator": d.generator, "device": d.device}
+        tokens = torch.randint(0, stack.embedding.shape[0], shape, **options)
+        place = torch.tensor(positions, dtype=torch.int64, device=d.device)
+        longest = max_length or max(positions, default=0) + 1
+        return (stack, tokens, place, arena(d, stack, len(positions), longest)), {}
+
+    return Case("decode_step", name, build, dtypes=dtypes or dtypes_of(form))
+
+
+def cases() -> list[Case]:
+    """Two or three layers: what a deeper stack makes of rounding is luck, in the reference too.
+
+    A sequence's errors all come from one row of hidden numbers, so that a narrow decoder takes
+    several sequences, or half of its errors are the luck of a few numbers too.
+    """
+    ragged = (0, 150, 63, 64, 1, 129, 17, 200)
+    several = (3, 70, 0, 131)
+    found = []
+    for form in FORMS:
+        for batch in (1, 2, 3, 4, 8):
+            found.append(_decode_case(f"{form}_batch_{batch}", form, ragged[-batch:]))
+        found.append(_decode_case(f"{form}_untied", form, (5, 70), tied=False))
+    for name, config in models().items():
+        found.append(_decode_case(f"{name}_layers", **_narrow(config)))
+    return found + [
+        _decode_case("no_batch", positions=()),
+        _decode_case("no_layers", positions=(0, 3), heads=(), ffn_dims=()),
+        _decode_case("first_token", positions=(0,)),
+        _decode_case("first_tokens", positions=(0, 0, 0, 0)),
+        _decode_case("batch_5", positions=(5, 4, 3, 2, 1)),
+        _decode_case("past_of_150", positions=(150,)),
+        _decode_case("long_cache", positions=several, max_length=250),
+        _decode_case("no_norm", positions=several, norm=False),
+        _decode_case("no_norm_affine4_64", "affine4_64", several, norm=False),
+        _decode_case("no_gate", positions=several, gated=False),
+        _decode_case("no_gate_packed12", "packed12", several, gated=False),
+        _decode_case("head_dim_128", positions=several, head_dim=128),
+        _decode_case("head_dim_20", positions=ragged, head_dim=20),
+        _decode_case("head_dim_2", positions=ragged, head_dim=2),
+        _decode_case("group_1", positions=several, heads=((3, 3), (5, 5))),
+        _decode_case("group_8", positions=several, heads=((8, 1), (16, 2))),
+        _decode_case("odd_widths", positions=ragged, model_dim=45, ffn_dims=(37, 101)),
+        _decode_case("odd_widths_packed12", "packed12", ragged, model_dim=45, ffn_dims=(37, 101)),
+        _decode_case("width_1", positions=ragged, model_dim=1, ffn_dims=(1, 1), vocab_size=1),
+        _decode_case("large_vocabulary", positions=several, vocab_size=3001),
+        _decode_case("wide", positions=several, model_dim=1280, ffn_dims=(768, 2560)),
+        _decode_case("wide_half", "affine4_64", (9,), model_dim=1280, ffn_dims=(768, 256),
+                     dtypes=HALF),
+    ]  # fmt: skip
+
+
+def _narrow(config: OpenELMConfig) -> dict:
+    """The first, middle and last layer of a model, with an eighth of its widths."""
+    layers = (0, config.num_transformer_layers // 2, config.num_transformer_layers - 1)
+    return {
+        "positions": (7, 66, 0, 130),
+        "model_dim": config.model_dim // 8,
+        "head_dim": config.head_dim,
+        "heads": tuple((config.num_query_heads[i], config.num_kv_heads[i]) for i in layers),
+        "ffn_dims": tuple(config.ffn_dims[i] // 8 for i in layers),
+    }
+
+
+def bench_cases(model: str, rows: tuple[int, ...], layer: int) -> list[Case]:
+    """Four layers of 270M, from its first to its last, after 512 tokens, whatever the model: the
+    reference makes all weights dense at every call. `rows` that fit a batch, and an eighth of the
+    vocabulary so that the head doesn't outweigh the layers.
+    """
+    config = models()["270M"]
+    last = config.num_transformer_layers - 1
+    layers = [last * i // 3 for i in range(4)]
+    sizes = {
+        "model_dim": config.model_dim,
+        "head_dim": config.head_dim,
+        "heads": tuple((config.num_query_heads[i], config.num_kv_heads[i]) for i in layers),
+        "ffn_dims": tuple(config.ffn_dims[i] for i in layers),
+        "vocab_size": config.vocab_size // 8,
+        "table_length": 1024,
+    }
+    return [
+        _decode_case(f"270M_{form}_rows_{count}", form, (512,) * count, **sizes)
+        for form in ("plain", "affine8_64", "affine4_64", "packed12")
+        for count in rows
+        if 0 < count <= 8
+    ]
+
+
+def with_written(decode_step: Callable) -> Callable:
+    """decode_step that also returns what it wrote: keys and values, layer after layer."""
+
+    def run(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
+        logits = decode_step(stack, tokens, positions, arena, **kwargs)
+        rows = torch.arange(arena.batch, device=positions.device)
+        views = [v for i, layer in enumerate(stack.layers) for v in arena.views(i, layer.kv_heads)]
+        written = [v[rows, positions].flatten() for v in views]
+        return logits, torch.cat(written) if written else logits.new_empty(0)
+
+    return run
+
+
+def _matrices(stack: Stack) -> list[Weight]:
+    """Every weight that a token is multiplied by."""
+    parts = [(x.qkv_proj, x.out_proj, x.proj_1, x.proj_2) for x in stack.layers]
+    return [*itertools.chain(*parts), stack.head]
+
+
+def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward: bool) -> int:
+    """Every weight but the embedding's other rows, and the keys and values that are seen."""
+    stack, tokens, positions, arena = args
+    norms = [x for layer in stack.layers for x in layer if isinstance(x, Tensor) and x.dim() == 1]
+    embedded = stack.embedding.nbytes // stack.embedding.shape[0] * tokens.numel()
+    token = 2 * sum(layer.kv_heads for layer in stack.layers) * stack.head_dim
+    cached = token * arena.data.element_size() * int((positions + 1).sum())
+    read = sum(w.nbytes for w in _matrices(stack)) + total_bytes(*norms) + embedded + cached
+    return read + total_bytes(*outputs)
+
+
+def operations(args: tuple, kwargs: dict, backward: bool) -> int:
+    stack, tokens = args[:2]
+    return 2 * tokens.numel() * sum(w.shape[0] * w.shape[1] for w in _matrices(stack))
+
+
+SPEC = OpSpec(
+    "decode_step",
+    outputs=("logits", "keys and values"),
+    cases=cases(),
+    bench_cases=bench_cases,
+    observe=with_written,
+    backward=False,  # it has none
+    # The number of keys breaks the graph, and the widths of the layers exceed torch's limit of
+    # recompilations.
+    compiled=False,
+    least_bytes=least_bytes,
+    operations=operations,
+)
