@@ -15,7 +15,7 @@ from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from ..openelm.surgery import asked_backend, is_accelerated
 from ..ops.decode_step import MAX_BATCH
-from .decoder_weights import described
+from .decoder_weights import snapshot_of
 
 ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"
 DECODE_MODES = (ONE_LAUNCH, GRAPH, CALLS)
@@ -47,7 +47,7 @@ def missing(mode: str, model: nn.Module, cache: KVCache) -> str | None:
         return "autocast is on"
     if reason := _undescribed(model):
         return reason
-    if described(model).dtypes != {cache.dtype}:
+    if snapshot_of(model).dtypes != {cache.dtype}:
         found = model.norm.weight.dtype
         return f"the weights must be {cache.dtype} like the cache, got {found}"
     if mode == GRAPH:
@@ -64,7 +64,7 @@ def wanted(model: nn.Module, cache: KVCache) -> bool:
     """
     if cache.device.type != "cuda" or missing(GRAPH, model, cache):
         return False
-    return is_accelerated(model) or described(model).compressed
+    return is_accelerated(model) or snapshot_of(model).compressed
 
 
 def step_backend(model: OpenELM) -> str | None:
@@ -77,7 +77,7 @@ def _undescribed(model: nn.Module) -> str | None:
     if not isinstance(model, OpenELM):
         return f"the model is a {type(model).__name__}, not an elmkernels.OpenELM"
     try:
-        known = described(model)
+        known = snapshot_of(model)
     except ValueError as error:
         return str(error)
     if len(known.dtypes) > 1:

@@ -18,7 +18,7 @@ from ..backends import where_it_has
 from ..openelm.documents import in_one_row
 from ..openelm.layers import Context, LogitsHead
 from ..openelm.loss import LossHead, plain_weight
-from ..openelm.shared_weight import Tied
+from ..openelm.shared_weight import TiedWeightGradient
 from ..reference import rope_table
 from . import recompute, small_batch
 
@@ -94,7 +94,7 @@ class FusedLossHead(LossHead):
         super().__init__()
         self.backend = where_it_has("linear_cross_entropy", backend)
 
-    def tied(self, embedding: nn.Module) -> Tied | None:
+    def shared_gradient(self, embedding: nn.Module) -> TiedWeightGradient | None:
         weight = plain_weight(embedding)
         if (
             weight is None
@@ -105,7 +105,7 @@ class FusedLossHead(LossHead):
             or embedding.max_norm is not None
         ):
             return None
-        return Tied(weight, embedding.padding_idx)
+        return TiedWeightGradient(weight, embedding.padding_idx)
 
     def forward(self, hidden, targets, weight, project, **options) -> Tensor:
         if weight is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.common import document_of
 from ..testing.parity import specification
-from ..weights.formats import Arena, Layer, Stack, Weight
+from ..weights.formats import Arena, DecoderWeights, Layer, Weight
 from .timing import total_bytes
 
 # decode_step has no backward; that of linear is torch's own products.
@@ -238,7 +238,7 @@ def least_bytes(
 
 
 def _decode_step_bytes(
-    stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, logits: Tensor
+    stack: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Arena, logits: Tensor
 ) -> int:
     """Every weight but the embedding's other rows, and the keys and values that are seen."""
     weights = [w for layer in stack.layers for w in _matrices(layer)] + [stack.head]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..acceleration.decoder_weights import stack_of
+from ..acceleration.decoder_weights import decoder_weights_of
 from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
@@ -93,7 +93,7 @@ class TorchRunner(Runner):
     def __init__(self, name: str, kind: str, model: OpenELM) -> None:
         self.name, self.kind, self.model, self.facts = name, kind, model, {}
         config = model.config
-        self.weight_bytes = _stack_bytes(model)
+        self.weight_bytes = _weight_bytes(model)
         heads = sum(config.num_kv_heads)
         self.cache_token_bytes = 2 * config.head_dim * heads * model.activation_dtype.itemsize
 
@@ -283,11 +283,11 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _stack_bytes(model: OpenELM) -> int:
+def _weight_bytes(model: OpenELM) -> int:
     """Every weight once; of an embedding that is no output projection a row, which is nothing."""
-    stack = stack_of(model)
-    total = stack.head.nbytes + stack.norm.nbytes
-    for layer in stack.layers:
+    weights = decoder_weights_of(model)
+    total = weights.head.nbytes + weights.norm.nbytes
+    for layer in weights.layers:
         total += sum(w.nbytes for w in layer if hasattr(w, "nbytes"))
     return total
 
@@ -296,8 +296,8 @@ def reading(runner: Runner) -> tuple[Callable[[], object], int] | None:
     """torch's own read of the very bytes that a runner of ours reads, and how many."""
     if runner.kind != OURS:
         return None
-    stack = stack_of(runner.model)
-    weights = [w for layer in stack.layers for w in layer[:8] if w is not None] + [stack.head]
+    known = decoder_weights_of(runner.model)
+    weights = [w for layer in known.layers for w in layer[:8] if w is not None] + [known.head]
     tensors = [
         t
         for w in weights

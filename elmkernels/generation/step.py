@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..acceleration.decoder_weights import Described, described
+from ..acceleration.decoder_weights import Snapshot, snapshot_of
 from ..backends import where_it_has
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
@@ -24,12 +24,12 @@ def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
     cache.check_room(1)
     # What accelerate was asked for, where it can be had.
     backend = where_it_has("decode_step", asked_backend(model))
-    logits = ops.decode_step(known.stack, tokens, cache.lengths, cache.arena, backend=backend)
+    logits = ops.decode_step(known.weights, tokens, cache.lengths, cache.arena, backend=backend)
     cache.advance(1)
     return logits
 
 
-def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Described | None:
+def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Snapshot | None:
     """The model as data, where `ops.decode_step` computes what the model would."""
     if (
         not isinstance(model, OpenELM)  # torch.compile's wrapper
@@ -45,7 +45,7 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Described | 
     ):
         return None
     try:
-        known = described(model)
+        known = snapshot_of(model)
     except ValueError:
         return None
     wanted = known.compressed or is_accelerated(model)

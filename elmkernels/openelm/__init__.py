@@ -27,7 +27,7 @@ _ELSEWHERE = {
     "pack": "compression.packing",
     "quantize": "compression.quantization",
     "restore": "acceleration.swap",
-    "stack_of": "acceleration.decoder_weights",
+    "decoder_weights_of": "acceleration.decoder_weights",
     "stream": "generation.session",
     "unpack": "compression.packing",
 }

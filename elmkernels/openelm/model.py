@@ -215,11 +215,13 @@ class OpenELM(nn.Module):
             raise ValueError(
                 f"targets must be {list(input_ids.shape)} like input_ids, got {list(targets.shape)}"
             )
-        tied = self.loss_head.tied(self.token_embeddings) if self.classifier is None else None
-        embed = self.token_embeddings if tied is None else tied.embed
+        shared = None
+        if self.classifier is None:
+            shared = self.loss_head.shared_gradient(self.token_embeddings)
+        embed = self.token_embeddings if shared is None else shared.embed
         hidden, _ = self._hidden(input_ids, attention_mask, None, 0, None, cu_seqlens, embed)
         head = self.token_embeddings if self.classifier is None else self.classifier
-        weight = plain_weight(head) if tied is None else tied.projection()
+        weight = plain_weight(head) if shared is None else shared.projection()
         return self.loss_head(
             self.norm(hidden), targets, weight, self.project, ignore_index=ignore_index,
             z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
-from ..weights.formats import Arena, Stack
+from ..weights.formats import Arena, DecoderWeights
 from .cases.draw import Case, make
 from .cases.ops import CASES
 
@@ -201,7 +201,7 @@ def poisoned() -> Iterator[None]:
 def with_written(decode_step: Callable) -> Callable:
     """decode_step that also returns what it wrote: keys and values, layer after layer."""
 
-    def run(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
+    def run(stack: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
         logits = decode_step(stack, tokens, positions, arena, **kwargs)
         rows = torch.arange(arena.batch, device=positions.device)
         views = [v for i, layer in enumerate(stack.layers) for v in arena.views(i, layer.kv_heads)]
@@ -231,7 +231,7 @@ def specification(op: str) -> Callable:
 
 def _widen(x: Any, dtype: torch.dtype | None) -> Any:
     """A fresh leaf with x's data, layout and need of a gradient; floats in `dtype` if given.
-    Weights in forms of their own and stacks of them are read only, in the dtype that they have.
+    Weights in forms of their own and decoders of them are read only, in the dtype that they have.
     """
     if isinstance(x, Arena):
         return x._replace(data=_widen(x.data, dtype))

@@ -19,7 +19,7 @@ from torch import nn
 
 from elmkernels import OpenELM, accelerate, restore
 from elmkernels.acceleration import fused
-from elmkernels.acceleration.projections import ONEDNN, PACKED, Linear, Plan
+from elmkernels.acceleration.projections import ONEDNN, PREPACKED, Linear, Plan
 from elmkernels.backends import BACKENDS
 from elmkernels.openelm import KVCache, greedy
 from elmkernels.testing.parity import ATTENTION_SLACK, compare
@@ -285,7 +285,7 @@ def test_plan_for_amd_trains_the_same(tiny):
 class TestPackedWeights:
     """A packed copy never outlives the weight it was made from."""
 
-    plan = Plan(PACKED, PACKED, PACKED)
+    plan = Plan(PREPACKED, PREPACKED, PREPACKED)
 
     def make(self) -> tuple[Linear, torch.Tensor]:
         original = nn.Linear(64, 48, bias=False)

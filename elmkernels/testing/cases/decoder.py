@@ -8,7 +8,7 @@ from torch import Tensor
 from ...openelm.config import OpenELMConfig
 from ...reference import rope_table
 from ...weights.affine import quantize_weight
-from ...weights.formats import Arena, Layer, Stack, Weight
+from ...weights.formats import Arena, DecoderWeights, Layer, Weight
 from ...weights.packed12 import pack_weight
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 
@@ -179,7 +179,7 @@ def _layer_shapes() -> list[Case]:
     return found
 
 
-def arena(d: Draw, stack: Stack, batch: int, max_length: int) -> Arena:
+def arena(d: Draw, stack: DecoderWeights, batch: int, max_length: int) -> Arena:
     """Keys and values of random tokens, each layer's from a multiple of 64 elements on."""
     offsets, end = [], 0
     for layer in stack.layers:
@@ -204,7 +204,7 @@ def decoder(
     gated: bool = True,
     tied: bool = True,
     table_length: int = 256,
-) -> Stack:
+) -> DecoderWeights:
     """A decoder with its own heads (queries, keys) and feed-forward width in every layer."""
 
     def norm_weight(n: int) -> Tensor:
@@ -227,7 +227,7 @@ def decoder(
             )
         )
     embedding = weight(d, form, vocab_size, model_dim)
-    return Stack(
+    return DecoderWeights(
         embedding=embedding,
         layers=tuple(layers),
         norm=norm_weight(model_dim),
