@@ -5,7 +5,6 @@ that are not timed. Each answers with a function whose call is the timed work, a
 tokens it chose, the likeliest each time.
 """
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
-from ..openelm.surgery import is_accelerated
+from ..openelm.surgery import is_accelerated, twin
 from . import llama_cpp
 
 EAGER, COMPILED, OURS, LLAMA = "eager", "compiled", "ours", "llama.cpp"
@@ -234,7 +233,7 @@ class LlamaRunner(Runner):
 
 def compress(format: str, model: OpenELM, progress: bool = True) -> OpenELM:
     """A copy of a model in a format of ours; of plain weights it shares the Parameters."""
-    ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    ours = twin(model)
     if format == "packed12":
         pack(ours, progress=progress)
     elif format in ("int8", "int4"):
@@ -316,7 +315,7 @@ def reading(runner: Runner) -> tuple[Callable[[], object], int] | None:
 
 def _dense(model: OpenELM) -> OpenELM:
     """The reference model of the weights that a compressed one stands for."""
-    eager = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    eager = twin(model)
 
     def make(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, Compressed):

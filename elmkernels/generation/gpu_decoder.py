@@ -23,17 +23,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..acceleration.decode_modes import (
-    CALLS,
-    DECODE_MODES,
-    GRAPH,
-    ONE_LAUNCH,
-    missing,
-    step_backend,
-)
+from ..acceleration.decode_modes import CALLS, DECODE_MODES, GRAPH, ONE_LAUNCH, missing
 from ..acceleration.decoder_weights import snapshot_of
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
+from ..openelm.surgery import given_backend
 from ..weights.formats import DecoderWeights
 from . import cuda_graph
 from .cuda_graph import Window, bucket_of, step, width_of
@@ -238,7 +232,7 @@ class Decoder:
             return body
 
         place = self._known.weights, self.tokens, self.lengths, self.cache.arena
-        backend, greedy = step_backend(self.model), self.sampler.greedy
+        backend, greedy = given_backend(self.model, "decode_step"), self.sampler.greedy
 
         def one_launch() -> None:
             # The kernel itself can choose the largest, and put it where the next step finds it.

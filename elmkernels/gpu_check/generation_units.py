@@ -89,7 +89,7 @@ def _by_way(
 
 def _need(models: Models, mode: str, accelerated: object) -> None:
     """Raise LeftOut where a model can't be decoded in a mode here."""
-    if why := models.lacks(mode, accelerated, trial=True):
+    if why := models.missing(mode, accelerated, trial=True):
         raise LeftOut(why)
     if mode == ONE_LAUNCH and choose("decode_step", models.device.type, None) == REFERENCE:
         raise LeftOut("decode_step has no kernel here")

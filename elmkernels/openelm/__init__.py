@@ -16,7 +16,7 @@ from .model import OpenELM
 
 _ELSEWHERE = {
     "Plan": "acceleration.projections",
-    "Report": "acceleration.swap",
+    "Report": "acceleration.report",
     "Row": "generation.session",
     "Session": "generation.session",
     "Stream": "generation.session",

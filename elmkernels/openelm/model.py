@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..devices import check_here
+from ..devices import autocast_dtype, check_here
 from ..reference import rope_table
 from .cache import KVCache
 from .checkpoint import load, save
@@ -113,12 +113,9 @@ class OpenELM(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What a cache must hold: autocast's dtype where it is on, else the weights'."""
+        """What a cache must hold: autocast's dtype if it is on, else the weights'."""
         weight = self.norm.weight  # the others may be compressed
-        kind = weight.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return weight.dtype
+        return autocast_dtype(weight.device.type) or weight.dtype
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
