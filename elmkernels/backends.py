@@ -1,4 +1,8 @@
-"""The whole dispatch: which backends exist, why one can't run here, and which an op takes.
+"""Dispatch: which backends exist, why one can't run here, and which an op takes.
+
+Two tables of preference depend on a call's tensors and stand beside the ops: `FEW` is read by
+ops/_rows_choice, attention has one of its own in ops/_attention_choice. What a very GPU can run is
+asked outside of dispatch, by `devices.backend_choices`.
 
 A backend is a name, its devices, and the reason why it can't run here, if it can't. Every raw
 kernel `rms_norm_fwd` is the torch op `elmkernels_<backend>::rms_norm_fwd`. Availability is decided
@@ -13,12 +17,16 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 
 PACKAGE = Path(__file__).parent
 REFERENCE = "reference"
 SDPA = "sdpa"  # attention by torch's own scaled_dot_product_attention
+# Why something can't be had, in words. What looks for one returns `Reason | None`, is called
+# `missing`, and returns None if nothing is in the way.
+Reason = str
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Backend:
 
     name: str
     devices: tuple[str, ...]
-    missing: str | None = None
+    missing: Reason | None = None
 
 
 def build_report() -> dict[str, str]:
@@ -101,15 +109,34 @@ def _detect() -> dict[str, Backend]:
 
 BACKENDS: dict[str, Backend] = _detect()
 
+
+class Preference(NamedTuple):
+    """Backends in order, and on what grounds."""
+
+    order: tuple[str, ...]
+    grounds: str
+
+
 # Backends in order of preference for each device. The CUDA C++ kernels and the Triton ones have
-# not been measured against each other on a GPU yet; Triton's are for many rows, so they go first
-# (few rows: ops/_rows_choice).
+# not been measured against each other on a GPU yet; Triton's are for many rows, so they go first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": (*_INSTRUCTION_SETS, SDPA),
     "cuda": ("triton", "cuda", SDPA),
 }
 # The libraries of csrc/cpu: what is written for one is compiled for all.
 CPU = tuple(_INSTRUCTION_SETS)
+# Of few rows the time is what the launch costs, of many the memory: the ops in BY_ROWS take
+# another order for up to FEW_ROWS rows on the devices of FEW. Gradients have none: a training step
+# has more rows than these.
+BY_ROWS = ("rms_norm", "add_rms_norm", "qk_norm_rope")
+FEW_ROWS = 16
+FEW: dict[str, Preference] = {
+    "cuda": Preference(
+        ("cuda", "triton"),
+        "reasoned, not measured: a Triton launch costs tens of us of host time, a C++ one about 5; "
+        "inside a CUDA graph they are equal",
+    )
+}
 
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _CHOICE: dict[tuple[str, str, str | None], str] = {}
@@ -181,10 +208,30 @@ def _late(op: str, name: str) -> Callable:
     return launch
 
 
+def preferred(op: str, device: str) -> list[str]:
+    """The backends, besides the reference, that have an op on a device type, best first; able to
+    run here or not.
+    """
+    return [n for n in _ORDER.get((op, device), PREFERENCE[device]) if implements(n, op)]
+
+
 def usable(op: str, device: str) -> list[str]:
-    """The backends, besides the reference, that an op may take on a device type, best first."""
-    names = _ORDER.get((op, device), PREFERENCE[device])
-    return [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
+    """Those of the preferred ones that can run here."""
+    return [n for n in preferred(op, device) if BACKENDS[n].missing is None]
+
+
+def missing_kernels(device: str) -> str | None:
+    """Why none of our kernels runs on a device type ("cpu", "cuda") and, if an installation can
+    mend it, the command; None if there are some.
+
+    Models and ops then run as the reference does, and a measurement would compare it with itself.
+    """
+    found = [BACKENDS[name].missing for name in PREFERENCE[device] if name not in COMPOSED]
+    if None in found:
+        return None
+    # A processor that lacks AVX2 lacks the others too; one that has it needs its library alone.
+    reasons = found[-1:] if device == "cpu" else dict.fromkeys(found)
+    return f"no compiled kernels: {'; '.join(reasons)}"
 
 
 def _decide(op: str) -> None:
@@ -223,15 +270,7 @@ def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = (
     return chosen
 
 
-def where_it_has(op: str, backend: str | None) -> str | None:
-    """The named backend unless it lacks the op, then None: for models, which take several ops and
-    whose backend need not have all of them. A name that is no backend's is left for `choose`.
-    """
-    lacks = backend in BACKENDS and backend != REFERENCE and not implements(backend, op)
-    return None if lacks else backend
-
-
-def _refuse(op: str, device: str, name: str | None) -> None:
+def _refuse(op: str, device: str, name: str | None) -> NoReturn:
     if name is None:
         raise RuntimeError(f"{op} runs on {' or '.join(PREFERENCE)}, got a tensor on {device}")
     backend = BACKENDS.get(name)

@@ -1,4 +1,4 @@
-"""Which of our backends fit a GPU, and why another doesn't: asked outside of dispatch.
+"""What a device is: whether it is here, which backends fit it, what its maker promises.
 
 Dispatch decides by the type of a device, once, at import. What a GPU is can't be asked there: that
 initializes CUDA, after which a process can't fork. So it is asked where a model is accelerated, a
@@ -6,16 +6,72 @@ cache is made, and by the commands that report on a machine.
 """
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 
-from .backends import BACKENDS, COMPOSED, REFERENCE, build_report, usable
+from .backends import (
+    BACKENDS,
+    BY_ROWS,
+    COMPOSED,
+    FEW,
+    FEW_ROWS,
+    REFERENCE,
+    Reason,
+    build_report,
+    choose,
+    defined,
+    implements,
+    preferred,
+    usable,
+)
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and what Triton compiles for
 _COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH in the driver's cuda.h
+# The ops whose backend, if it is named for a model, never falls back to another.
+NEVER_FALL_BACK = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
 
 
-def absent(device: torch.device) -> str | None:
+@dataclass(frozen=True)
+class Datasheet:
+    """What the maker promises: bytes a second, dense bfloat16 operations a second."""
+
+    bandwidth: float
+    bf16: float
+
+
+# By the whole name that torch gives a GPU: cards that share a part of it differ (SXM, PCIe, NVL).
+DATASHEETS: dict[str, Datasheet] = {
+    "NVIDIA A10": Datasheet(0.600e12, 125e12),
+    "NVIDIA A100-SXM4-40GB": Datasheet(1.555e12, 312e12),
+    "NVIDIA A100-PCIE-40GB": Datasheet(1.555e12, 312e12),
+    "NVIDIA A100-SXM4-80GB": Datasheet(2.039e12, 312e12),
+    "NVIDIA A100 80GB PCIe": Datasheet(1.935e12, 312e12),
+    "NVIDIA L4": Datasheet(0.300e12, 121e12),
+    "NVIDIA L40": Datasheet(0.864e12, 181e12),
+    "NVIDIA L40S": Datasheet(0.864e12, 362e12),
+    "NVIDIA H100 80GB HBM3": Datasheet(3.35e12, 989e12),
+    "NVIDIA H100 PCIe": Datasheet(2.0e12, 756e12),
+    "NVIDIA H100 NVL": Datasheet(3.9e12, 835e12),
+    "NVIDIA H200": Datasheet(4.8e12, 989e12),
+    "NVIDIA H200 NVL": Datasheet(4.8e12, 835e12),
+    "NVIDIA B200": Datasheet(8.0e12, 2250e12),
+    "AMD Instinct MI300X": Datasheet(5.3e12, 1307e12),
+}
+
+
+def datasheet(name: str | None) -> Datasheet | None:
+    """Of a GPU by its name; None if it isn't in the table, as a part of one (MIG) never is."""
+    return DATASHEETS.get(name or "")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast gives to products on a type of device; None if it is off."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
+def missing_device(device: torch.device) -> Reason | None:
     """Why a device isn't here: what was found, what it needs and what works; None if it is here."""
     count = 1
     if device.type == "cuda":
@@ -31,19 +87,19 @@ def absent(device: torch.device) -> str | None:
 
 
 def no_cuda() -> str:
-    """What torch found where it sees no GPU."""
+    """What torch found if it sees no GPU."""
     built = "" if torch.version.cuda or torch.version.hip else " (this build of torch has no CUDA)"
     return f"torch {torch.__version__} sees no CUDA device{built}"
 
 
 def check_here(device: torch.device) -> None:
     """Raise RuntimeError, with the reason, for a device that isn't here."""
-    if why := absent(device):
-        raise RuntimeError(why)
+    if missing := missing_device(device):
+        raise RuntimeError(missing)
 
 
 def architectures() -> list[str]:
-    """Those that the CUDA library was built for ("80", "90+PTX"); none where that isn't known."""
+    """Those that the CUDA library was built for ("80", "90+PTX"); none if that isn't known."""
     return [a.strip() for a in build_report().get("cuda architectures", "").split(",") if a.strip()]
 
 
@@ -64,8 +120,9 @@ def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
     return False
 
 
-def unfit(backend: str, capability: tuple[int, int] | None, built: list[str]) -> str | None:
-    """Why a backend that can run here can't run on a GPU of this compute capability, or None.
+def missing_on(backend: str, capability: tuple[int, int] | None, built: list[str]) -> Reason | None:
+    """Why a backend that can run here can't run on a GPU of this compute capability.
+
     capability: None for a CPU. An unknown list of architectures is no reason; torch's own
     operations run wherever torch does.
     """
@@ -79,40 +136,88 @@ def unfit(backend: str, capability: tuple[int, int] | None, built: list[str]) ->
     return None
 
 
-def backends_of(device: torch.device) -> dict[str, str | None]:
-    """{backend: None, or why it can't run on this device}."""
+def missing_backends(device: torch.device) -> dict[str, Reason | None]:
+    """{backend: why it can't run on this very device, or None}."""
     found = {}
     seen, built = capability(device), architectures()
     for b in BACKENDS.values():
         other = None if device.type in b.devices else f"runs on {' or '.join(b.devices)}"
-        found[b.name] = b.missing or other or unfit(b.name, seen, built)
+        found[b.name] = b.missing or other or missing_on(b.name, seen, built)
     return found
 
 
-def working(fit: dict[str, str | None]) -> str:
-    """The backends that work, by `backends_of`, to end an error with."""
-    return "what works there: " + ", ".join(repr(name) for name, why in fit.items() if why is None)
+@dataclass(frozen=True)
+class BackendChoice:
+    """Which backend an op takes in a model on a device.
 
-
-def check_backend(name: str, device: torch.device) -> None:
-    """Raise RuntimeError, with the reason, for a backend that can't run on this very device."""
-    fit = backends_of(device)
-    if fit.get(name):
-        raise RuntimeError(f"backend {name!r} can't run on {device}: {fit[name]}; {working(fit)}")
-
-
-def narrowed(op: str, fit: dict[str, str | None], kind: str) -> str | None:
-    """The backend that an op must be given on a device: None where any that dispatch may take on
-    that type of device works on this very one, else the first that does. fit: see `backends_of`.
+    Attributes:
+        op: its name.
+        named: what the op is given at every call; None leaves it to the call.
+        resolved: what it then takes, in words: "cuda up to 16 rows, then triton".
+        why: {backend: why it isn't taken}, of the one that was asked for and of those that the
+            device's type prefers.
     """
-    names = usable(op, kind)
-    if all(fit[name] is None for name in names):
-        return None
-    return next((name for name in names if fit[name] is None), REFERENCE)
+
+    op: str
+    named: str | None
+    resolved: str
+    why: dict[str, Reason]
+
+
+def backend_choices(device: torch.device, asked: str | None = None) -> dict[str, BackendChoice]:
+    """{op: which backend it takes in a model on a device}, of all ops that have kernels.
+
+    Args:
+        device: what the model is on. Of a GPU its compute capability counts, not its type alone.
+        asked: the backend that is asked for. An op that it has no kernels for takes the best other
+            one, unless it is one of NEVER_FALL_BACK. None: the best of the device for each op.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the device isn't of a known type, or the backend can't run on it.
+
+    Example:
+        >>> backend_choices(torch.device("cpu"))["swiglu"].resolved
+        'avx512'
+    """
+    for op in NEVER_FALL_BACK:
+        choose(op, device.type, asked)
+    missing = missing_backends(device)
+    if asked is not None and missing[asked]:
+        works = ", ".join(repr(name) for name, reason in missing.items() if reason is None)
+        raise RuntimeError(
+            f"backend {asked!r} can't run on {device}: {missing[asked]}; what works there: {works}"
+        )
+    ops = dict.fromkeys((*NEVER_FALL_BACK, *defined()))
+    return {op: _choice(op, device.type, asked, missing) for op in ops}
+
+
+def _choice(
+    op: str, kind: str, asked: str | None, missing: dict[str, Reason | None]
+) -> BackendChoice:
+    why = {}
+    if asked is not None:
+        if asked == REFERENCE or implements(asked, op):
+            return BackendChoice(op, asked, _resolved(op, kind, asked), why)
+        why[asked] = f"it has no kernels for {op}"
+    why |= {name: reason for name in preferred(op, kind) if (reason := missing[name])}
+    # Dispatch knows the type of a device: it is overruled if it could take what this one can't run.
+    names, named = usable(op, kind), None
+    if any(missing[name] for name in names):
+        named = next((name for name in names if missing[name] is None), REFERENCE)
+    return BackendChoice(op, named, _resolved(op, kind, named), why)
+
+
+def _resolved(op: str, kind: str, named: str | None) -> str:
+    many = choose(op, kind, named)
+    if op not in BY_ROWS or kind not in FEW:
+        return many
+    few = choose(op, kind, named, FEW[kind].order)
+    return many if few == many else f"{few} up to {FEW_ROWS} rows, then {many}"
 
 
 def cooperative(device: torch.device) -> bool | None:
-    """Whether a GPU launches grids whose blocks wait for each other; None where nobody says."""
+    """Whether a GPU launches grids whose blocks wait for each other; None if nobody says."""
     index = torch.cuda.current_device() if device.index is None else device.index
     value, handle = ctypes.c_int(), ctypes.c_int()
     try:
@@ -124,20 +229,20 @@ def cooperative(device: torch.device) -> bool | None:
     return None if failed else bool(value.value)
 
 
-def described() -> list[dict]:
+def gpus() -> list[dict]:
     """Every CUDA device that torch sees: its name, capability, memory, and which backends fit."""
     found = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.device("cuda", i)
         p = torch.cuda.get_device_properties(device)
-        fit = {n: why for n, why in backends_of(device).items() if "cuda" in BACKENDS[n].devices}
+        missing = missing_backends(device)
         found.append(
             {
                 "device": str(device),
                 "name": p.name,
                 "capability": ".".join(map(str, capability(device))),
                 "memory": p.total_memory,
-                "backends": fit,
+                "backends": {n: why for n, why in missing.items() if "cuda" in BACKENDS[n].devices},
             }
         )
     return found

@@ -10,6 +10,7 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.bench import roofline
+from elmkernels.openelm.surgery import twin
 from elmkernels.testing import model_parity
 
 SMALL = OpenELMConfig(
@@ -31,7 +32,7 @@ def test_model(benchmark, full, dtype, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
     eager = OpenELM.from_config(config, seed=0, dtype=dtype, device=device)
-    accelerated = model_parity.twin(eager)
+    accelerated = twin(eager)
     report = accelerate(accelerated)
     models = {roofline.EAGER: eager, roofline.ACCELERATED: accelerated}
     length, rounds = (512, 5) if full else (32, 2)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from .. import devices
-from ..backends import BACKENDS, REFERENCE, choose, where_it_has
+from ..backends import BACKENDS, REFERENCE, Reason, choose
 from ..checks import DTYPES
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..openelm.surgery import asked_backend, is_accelerated
+from ..openelm.surgery import given_backend, is_accelerated
 from ..ops.decode_step import MAX_BATCH
-from .decoder_weights import described
+from .decoder_weights import snapshot_of
 
 ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"
 DECODE_MODES = (ONE_LAUNCH, GRAPH, CALLS)
@@ -23,61 +23,53 @@ MOST_LAYERS = 128  # of csrc/cuda/decode_plan.cuh: their places in the cache are
 _KERNEL = "cuda"  # the backend that has decode_step on a GPU
 
 
-def modes_of(model: nn.Module, device: torch.device) -> dict[str, str | None]:
-    """{mode: None, or why a model can't be decoded in it on a device}, of GRAPH and ONE_LAUNCH.
+def modes_of(model: nn.Module, device: torch.device) -> dict[str, Reason | None]:
+    """{mode: why a model can't be decoded in it on a device, or None}, of GRAPH and ONE_LAUNCH.
 
     What a cache adds (see `missing`), and a capture that fails, is known later.
     """
     if device.type != "cuda":
         reason = f"it needs a CUDA device, the model is on {device}"
         return {GRAPH: reason, ONE_LAUNCH: reason}
-    reason = _undescribed(model)
-    return {GRAPH: reason, ONE_LAUNCH: reason or _no_kernel(model, device)}
+    reason = _missing_weights(model)
+    return {GRAPH: reason, ONE_LAUNCH: reason or _missing_kernel(model, device)}
 
 
-def missing(mode: str, model: nn.Module, cache: KVCache) -> str | None:
-    """Why a model can't be decoded with this cache in one of the DECODE_MODES, or None. It doesn't
-    ask for
-    a GPU: the same steps can be called elsewhere.
+def missing(mode: str, model: nn.Module, cache: KVCache) -> Reason | None:
+    """Why a model can't be decoded with this cache in one of the DECODE_MODES, or None. No GPU is
+    asked for: the same steps can be called elsewhere.
     """
     if mode == CALLS:
         return None
-    kind = cache.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if devices.autocast_dtype(cache.device.type) is not None:
         return "autocast is on"
-    if reason := _undescribed(model):
+    if reason := _missing_weights(model):
         return reason
-    if described(model).dtypes != {cache.dtype}:
+    if snapshot_of(model).dtypes != {cache.dtype}:
         found = model.norm.weight.dtype
         return f"the weights must be {cache.dtype} like the cache, got {found}"
     if mode == GRAPH:
         return None
     if cache.batch > MAX_BATCH:
         return f"decode_step takes at most {MAX_BATCH} sequences, got {cache.batch}"
-    return _no_kernel(model, cache.device)
+    return _missing_kernel(model, cache.device)
 
 
 def wanted(model: nn.Module, cache: KVCache) -> bool:
-    """Whether a model is decoded without waiting where no mode was named: on a GPU, unless it is
-    the
+    """Whether a model is decoded without waiting if no mode is named: on a GPU, unless it is the
     reference model as it was made.
     """
     if cache.device.type != "cuda" or missing(GRAPH, model, cache):
         return False
-    return is_accelerated(model) or described(model).compressed
+    return is_accelerated(model) or snapshot_of(model).compressed
 
 
-def step_backend(model: OpenELM) -> str | None:
-    """What accelerate was asked for, where decode_step can be had of it."""
-    return where_it_has("decode_step", asked_backend(model))
-
-
-def _undescribed(model: nn.Module) -> str | None:
+def _missing_weights(model: nn.Module) -> Reason | None:
     """Why a model's steps can't be described by its weights."""
     if not isinstance(model, OpenELM):
         return f"the model is a {type(model).__name__}, not an elmkernels.OpenELM"
     try:
-        known = described(model)
+        known = snapshot_of(model)
     except ValueError as error:
         return str(error)
     if len(known.dtypes) > 1:
@@ -86,18 +78,18 @@ def _undescribed(model: nn.Module) -> str | None:
     return None
 
 
-def _no_kernel(model: OpenELM, device: torch.device) -> str | None:
+def _missing_kernel(model: OpenELM, device: torch.device) -> Reason | None:
     """Why `ops.decode_step` has no kernel for a model on a device."""
-    dtype = model.norm.weight.dtype
+    dtype, given = model.norm.weight.dtype, given_backend(model, "decode_step")
     if dtype not in DTYPES:
         return f"decode_step takes {', '.join(map(str, DTYPES))}, the model is {dtype}"
     if device.type != "cuda":
-        if choose("decode_step", device.type, step_backend(model)) == REFERENCE:
+        if choose("decode_step", device.type, given) == REFERENCE:
             return f"decode_step has no kernel here: {BACKENDS[_KERNEL].missing}"
         return None
-    if why := devices.backends_of(device)[_KERNEL]:
-        return f"its kernel is backend {_KERNEL!r}: {why}"
-    if step_backend(model) == REFERENCE:
+    if reason := devices.missing_backends(device)[_KERNEL]:
+        return f"its kernel is backend {_KERNEL!r}: {reason}"
+    if given == REFERENCE:
         return f"its kernel is backend {_KERNEL!r}, the model was given {REFERENCE!r}"
     layers = len(model.layers)
     if layers > MOST_LAYERS:

@@ -1,8 +1,9 @@
-"""A model as data for `ops.decode_step`, which runs all layers in one call."""
+"""A model's weights as data for `ops.decode_step`, which runs all layers in one call."""
 
 from collections.abc import Iterator
 from itertools import repeat
 from operator import contains, getitem, is_
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -10,29 +11,43 @@ from torch import Tensor, nn
 from ..openelm import layers as reference
 from ..openelm.model import OpenELM
 from ..openelm.surgery import forward_hooks, unhooked
-from ..weights.formats import Form, Layer, Stack, Weight, is_compressed
+from ..weights.formats import DecoderWeights, Form, Layer, Weight, is_compressed
 from . import fused, projections
 
 
-def stack_of(model: OpenELM) -> Stack:
+def decoder_weights_of(model: OpenELM) -> DecoderWeights:
     """The weights, head counts and rotary table of a model, accelerated or not, without a copy.
 
     A module with a method `compressed()` is asked for its compressed form first (None: it
-    has none). Raises ValueError, with the reason, for a model that isn't described by its weights:
-    adapters, hooks, foreign modules. The same object is returned until the model changes.
+    has none). The same object is returned until the model changes.
+
+    Args:
+        model: an `elmkernels.OpenELM`.
+
+    Returns:
+        What `ops.decode_step` takes; its tensors are the model's own.
+
+    Raises:
+        ValueError: the model computes more than its weights say (adapters, hooks, foreign
+            modules); the message names the first such module.
+
+    Example:
+        >>> weights = decoder_weights_of(model)
+        >>> logits = elmkernels.decode_step(weights, tokens, cache.lengths, cache.arena)
     """
-    return described(model).stack
+    return snapshot_of(model).weights
 
 
-class Described:
-    """A stack, and what must still be so for it to describe its model: every module, parameter and
-    buffer in its place, of its class and at its address, every eps, and no hook anywhere.
+class Snapshot:
+    """The decoder weights of a model, and what must still hold for them to describe it: every
+    module, parameter and buffer in its place, of its class and at its address, every eps, and no
+    hook anywhere.
     """
 
     def __init__(self, model: OpenELM) -> None:
-        self.stack = _describe(model)
-        self.dtypes = {w.dtype for w in _weights(self.stack)}
-        self.compressed = any(map(is_compressed, _weights(self.stack)))
+        self.weights = _describe(model)
+        self.dtypes = {w.dtype for w in _tensors(self.weights)}
+        self.compressed = any(map(is_compressed, _tensors(self.weights)))
         # Not the model itself: what is kept here must not keep it.
         modules = [m for m in model.modules() if m is not model]
         places = [
@@ -54,6 +69,7 @@ class Described:
         self._hooks = [hooks for m in (model, *modules) for hooks in forward_hooks(m)]
 
     def holds(self) -> bool:
+        """Whether the model is still what it was."""
         try:
             places = all(map(is_, map(getitem, self._owners, self._names), self._values))
         except KeyError:
@@ -63,25 +79,26 @@ class Described:
             and not any(self._hooks)
             and not any(map(contains, self._attributes, repeat("forward")))
             and list(map(type, self._modules)) == self._types
-            and all(a.get("eps") == self.stack.eps for a in self._epsilons)
+            and all(a.get("eps") == self.weights.eps for a in self._epsilons)
             and [t.data_ptr() for t in self._tensors] == self._addresses
             and [t.dtype for t in self._tensors] == self._dtypes
         )
 
 
-# Weak keys: a description must not keep its model, nor must a copy of the model carry it along.
-_KNOWN: WeakKeyDictionary[OpenELM, Described] = WeakKeyDictionary()
+# Weak keys: a snapshot must not keep its model, nor must a copy of the model carry it along.
+_KNOWN: WeakKeyDictionary[OpenELM, Snapshot] = WeakKeyDictionary()
 
 
-def described(model: OpenELM) -> Described:
+def snapshot_of(model: OpenELM) -> Snapshot:
+    """The snapshot of a model as it is now. Raises ValueError as `decoder_weights_of` does."""
     known = _KNOWN.get(model)
     if known is None or not known.holds():
-        known = _KNOWN[model] = Described(model)
+        known = _KNOWN[model] = Snapshot(model)
     return known
 
 
-def _refuse(path: str, reason: str) -> None:
-    raise ValueError(f"the model can't be described as a stack: {path} {reason}")
+def _refuse(path: str, reason: str) -> NoReturn:
+    raise ValueError(f"the model can't be described by its weights: {path} {reason}")
 
 
 def _plain(path: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
@@ -125,7 +142,7 @@ def _matrix(path: str, module: nn.Module, *kinds: type[nn.Module]) -> Weight:
     return module.weight
 
 
-def _describe(model: OpenELM) -> Stack:
+def _describe(model: OpenELM) -> DecoderWeights:
     _plain("it", model, OpenELM)
     _plain("logits_head", model.logits_head, reference.LogitsHead, fused.FusedLogitsHead)
     eps = model.norm.eps
@@ -135,7 +152,7 @@ def _describe(model: OpenELM) -> Stack:
         for i, layer in enumerate(model.layers)
     )
     embedding = _matrix("token_embeddings", model.token_embeddings, nn.Embedding)
-    return Stack(
+    return DecoderWeights(
         embedding=embedding,
         layers=layers,
         norm=_norm("norm", model.norm, eps),
@@ -177,7 +194,7 @@ def _layer(path: str, layer: nn.Module, eps: float, gated: bool) -> Layer:
     )
 
 
-def _weights(stack: Stack) -> Iterator[Weight]:
-    yield from (stack.embedding, stack.norm, stack.head)
-    for layer in stack.layers:
+def _tensors(weights: DecoderWeights) -> Iterator[Weight]:
+    yield from (weights.embedding, weights.norm, weights.head)
+    for layer in weights.layers:
         yield from (w for w in layer if isinstance(w, Tensor | Form))

@@ -14,21 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..backends import where_it_has
+from ..devices import autocast_dtype
 from ..openelm.documents import in_one_row
 from ..openelm.layers import Context, LogitsHead
 from ..openelm.loss import LossHead, plain_weight
-from ..openelm.shared_weight import Tied
+from ..openelm.shared_weight import TiedWeightGradient
 from ..reference import rope_table
 from . import recompute, small_batch
 
 
 def _projected(x: Tensor) -> torch.dtype:
-    """The dtype in which a projection takes x: autocast's where it is on."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    """The dtype in which a projection takes x: autocast's if it is on."""
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 def _narrowed(x: Tensor) -> Tensor:
@@ -56,7 +53,7 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedFeedForward(nn.Module):
-    """proj_2(swiglu(proj_1(x))), or with a plain SiLU where there is no gate."""
+    """proj_2(swiglu(proj_1(x))), or with a plain SiLU if there is no gate."""
 
     def __init__(self, original: nn.Module, gated: bool, backend: str | None) -> None:
         super().__init__()
@@ -64,7 +61,7 @@ class FusedFeedForward(nn.Module):
         self.gated, self.backend = gated, backend
 
     def forward(self, x: Tensor, make: Callable[[], Tensor] | None = None) -> Tensor:
-        """make gives x again in the backward pass (see `recompute`), where the gated activation is
+        """make gives x again in the backward pass (see `recompute`); the gated activation is then
         made again too.
         """
         x = recompute.apply(self.proj_1, x, make)
@@ -80,21 +77,27 @@ class FusedFeedForward(nn.Module):
 
 
 class FusedLogitsHead(LogitsHead):
-    """Norm and projection of few rows in one product, if there is a kernel (see `small_batch`)."""
+    """Norm and projection of few rows in one product, if there is a kernel (see `small_batch`).
+    backend: of `ops.linear`.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        super().__init__()
+        self.backend = backend
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
-        logits = small_batch.logits(model, x)
+        logits = small_batch.logits(model, x, self.backend)
         return super().forward(model, x) if logits is None else logits
 
 
 class FusedLossHead(LossHead):
-    """The projection and its loss in one op, wherever the projection is a plain matrix."""
+    """The projection and its loss in one op, if the projection is a plain matrix."""
 
     def __init__(self, backend: str | None) -> None:
         super().__init__()
-        self.backend = where_it_has("linear_cross_entropy", backend)
+        self.backend = backend
 
-    def tied(self, embedding: nn.Module) -> Tied | None:
+    def shared_gradient(self, embedding: nn.Module) -> TiedWeightGradient | None:
         weight = plain_weight(embedding)
         if (
             weight is None
@@ -105,7 +108,7 @@ class FusedLossHead(LossHead):
             or embedding.max_norm is not None
         ):
             return None
-        return Tied(weight, embedding.padding_idx)
+        return TiedWeightGradient(weight, embedding.padding_idx)
 
     def forward(self, hidden, targets, weight, project, **options) -> Tensor:
         if weight is None:
@@ -114,11 +117,12 @@ class FusedLossHead(LossHead):
 
 
 class FusedAttention(nn.Module):
-    """Attention of this package's model."""
+    """Attention of this package's model. backend: of `ops.qk_norm_rope`."""
 
     def __init__(
-        self, original: nn.Module, index: int, q_heads: int, kv_heads: int, backend: str | None
-    ) -> None:
+        self, original: nn.Module, index: int, q_heads: int, kv_heads: int,
+        backend: str | None, attention_backend: str | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         adopt(self, original)
         if original.q_norm is None:
@@ -127,7 +131,7 @@ class FusedAttention(nn.Module):
         self.head_dim = original.head_dim
         self.eps = 1e-6 if self.q_norm is None else self.q_norm.eps
         self.backend = backend
-        self.attention_backend = where_it_has("attention", backend)
+        self.attention_backend = attention_backend
 
     def extra_repr(self) -> str:
         return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, backend={self.backend}"
@@ -179,12 +183,16 @@ class FusedAttention(nn.Module):
 
 
 class FusedDecoderLayer(nn.Module):
-    """h = x + attn(attn_norm(x)); h + ffn(ffn_norm(h)), the first addition fused with its norm."""
+    """h = x + attn(attn_norm(x)); h + ffn(ffn_norm(h)), the first addition fused with its norm.
+    backend: of `ops.add_rms_norm`; linear_backend: of `ops.linear`, for few rows.
+    """
 
-    def __init__(self, original: nn.Module, backend: str | None) -> None:
+    def __init__(
+        self, original: nn.Module, backend: str | None, linear_backend: str | None
+    ) -> None:
         super().__init__()
         adopt(self, original)
-        self.backend = backend
+        self.backend, self.linear_backend = backend, linear_backend
 
     def feed_forward(self, delta: Tensor, x: Tensor, lean: bool = False) -> Tensor:
         # Under autocast a projection's output is narrower than the residual stream.
@@ -208,7 +216,7 @@ class FusedDecoderLayer(nn.Module):
         return fused and isinstance(self.ffn, FusedFeedForward)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if small_batch.applies(x, self.backend) and self._lean():
+        if small_batch.applies(x, self.linear_backend) and self._lean():
             weights = small_batch.weights_of(self, x)
             if weights is not None:
                 return small_batch.forward(self, x, context, weights)
@@ -222,8 +230,8 @@ class FusedDecoderLayer(nn.Module):
 class _ForeignAttention(FusedAttention):
     """Attention of a model that has its own RotaryEmbedding in every layer."""
 
-    def __init__(self, original, index, q_heads, kv_heads, backend) -> None:
-        super().__init__(original, index, q_heads, kv_heads, backend)
+    def __init__(self, original, index, q_heads, kv_heads, backend, attention_backend) -> None:
+        super().__init__(original, index, q_heads, kv_heads, backend, attention_backend)
         rotary = original.pos_embedding
         self.rope_base, self.rope_length = rotary.freq_constant, rotary.max_seq_length
         # A plain attribute: float32 whatever the model is cast to, and in no state_dict.

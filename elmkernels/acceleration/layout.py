@@ -6,11 +6,13 @@ ffn_norm; norm; token_embeddings (at the top or under `transformer`). Nothing is
 
 import inspect
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..backends import Reason
 from ..openelm.compressed import weight_of
 from ..openelm.surgery import has_hooks
 from . import fused
@@ -41,12 +43,14 @@ CONVENTIONS = (
 )
 
 
-def _refuse(model: nn.Module, reason: str) -> None:
+def _refuse(model: nn.Module, reason: Reason) -> NoReturn:
     raise ValueError(f"model ({type(model).__name__}) is not an OpenELM this can swap: {reason}")
 
 
 def body_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the layers, and its prefix in the model's names."""
+    """The module that holds the layers, and its prefix in the model's names. Raises ValueError for
+    a model without layers.
+    """
     body = model.transformer if isinstance(getattr(model, "transformer", None), nn.Module) else None
     found = next(
         (m for m in (model, body) if isinstance(getattr(m, "layers", None), nn.ModuleList)), None
@@ -62,7 +66,7 @@ def _child(root: nn.Module, path: str) -> nn.Module | None:
     return root
 
 
-def _not_a_norm(norm: nn.Module | None) -> str | None:
+def _missing_norm(norm: nn.Module | None) -> Reason | None:
     """Why a module is no RMSNorm as the reference computes it: by its parts, then by trying it."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
@@ -102,7 +106,8 @@ def is_linear(module: nn.Module) -> bool:
         return torch.equal(module(x), expected)
 
 
-def _not_a_ffn(ffn: nn.Module) -> str | None:
+def _missing_ffn(ffn: nn.Module) -> Reason | None:
+    """Why a feed-forward network is none that the fused one computes."""
     if getattr(ffn, "act", None) is not None:
         with torch.no_grad():
             x = torch.linspace(-6, 6, 97)
@@ -119,17 +124,22 @@ def is_gated(ffn: nn.Module) -> bool:
     return bool(getattr(ffn, "with_glu", getattr(ffn, "ffn_with_glu", True)))
 
 
-def heads_of(attn: nn.Module) -> tuple[int, int] | str:
-    """(q_heads, kv_heads) of an attention module, or why they make no sense."""
-    q = getattr(attn, "q_heads", getattr(attn, "num_q_heads", None))
-    kv = getattr(attn, "kv_heads", getattr(attn, "num_k_heads", None))
-    head_dim = getattr(attn, "head_dim", None)
+def heads_of(attn: nn.Module) -> tuple[int, int]:
+    """(q_heads, kv_heads) of an attention module, 0 for what it doesn't say."""
+    q = getattr(attn, "q_heads", getattr(attn, "num_q_heads", 0))
+    kv = getattr(attn, "kv_heads", getattr(attn, "num_k_heads", 0))
+    return q or 0, kv or 0
+
+
+def _missing_heads(attn: nn.Module) -> Reason | None:
+    """Why the heads of an attention module make no sense."""
+    (q, kv), head_dim = heads_of(attn), getattr(attn, "head_dim", None)
     if not q or not kv or not head_dim:
         return "it doesn't say how many heads it has"
     rows = weight_of(attn.qkv_proj).shape[0]
     if rows != (q + 2 * kv) * head_dim:
         return f"qkv_proj gives {rows} columns for {q} + 2 x {kv} heads of {head_dim}"
-    return q, kv
+    return None
 
 
 def _convention(model: nn.Module, attn: nn.Module) -> Convention:
@@ -141,8 +151,12 @@ def _convention(model: nn.Module, attn: nn.Module) -> Convention:
     _refuse(model, f"its attention's forward takes ({', '.join(parameters)}), none of {marks}")
 
 
-def examine(model: nn.Module, body: nn.Module, prefix: str) -> tuple[Convention, list]:
-    """Check the whole layout; nothing is changed. Returns what is to be left, with the reasons."""
+def examine(
+    model: nn.Module, body: nn.Module, prefix: str
+) -> tuple[Convention, list[tuple[str, Reason]]]:
+    """Check the whole layout; nothing is changed. Returns what is to be left, with the reasons.
+    Raises ValueError, with the reason, for a model that isn't known.
+    """
     for name in ("norm", "token_embeddings"):
         if not isinstance(getattr(body, name, None), nn.Module):
             _refuse(model, f"it has no `{prefix}{name}`")
@@ -157,8 +171,8 @@ def examine(model: nn.Module, body: nn.Module, prefix: str) -> tuple[Convention,
             _refuse(model, f"`{where}.attn` is called in another way than the layers before")
         if not hasattr(layer.attn, "q_norm") or not hasattr(layer.attn, "k_norm"):
             _refuse(model, f"`{where}.attn` has no q_norm and k_norm (None for no QK norm)")
-        if isinstance(heads := heads_of(layer.attn), str):
-            _refuse(model, f"`{where}.attn`: {heads}")
+        if reason := _missing_heads(layer.attn):
+            _refuse(model, f"`{where}.attn`: {reason}")
         rotary = getattr(layer.attn, "pos_embedding", None)
         if convention.foreign and not (
             hasattr(rotary, "freq_constant") and hasattr(rotary, "max_seq_length")
@@ -168,15 +182,15 @@ def examine(model: nn.Module, body: nn.Module, prefix: str) -> tuple[Convention,
         if layer.attn.q_norm is not None:
             norms |= {"attn.q_norm": layer.attn.q_norm, "attn.k_norm": layer.attn.k_norm}
         for path, norm in norms.items():
-            if reason := _not_a_norm(norm):
+            if reason := _missing_norm(norm):
                 _refuse(model, f"`{where}.{path}`: {reason}")
-        if reason := _not_a_ffn(layer.ffn):
+        if reason := _missing_ffn(layer.ffn):
             left.append((f"{where}.ffn", reason))
         left += [
             (f"{where}.{path}".rstrip("."), "it has hooks, which a swap would drop")
             for path in ("", "attn", "ffn", "attn_norm", *PROJECTIONS)
             if has_hooks(_child(layer, path) if path else layer)
         ]
-    if reason := _not_a_norm(body.norm):
+    if reason := _missing_norm(body.norm):
         _refuse(model, f"`{prefix}norm`: {reason}")
     return convention, left

@@ -6,12 +6,12 @@ product with one row leaves more of the memory's speed unused in `F.linear` than
 `measure_plan` times the candidates once per dtype and process and takes another than
 `F.linear` only where it is clearly faster. All of them accumulate in float32.
 
-A prepacked copy (oneDNN's own blocked layout) is optional, because it doubles a weight's memory.
-It is
-used for one state of the weight only: its version, address and dtype are compared at every call (a
-load, a move, most optimizers), and because fused optimizers don't count versions, a pass that keeps
-gradients drops the copy and none is made or used while the weight has a gradient. What torch can't
-see is a write through `weight.data` between two calls without gradients: `accelerate` again then.
+A prepacked copy (oneDNN's own blocked layout) is optional, because it doubles a weight's memory. It
+is used for one state of the weight only: its version, address and dtype are compared at every call
+(a load, a move, most optimizers), and because fused optimizers don't count versions, a pass that
+keeps gradients drops the copy and none is made or used while the weight has a gradient. What torch
+can't see is a write through `weight.data` between two calls without gradients: `accelerate` again
+then.
 """
 
 import time
@@ -31,7 +31,7 @@ FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmeti
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
 
 # Whether a GPU multiplies up to 8 rows by a plain weight with this package's kernel instead of
-# cuBLAS's (see `few_rows`). Reasoned, not measured: both wait for the weight's bytes, but five
+# cuBLAS's (see `small_batch`). Reasoned, not measured: both wait for the weight's bytes, but five
 # launches a layer are gone with the norms, SwiGLU and additions that are part of it.
 STREAMED = True
 
@@ -56,7 +56,7 @@ class Plan:
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T by oneDNN; weight [n, k] in any strides, or prepacked by `prepack`."""
+    """x @ weight.T by oneDNN; weight [n, k] in any strides, or a `prepacked_copy`."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -73,7 +73,7 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return True
 
 
-def prepack(weight: Tensor) -> Tensor:
+def prepacked_copy(weight: Tensor) -> Tensor:
     """A copy of weight [n, k] in oneDNN's blocked layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
@@ -171,7 +171,7 @@ class TiedHead(nn.Module):
 
 
 class Products:
-    """x @ weight.T by a plan, with the prepacked copy of one weight where the plan asks for it."""
+    """x @ weight.T by a plan, with the prepacked copy of one weight if the plan asks for it."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -216,7 +216,7 @@ class Products:
         version = 0 if weight.is_inference() else weight._version
         state = (weight.data_ptr(), version, weight.dtype, weight.shape)
         if state != self._prepacked_of:
-            self._prepacked = prepack(weight)
+            self._prepacked = prepacked_copy(weight)
             self._prepacked_of = state
         return self._prepacked
 
@@ -270,14 +270,15 @@ def _fastest(seconds: dict[str, float]) -> str:
 def measure_plan(dtype: torch.dtype, prepack: bool = False) -> Plan:
     """The fastest routine for each class of rows on this CPU, by timing a [4096, 1280] weight.
 
-    Takes about half a second. Where oneDNN doesn't take the dtype, everything is F.linear.
+    Takes about half a second, once a process: what was fastest then is kept. If oneDNN doesn't take
+    the dtype, everything is F.linear.
     """
     if not onednn_takes(dtype):
         return Plan()
     generator = torch.Generator().manual_seed(0)
     # Four weights in turn, so that a single row reads from memory as it does in a model.
     weights = [torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype) for _ in range(4)]
-    prepacks = [prepack(w) for w in weights] if prepack else []
+    prepacks = [prepacked_copy(w) for w in weights] if prepack else []
     turn = [0]
 
     def take(candidates: list[Tensor]) -> Tensor:

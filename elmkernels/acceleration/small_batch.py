@@ -6,11 +6,10 @@
 
 Each rounds where the layer's own modules do. It is for backends whose `linear` has such a kernel
 (Triton's), up to MAX_ROWS tokens at once and without gradients; for this package's own model alone,
-and where nothing hangs on the modules that would then not be called. Everywhere else the layers
-call their modules as ever.
+and if nothing hangs on the modules that are then not called. Else the layers call their modules.
 
-Whether plain weights go this way too, instead of through cuBLAS, is STREAMED's to say; compressed
-ones always do.
+Compressed weights always go this way; plain ones do if the plan is `streamed`, else cuBLAS
+multiplies by them.
 """
 
 from typing import NamedTuple
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..backends import choose, optional_kernel, where_it_has
+from ..backends import choose, optional_kernel
+from ..devices import autocast_dtype
 from ..openelm.compressed import CompressedLinear, weight_of
 from ..openelm.layers import Context
 from ..openelm.surgery import unhooked
@@ -39,19 +39,16 @@ class Weights(NamedTuple):
 
 
 def applies(x: Tensor, backend: str | None) -> bool:
-    """Whether a backend, as a module names it, has the kernel for x [batch, length, model_dim]."""
+    """Whether the kernel is there for x [batch, length, model_dim]; backend: of `ops.linear`."""
     rows, kind = x.shape[0] * x.shape[1], x.device.type
-    if not 0 < rows <= MAX_ROWS or torch.is_grad_enabled():
-        return False
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if not 0 < rows <= MAX_ROWS or torch.is_grad_enabled() or autocast_dtype(kind) is not None:
         return False
     return streams(kind, backend)
 
 
 def streams(device: str, backend: str | None) -> bool:
     """Whether the backend that `linear` takes on a device type has the kernel."""
-    chosen = choose("linear", device, where_it_has("linear", backend))
-    return optional_kernel("linear_fused", chosen) is not None
+    return optional_kernel("linear_fused", choose("linear", device, backend)) is not None
 
 
 def _fits(x: Tensor, weight: Weight) -> bool:
@@ -70,7 +67,7 @@ def _weight(x: Tensor, module: nn.Module) -> Weight | None:
 
 
 def weights_of(layer: nn.Module, x: Tensor) -> Weights | None:
-    """The projections of a fused layer, where it may go this way; its own classes are checked."""
+    """The projections of a fused layer; None if it can't go this way. Its classes are checked."""
     attn, ffn = layer.attn, layer.ffn
     norms = layer.attn_norm, layer.ffn_norm
     if not unhooked(attn, ffn, *norms) or any(n.weight.dtype != x.dtype for n in norms):
@@ -83,7 +80,7 @@ def weights_of(layer: nn.Module, x: Tensor) -> Weights | None:
 def forward(layer: nn.Module, x: Tensor, context: Context, weights: Weights) -> Tensor:
     """What `FusedDecoderLayer.forward` gives."""
     attn, ffn = layer.attn, layer.ffn
-    backend = where_it_has("linear", layer.backend)
+    backend = layer.linear_backend
     first, second = layer.attn_norm, layer.ffn_norm
     qkv = ops.linear(x, weights.qkv_proj, norm=first.weight, eps=first.eps, backend=backend)
     out = attn.attended(qkv, context)
@@ -96,10 +93,9 @@ def forward(layer: nn.Module, x: Tensor, context: Context, weights: Weights) -> 
     return ops.linear(h, weights.proj_2, residual=x, backend=backend)
 
 
-def logits(model: nn.Module, x: Tensor) -> Tensor | None:
-    """The head of the norm of x in one product; None where that is not to be had."""
+def logits(model: nn.Module, x: Tensor, backend: str | None) -> Tensor | None:
+    """The head of the norm of x in one product; None if the fused head does not apply."""
     norm, head = model.norm, model.tied_head
-    backend = getattr(norm, "backend", None)
     if not hasattr(norm, "backend") or norm.weight.dtype != x.dtype or not applies(x, backend):
         return None
     if model.classifier is not None:
@@ -112,5 +108,4 @@ def logits(model: nn.Module, x: Tensor) -> Tensor | None:
         weight = None
     if weight is None or not unhooked(norm):
         return None
-    backend = where_it_has("linear", backend)
     return ops.linear(x, weight, norm=norm.weight, eps=norm.eps, backend=backend)

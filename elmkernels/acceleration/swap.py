@@ -6,86 +6,23 @@ is in the report. Parameters are shared.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import choose
+from ..backends import Reason, missing_kernels
+from ..devices import NEVER_FALL_BACK, BackendChoice, backend_choices
 from ..openelm.compressed import Compressed, weight_of
 from ..openelm.layers import LogitsHead
 from ..openelm.loss import LossHead
-from ..openelm.surgery import Mark, mark_of, set_mark, set_module
-from ..ops._rows_choice import described
+from ..openelm.surgery import Mark, mark_of, set_mark, set_module, undo_of
 from ..ops.linear import MAX_ROWS
 from . import fused, projections, small_batch
-from .backend_choice import OPS, given_backends
 from .decode_modes import modes_of
 from .layout import PROJECTIONS, Convention, body_of, examine, heads_of, is_gated, is_linear
 from .projections import Plan, measure_plan
-
-
-@dataclass
-class Report:
-    """What `accelerate` did: one line a fact, and the same as data."""
-
-    convention: str
-    backends: dict[str, str]
-    accelerated: dict[str, int]
-    left: list[tuple[str, str]]
-    gemm: Plan
-    prepacked_bytes: int = 0
-    attention: str = ""  # its backend: the preferred one where the named one has it not
-    loss: str = ""  # the same of linear_cross_entropy; empty where the model has no `loss`
-    fallbacks: list[str] = field(default_factory=list)  # what can't run on this GPU, and instead
-    decode_modes: dict[str, str | None] = field(
-        default_factory=dict
-    )  # of decoding on a GPU: see `modes_of`
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in self.accelerated.items())
-        backends = ", ".join(f"{op}: {name}" for op, name in self.backends.items())
-        gemm = (
-            f"1 row {self.gemm.one_row}, up to {projections.FEW_ROWS} {self.gemm.few_rows}, "
-            f"more {self.gemm.many_rows}, training {self.gemm.training}"
-        )
-        lines = [
-            f"accelerated ({self.convention} model): {kinds}",
-            f"backends: {backends}, attention: {self.attention}"
-            + (f", linear_cross_entropy: {self.loss}" if self.loss else ""),
-            f"projections: {gemm}",
-        ]
-        if self.prepacked_bytes:
-            lines.append(
-                f"prepacked weights: up to {self.prepacked_bytes / 2**20:.0f} MiB more memory"
-            )
-        lines += self.fallbacks
-        if self.decode_modes:
-            possible = [mode for mode, reason in self.decode_modes.items() if reason is None]
-            lines.append(f"decoding: by {' or '.join(possible) or 'calls alone'}")
-            lines += [
-                f"not by {mode}: {reason}" for mode, reason in self.decode_modes.items() if reason
-            ]
-        lines += [f"left {path}: {reason}" for path, reason in self.left]
-        return "\n".join(lines + self.notes)
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """An accelerated model with its own modules in place, to be looked at, and back again."""
-    mark = mark_of(model)
-    originals = {} if mark is None else mark.originals
-    fused = {path: model.get_submodule(path) for path in originals}
-    try:
-        for path, module in originals.items():  # parents first
-            set_module(model, path, module)
-        yield
-    finally:
-        for path, module in fused.items():
-            set_module(model, path, module)
+from .report import Report, fallbacks
 
 
 def _device_of(weight: Tensor) -> torch.device:
@@ -102,121 +39,189 @@ def accelerate(
 ) -> Report:
     """Swap fused modules into an OpenELM model, in place; its Parameters stay the same objects.
 
-    model: an `elmkernels.OpenELM`, or any model with the module layout of CoreNet or of Apple's
-    Hugging Face code. backend: None for the best of each device at every call (on a GPU, of what
-    this very one can run: the report names the rest), or a name, which then never falls back.
-    prepack: also let projections keep a prepacked copy of their weights where that measures
-    faster (more memory; see `openelm.linear`). plan: the projections' routines, as an earlier
-    Report's `gemm` says them, instead of measuring which are fastest here.
-    Returns a Report. Raises ValueError, with the reason, for a model it doesn't know and for an
-    unknown backend, RuntimeError for a backend that can't run here; the model is then unchanged.
-    A model that is accelerated already is accelerated anew, or with an error stays as it was.
+    A model that is accelerated already is accelerated anew.
+
+    Args:
+        model: an `elmkernels.OpenELM`, or any model with the module layout of CoreNet or of
+            Apple's Hugging Face code.
+        backend: None for the best of each device at every call (on a GPU, of what this very one
+            can run: the report names the rest), or a name, which then never falls back.
+        prepack: also let projections keep a prepacked copy of their weights if that measures
+            faster (more memory; see `acceleration.projections`).
+        plan: the projections' routines, as an earlier Report's `gemm` says them, instead of
+            measuring which are fastest here.
+
+    Returns:
+        A Report of what was put in, what was left and why.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: the model isn't one that is known (with the reason), or no backend has the name.
+        RuntimeError: the backend can't run here.
+            The model is unchanged after any of them; one that was accelerated still is.
+
+    Example:
+        >>> model = elmkernels.OpenELM.from_pretrained("OpenELM-270M")
+        >>> print(elmkernels.accelerate(model))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
-    arguments = {"backend": backend, "prepack": prepack, "plan": plan}
     body, prefix = body_of(model)
+    convention, left = _examined(model, body, prefix)
     weight = body.norm.weight  # an embedding may be compressed
     device = _device_of(weight)
-    kind = device.type
-    given, fallbacks = given_backends(device, backend)
-    with _as_it_was(model):
-        convention, left = examine(model, body, prefix)
-    if mark_of(model) is not None:
-        restore(model)
-    backends = {op: described(op, kind, given[op]) for op in OPS}
+    choices = backend_choices(device, backend)
+    arguments = {"backend": backend, "prepack": prepack, "plan": plan}
     if plan is None:
-        plan = measure_plan(weight.dtype, prepack) if kind == "cpu" else Plan()
-    report = Report(convention.name, backends, {}, left, plan)
-    report.attention = choose("attention", kind, given["attention"])
-    report.fallbacks = fallbacks
-    if convention.foreign:
+        plan = measure_plan(weight.dtype, prepack) if device.type == "cpu" else Plan()
+    swap = _Swap(model, convention, left, choices, plan)
+    undo, compressed = undo_of(model), _compressed_backends(model)
+    try:
+        if mark_of(model) is not None:
+            restore(model)
+        swap.all(body, prefix)
+        set_mark(model, Mark(swap.originals, arguments, swap.named))
+        return _report(swap, device, backend)
+    except BaseException:
+        undo()
+        for module, name in compressed:
+            module.backend = name
+        raise
+
+
+def _examined(
+    model: nn.Module, body: nn.Module, prefix: str
+) -> tuple[Convention, list[tuple[str, Reason]]]:
+    """`layout.examine` of a model as it was before it was accelerated, if it is."""
+    undo, mark = undo_of(model), mark_of(model)
+    try:
+        for path, module in ({} if mark is None else mark.originals).items():  # parents first
+            set_module(model, path, module)
+        return examine(model, body, prefix)
+    finally:
+        undo()
+
+
+def _compressed_backends(model: nn.Module) -> list[tuple[Compressed, str | None]]:
+    return [(m, m.backend) for m in model.modules() if isinstance(m, Compressed)]
+
+
+class _Swap:
+    """Puts fused modules into a model that was examined, and counts them."""
+
+    def __init__(
+        self, model: nn.Module, convention: Convention, left: list[tuple[str, Reason]],
+        choices: dict[str, BackendChoice], plan: Plan,
+    ) -> None:  # fmt: skip
+        self.model, self.convention, self.plan, self.choices = model, convention, plan, choices
+        self.left, self.skip = left, {path for path, _ in left}
+        self.named = {op: choice.named for op, choice in choices.items()}
+        self.originals: dict[str, nn.Module] = {}
+        self.counts: Counter[str] = Counter()
+        self.kept: Counter[str] = Counter()
+
+    def all(self, body: nn.Module, prefix: str) -> None:
+        for i, layer in enumerate(body.layers):
+            self.layer(f"{prefix}layers.{i}", i, layer)
+        self.norm(f"{prefix}norm")
+        self.heads()
+
+    def put(self, path: str, kind: str, make: Callable[[nn.Module], nn.Module]) -> None:
+        if path in self.skip:
+            return
+        original = self.originals[path] = self.model.get_submodule(path)
+        fresh = make(original)
+        fresh.training = original.training
+        set_module(self.model, path, fresh)
+        self.counts[kind] += 1
+
+    def layer(self, where: str, index: int, layer: nn.Module) -> None:
+        named, convention = self.named, self.convention
+        heads, gated = heads_of(layer.attn), is_gated(layer.ffn)
+        self.put(
+            where,
+            "layers",
+            lambda m: convention.layer(m, named["add_rms_norm"], named["linear"]),
+        )
+        self.norm(f"{where}.attn_norm")
+        if where in self.skip:  # a fused layer takes ffn_norm's weight for its add_rms_norm
+            self.norm(f"{where}.ffn_norm")
+        backends = named["qk_norm_rope"], named["attention"]
+        self.put(
+            f"{where}.attn",
+            "attentions",
+            lambda m: convention.attention(m, index, *heads, *backends),
+        )
+        self.put(
+            f"{where}.ffn",
+            "feed-forwards",
+            lambda m: fused.FusedFeedForward(m, gated, named["swiglu"]),
+        )
+        for path in PROJECTIONS:
+            self.projection(f"{where}.{path}")
+
+    def norm(self, path: str) -> None:
+        self.put(path, "norms", lambda m: fused.FusedRMSNorm(m, self.named["rms_norm"]))
+
+    def projection(self, path: str) -> None:
+        original = self.model.get_submodule(path)
+        if isinstance(original, Compressed):
+            original.backend = self.named["linear"]
+            self.kept[type(original).__name__] += 1
+        elif is_linear(original):
+            self.put(path, "projections", lambda m: projections.Linear(m, self.plan))
+        elif path not in self.skip:
+            self.left.append((path, f"{type(original).__name__} is not nn.Linear"))
+
+    def heads(self) -> None:
+        """The output projection, and how logits and losses are made."""
+        model, named = self.model, self.named
+        if isinstance(getattr(model, "classifier", None), nn.Module):
+            self.projection("classifier")
+        elif isinstance(getattr(model, "tied_head", None), nn.Module):
+            head = projections.TiedHead(self.plan, named["linear"])
+            self.put("tied_head", "tied heads", lambda m: head)
+        else:
+            self.left.append(("the output projection", "the model computes it in its own forward"))
+        if isinstance(getattr(model, "logits_head", None), LogitsHead):
+            fresh = fused.FusedLogitsHead(named["linear"])
+            self.put("logits_head", "logits heads", lambda m: fresh)
+        if isinstance(getattr(model, "loss_head", None), LossHead):
+            loss = fused.FusedLossHead(named["linear_cross_entropy"])
+            self.put("loss_head", "loss heads", lambda m: loss)
+
+
+def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
+    """Of a model in which all modules are in place."""
+    choices, plan, foreign = swap.choices, swap.plan, swap.convention.foreign
+    backends = {op: choices[op].resolved for op in NEVER_FALL_BACK}
+    report = Report(swap.convention.name, backends, dict(swap.counts), swap.left, plan)
+    report.attention = choices["attention"].resolved
+    if "loss_head" in swap.originals:
+        report.loss = choices["linear_cross_entropy"].resolved
+    if asked is None:
+        report.missing = missing_kernels(device.type)
+        report.fallbacks = fallbacks(device, choices) if device.type == "cuda" else []
+    if foreign:
         report.notes.append(
             "its cache holds rotated keys from now on: start generation with a new one"
         )
-    originals: dict[str, nn.Module] = {}
-    counts: Counter[str] = Counter()
-    kept: list[str] = []
-    skip = {path for path, _ in left}
-
-    def swap(path: str, kind: str, make) -> None:
-        if path not in skip:
-            original = originals[path] = model.get_submodule(path)
-            fresh = make(original)
-            fresh.training = original.training
-            set_module(model, path, fresh)
-            counts[kind] += 1
-
-    def swap_linear(path: str) -> None:
-        original = model.get_submodule(path)
-        if isinstance(original, Compressed):
-            original.backend = given["linear"]
-            kept.append(type(original).__name__)
-            return
-        if not is_linear(original):
-            if path not in skip:
-                report.left.append((path, f"{type(original).__name__} is not nn.Linear"))
-            return
-        swap(path, "projections", lambda m: projections.Linear(m, plan))
-
-    for i, layer in enumerate(body.layers):
-        where = f"{prefix}layers.{i}"
-        q_heads, kv_heads = heads_of(layer.attn)
-        gated = is_gated(layer.ffn)
-        swap(where, "layers", lambda m: convention.layer(m, given["add_rms_norm"]))
-        norms = ["attn_norm"] if where not in skip else ["attn_norm", "ffn_norm"]
-        for name in norms:  # a fused layer takes ffn_norm's weight for its add_rms_norm
-            swap(f"{where}.{name}", "norms", lambda m: fused.FusedRMSNorm(m, given["rms_norm"]))
-        swap(
-            f"{where}.attn",
-            "attentions",
-            lambda m, i=i, q=q_heads, kv=kv_heads: _attention(convention, given, m, i, q, kv),
-        )
-        swap(
-            f"{where}.ffn",
-            "feed-forwards",
-            lambda m, gated=gated: fused.FusedFeedForward(m, gated, given["swiglu"]),
-        )
-        for path in PROJECTIONS:
-            swap_linear(f"{where}.{path}")
-    swap(f"{prefix}norm", "norms", lambda m: fused.FusedRMSNorm(m, given["rms_norm"]))
-    if isinstance(getattr(model, "classifier", None), nn.Module):
-        swap_linear("classifier")
-    elif isinstance(getattr(model, "tied_head", None), nn.Module):
-        swap("tied_head", "tied heads", lambda m: projections.TiedHead(plan, given["linear"]))
-    else:
-        report.left.append(("the output projection", "the model computes it in its own forward"))
-    if isinstance(getattr(model, "logits_head", None), LogitsHead):
-        swap("logits_head", "logits heads", lambda m: fused.FusedLogitsHead())
-    if isinstance(getattr(model, "loss_head", None), LossHead):
-        named = given["linear_cross_entropy"]
-        swap("loss_head", "loss heads", lambda m: fused.FusedLossHead(named))
-        report.loss = choose("linear_cross_entropy", kind, named)
-    report.accelerated = dict(counts)
-    report.notes += [f"kept {n} {kind}" for kind, n in Counter(kept).items()]
-    if not convention.foreign and small_batch.streams(kind, given["linear"]):
+    report.notes += [f"kept {n} {kind}" for kind, n in swap.kept.items()]
+    if not foreign and small_batch.streams(device.type, swap.named["linear"]):
         which = "any" if plan.streamed else "compressed"
         report.notes.append(
             f"up to {MAX_ROWS} rows without gradients: norms, SwiGLU and additions in the products "
             f"with {which} weights"
         )
     if plan.prepacks:
-        report.prepacked_bytes = _projection_bytes(model)
-    set_mark(model, Mark(originals, arguments))
-    if kind == "cuda":
-        report.decode_modes = modes_of(model, device)
+        report.prepacked_bytes = _projection_bytes(swap.model)
+    if device.type == "cuda":
+        report.decode_modes = modes_of(swap.model, device)
     return report
-
-
-def _attention(
-    convention: Convention, given: dict[str, str | None], original: nn.Module, index: int,
-    q_heads: int, kv_heads: int,
-) -> fused.FusedAttention:  # fmt: skip
-    made = convention.attention(original, index, q_heads, kv_heads, given["qk_norm_rope"])
-    made.attention_backend = given["attention"]
-    return made
 
 
 def _projection_bytes(model: nn.Module) -> int:
@@ -230,7 +235,14 @@ def _projection_bytes(model: nn.Module) -> int:
 def restore(model: nn.Module) -> None:
     """Undo `accelerate`: the original modules return, with the Parameters the model has now.
 
-    Raises ValueError for a model that isn't accelerated.
+    Args:
+        model: one that is accelerated.
+
+    Raises:
+        ValueError: the model isn't accelerated.
+
+    Example:
+        >>> elmkernels.restore(model)
     """
     mark = mark_of(model)
     if mark is None:

@@ -2,10 +2,12 @@
 ceiling, and of the race.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ..backends import Reason
+from ..openelm.storage import replacing
 
 COLORS = {
     "eager": "#9aa5b1",
@@ -19,7 +21,7 @@ COLORS = {
 }
 
 
-def available() -> str | None:
+def missing() -> Reason | None:
     """Why no chart can be drawn here, or None."""
     try:
         import matplotlib  # noqa: F401
@@ -119,12 +121,8 @@ def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
 
 def write(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _panel(axis: Any, dtype: str, task: dict[str, Any]) -> None:

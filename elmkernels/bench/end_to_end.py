@@ -15,7 +15,8 @@ from torch import Tensor
 from ..acceleration.swap import accelerate
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
-from ..testing.model_parity import ModelParity, check_model, twin
+from ..openelm.surgery import twin
+from ..testing.model_parity import ModelParity, check_model
 from . import roofline
 from .ops import format_table
 from .timing import fingerprint

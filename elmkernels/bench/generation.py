@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..acceleration.backend_choice import OPS
-from ..backends import choose
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from . import llama_cpp
@@ -118,12 +116,6 @@ class Race:
         tasks = 2 + (self.sizes.batch > 1)
         runners = [1 + g.compiled + len(g.formats) + len(g.types) for g in self.groups]
         return sum(1 + n + tasks * (n + self.sizes.rounds) for n in runners)
-
-
-def check_backend(name: str | None) -> None:
-    """Raise what `backends.choose` raises for a backend that can't run here."""
-    for op in OPS:
-        choose(op, "cpu", name)
 
 
 def start(race: Race) -> dict[str, Any]:

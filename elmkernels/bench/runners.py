@@ -5,7 +5,6 @@ that are not timed. Each answers with a function whose call is the timed work, a
 tokens it chose, the likeliest each time.
 """
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..acceleration.decoder_weights import stack_of
+from ..acceleration.decoder_weights import decoder_weights_of
 from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
@@ -27,7 +26,7 @@ from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
-from ..openelm.surgery import is_accelerated
+from ..openelm.surgery import is_accelerated, twin
 from . import llama_cpp
 
 EAGER, COMPILED, OURS, LLAMA = "eager", "compiled", "ours", "llama.cpp"
@@ -93,7 +92,7 @@ class TorchRunner(Runner):
     def __init__(self, name: str, kind: str, model: OpenELM) -> None:
         self.name, self.kind, self.model, self.facts = name, kind, model, {}
         config = model.config
-        self.weight_bytes = _stack_bytes(model)
+        self.weight_bytes = _weight_bytes(model)
         heads = sum(config.num_kv_heads)
         self.cache_token_bytes = 2 * config.head_dim * heads * model.activation_dtype.itemsize
 
@@ -234,7 +233,7 @@ class LlamaRunner(Runner):
 
 def compress(format: str, model: OpenELM, progress: bool = True) -> OpenELM:
     """A copy of a model in a format of ours; of plain weights it shares the Parameters."""
-    ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    ours = twin(model)
     if format == "packed12":
         pack(ours, progress=progress)
     elif format in ("int8", "int4"):
@@ -283,11 +282,11 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _stack_bytes(model: OpenELM) -> int:
+def _weight_bytes(model: OpenELM) -> int:
     """Every weight once; of an embedding that is no output projection a row, which is nothing."""
-    stack = stack_of(model)
-    total = stack.head.nbytes + stack.norm.nbytes
-    for layer in stack.layers:
+    weights = decoder_weights_of(model)
+    total = weights.head.nbytes + weights.norm.nbytes
+    for layer in weights.layers:
         total += sum(w.nbytes for w in layer if hasattr(w, "nbytes"))
     return total
 
@@ -296,8 +295,8 @@ def reading(runner: Runner) -> tuple[Callable[[], object], int] | None:
     """torch's own read of the very bytes that a runner of ours reads, and how many."""
     if runner.kind != OURS:
         return None
-    stack = stack_of(runner.model)
-    weights = [w for layer in stack.layers for w in layer[:8] if w is not None] + [stack.head]
+    known = decoder_weights_of(runner.model)
+    weights = [w for layer in known.layers for w in layer[:8] if w is not None] + [known.head]
     tensors = [
         t
         for w in weights
@@ -316,7 +315,7 @@ def reading(runner: Runner) -> tuple[Callable[[], object], int] | None:
 
 def _dense(model: OpenELM) -> OpenELM:
     """The reference model of the weights that a compressed one stands for."""
-    eager = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    eager = twin(model)
 
     def make(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, Compressed):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..bench import chart, generation
+from ..devices import backend_choices
 from ..openelm.config import VARIANTS
 from .console import (
     OK,
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace, version: str) -> int:
     backends = args.backend or [None]
     if len(backends) > 1:
         raise WrongInput(f"--backend takes one name here, got {', '.join(backends)}")
-    checked(generation.check_backend, backends[0])
+    checked(backend_choices, torch.device("cpu"), backends[0])
     sizes = generation.QUICK if args.quick else generation.Sizes()
     given = {
         name: getattr(args, name) for name in ("rounds", "steps", "prompt", "prefill", "batch")
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace, version: str) -> int:
         seed,
     )
     folder = out_folder(args)
-    if folder is not None and (why := chart.available()):
+    if folder is not None and (why := chart.missing()):
         note(why)
     results = {"elmkernels": version, **generation.start(todo)}
     stages = Stages(todo.stages)
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace, version: str) -> int:
         generation.run(todo, results, stages, emit, lambda: save(folder, results))
 
     code = measure(args, stages, results, work)
-    if folder is not None and chart.available() is None:
+    if folder is not None and chart.missing() is None:
         title = f"{name} ({weights})"
         checked(chart.draw_race, title, plain(results["groups"]), Path(folder) / "chart.png")
     if code != OK and folder is None and not args.json:

@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..acceleration.backend_choice import OPS
-from ..backends import choose
 from ..bench import chart, training_step
+from ..devices import backend_choices
 from ..openelm.config import OpenELMConfig
 from .console import (
     FAILED,
@@ -43,8 +42,7 @@ def run(args: argparse.Namespace, version: str) -> int:
     if args.checkpoint is not None:
         raise WrongInput("bench train draws random weights: --model, not --checkpoint")
     device = find_device(args.device)
-    for op in OPS:
-        checked(choose, op, device.type, backends[0])
+    checked(backend_choices, device, backends[0])
     precisions = tuple(dict.fromkeys(args.dtype or training_step.PRECISIONS))
     if "fp16" in precisions:
         raise WrongInput("--dtype must be bf16 or fp32 for bench train, got fp16")
@@ -57,7 +55,7 @@ def run(args: argparse.Namespace, version: str) -> int:
         config, precisions, sizes, compiled, backends[0], args.seed or 0, device
     )
     folder = out_folder(args)
-    if folder is not None and (why := chart.available()):
+    if folder is not None and (why := chart.missing()):
         note(why)
     results = {"elmkernels": version, **training_step.start(race)}
     stages = Stages(race.stages)
@@ -67,7 +65,7 @@ def run(args: argparse.Namespace, version: str) -> int:
         training_step.run(race, results, stages, emit, lambda: save(folder, results))
 
     code = measure(args, stages, results, work)
-    if folder is not None and chart.available() is None:
+    if folder is not None and chart.missing() is None:
         found = {name: [task] for name, task in plain(results["precisions"]).items()}
         checked(chart.draw, f"{config.model_name}, training", found, Path(folder) / "chart.png")
     return code or (OK if results["parity"] else FAILED)

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -15,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from ..backends import BACKENDS, PREFERENCE
-from ..devices import absent
+from ..devices import missing_device
+from ..openelm.storage import replacing
 
 OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 DTYPES = {
@@ -133,8 +133,8 @@ def find_device(text: str | None) -> torch.device:
         device = None
     if device is None or device.type not in PREFERENCE:
         raise WrongInput(f"device must be {' or '.join(PREFERENCE)}, got {text!r}")
-    if why := absent(device):
-        raise WrongInput(why)
+    if missing := missing_device(device):
+        raise WrongInput(missing)
     return device
 
 
@@ -176,12 +176,8 @@ def dump(results: dict[str, Any]) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file under another name until it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(folder: Path | None, results: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, version: str) -> int:
     folder = out_folder(args)
     if args.worker is not None:
         return _work(check, folder)
-    if why := chart.available():
+    if why := chart.missing():
         note(why)
     results = {"elmkernels": version, **gpu_check.start(check)}
     if args.go_on:
@@ -190,7 +190,7 @@ def _report(args: argparse.Namespace, results: dict[str, Any], folder: Path) -> 
     text = report.summary(results)
     checked(replace_text, folder / "summary.md", text)
     drawn = []
-    if chart.available() is None:
+    if chart.missing() is None:
         drawn = checked(report.draw, results, folder)
     say = note if args.json else print
     if not args.json:

@@ -20,7 +20,6 @@ import torch
 
 from .. import __version__
 from .. import devices as gpu
-from ..acceleration.backend_choice import OPS
 from ..acceleration.projections import measure_plan
 from ..backends import BACKENDS, REFERENCE, build_report, choose, defined
 from ..bench import chart, end_to_end
@@ -105,8 +104,7 @@ def _main_job(args: argparse.Namespace) -> int:
     backends = args.backend or [None]
     if len(backends) > 1:
         raise WrongInput(f"--backend takes one name here, got {', '.join(backends)}")
-    for op in OPS:
-        checked(choose, op, device.type, backends[0])
+    checked(gpu.backend_choices, device, backends[0])
     out_folder(args)
     sizes = end_to_end.QUICK if args.quick else end_to_end.Sizes()
     sizes = replace(sizes, rounds=args.rounds or sizes.rounds)
@@ -131,13 +129,13 @@ def _main_job(args: argparse.Namespace) -> int:
         prepack=bool(args.prepack),
         seed=seed,
     )
-    if args.out is not None and (why := chart.available()):
+    if args.out is not None and (why := chart.missing()):
         note(why)
     results = {"elmkernels": __version__, **end_to_end.start(todo)}
     stages = Stages(len(end_to_end.STAGES) * len(dtypes))
     emit = (lambda text: None) if args.json else stages.print
     code = measure(args, stages, results, lambda: end_to_end.run(todo, results, stages, emit))
-    if args.out is not None and chart.available() is None:
+    if args.out is not None and chart.missing() is None:
         speeds = {dtype: found["speed"] for dtype, found in plain(results["dtypes"]).items()}
         checked(chart.draw, f"{name} ({weights})", speeds, Path(args.out) / "chart.png")
     return code or (OK if end_to_end.passed(results) else FAILED)
@@ -229,7 +227,7 @@ def _info(args: argparse.Namespace) -> int:
             for b in BACKENDS.values()
             if b.name in names
         },
-        "gpus": gpu.described() if args.device is None or "cuda" in devices else None,
+        "gpus": gpu.gpus() if args.device is None or "cuda" in devices else None,
         "built": build_report(),
         "ops": {op: {d: choose(op, d, None) for d in devices} for op in defined()},
     }

@@ -179,7 +179,7 @@ def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: 
     if args.resume or args.from_step or args.fresh:
         raise WrongInput("--compare always begins anew, without --resume, --from-step or --fresh")
     steps = min(args.steps or recipe.schedule.steps, recipe.schedule.steps)
-    why = chart.available()
+    why = chart.missing()
     if why:
         say(why)
     try:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..acceleration.layout import PROJECTIONS
 from ..acceleration.swap import accelerate, restore
+from ..backends import Reason
 from ..openelm.compressed import Compressed, CompressedEmbedding, weight_of
 from ..openelm.model import OpenELM
 from ..openelm.progress import progress
@@ -39,7 +40,7 @@ def matrices(model: OpenELM, embeddings: bool) -> list[str]:
     return names
 
 
-def plain_problem(module: nn.Module) -> str | None:
+def missing_weight(module: nn.Module) -> Reason | None:
     """Why the weight of a module can't be taken over by another one, or None."""
     if isinstance(module, Compressed):
         return None
@@ -79,8 +80,8 @@ def convert(
         names = matrices(model, embeddings)
         for name in names:
             module = model.get_submodule(name)
-            if problem := plain_problem(module):
-                raise ValueError(f"{name}: {problem}")
+            if missing := missing_weight(module):
+                raise ValueError(f"{name}: {missing}")
             if weight_of(module).device.type == "meta":
                 raise ValueError(f"{name} has no weights: it is on the meta device")
             check(name, module)

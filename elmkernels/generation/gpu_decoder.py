@@ -23,18 +23,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..acceleration.decode_modes import (
-    CALLS,
-    DECODE_MODES,
-    GRAPH,
-    ONE_LAUNCH,
-    missing,
-    step_backend,
-)
-from ..acceleration.decoder_weights import described
+from ..acceleration.decode_modes import CALLS, DECODE_MODES, GRAPH, ONE_LAUNCH, missing
+from ..acceleration.decoder_weights import snapshot_of
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..weights.formats import Stack
+from ..openelm.surgery import given_backend
+from ..weights.formats import DecoderWeights
 from . import cuda_graph
 from .cuda_graph import Window, bucket_of, step, width_of
 from .readback import Reader
@@ -44,7 +38,7 @@ AHEAD = 8  # steps that are launched before a token is waited for
 ROUNDS = 7  # of each mode, when they are timed
 
 # The faster mode for a batch and a bucket, of models that were timed in this process.
-_MEASURED: WeakKeyDictionary[Stack, dict[tuple[int, int], str]] = WeakKeyDictionary()
+_MEASURED: WeakKeyDictionary[DecoderWeights, dict[tuple[int, int], str]] = WeakKeyDictionary()
 
 
 class Decoder:
@@ -86,7 +80,7 @@ class Decoder:
     def _examine(self) -> None:
         """What is possible for the model as it is now; what was captured before it changed goes."""
         reasons = {mode: missing(mode, self.model, self.cache) for mode in DECODE_MODES}
-        known = None if reasons[GRAPH] else described(self.model)
+        known = None if reasons[GRAPH] else snapshot_of(self.model)
         if known is self._known and (known or self.refused):
             return
         self._known = known
@@ -237,8 +231,8 @@ class Decoder:
 
             return body
 
-        place = self._known.stack, self.tokens, self.lengths, self.cache.arena
-        backend, greedy = step_backend(self.model), self.sampler.greedy
+        place = self._known.weights, self.tokens, self.lengths, self.cache.arena
+        backend, greedy = given_backend(self.model, "decode_step"), self.sampler.greedy
 
         def one_launch() -> None:
             # The kernel itself can choose the largest, and put it where the next step finds it.
@@ -293,7 +287,7 @@ class Decoder:
 
     @property
     def _measured(self) -> dict[tuple[int, int], str]:
-        return _MEASURED.setdefault(self._known.stack, {})
+        return _MEASURED.setdefault(self._known.weights, {})
 
     def _captured(self, body: Callable[[], None]) -> Callable[[], None]:
         if not self.captured:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..acceleration.decoder_weights import Described, described
-from ..backends import where_it_has
+from ..acceleration.decoder_weights import Snapshot, snapshot_of
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..openelm.surgery import asked_backend, is_accelerated
+from ..openelm.surgery import given_backend, is_accelerated
 from ..ops.decode_step import MAX_BATCH
 
 
@@ -22,15 +21,14 @@ def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
     if known is None:
         return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
     cache.check_room(1)
-    # What accelerate was asked for, where it can be had.
-    backend = where_it_has("decode_step", asked_backend(model))
-    logits = ops.decode_step(known.stack, tokens, cache.lengths, cache.arena, backend=backend)
+    backend = given_backend(model, "decode_step")
+    logits = ops.decode_step(known.weights, tokens, cache.lengths, cache.arena, backend=backend)
     cache.advance(1)
     return logits
 
 
-def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Described | None:
-    """The model as data, where `ops.decode_step` computes what the model would."""
+def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Snapshot | None:
+    """The model as data, if `ops.decode_step` computes what the model would."""
     if (
         not isinstance(model, OpenELM)  # torch.compile's wrapper
         or tokens.device.type != "cpu"
@@ -45,7 +43,7 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Described | 
     ):
         return None
     try:
-        known = described(model)
+        known = snapshot_of(model)
     except ValueError:
         return None
     wanted = known.compressed or is_accelerated(model)

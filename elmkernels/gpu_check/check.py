@@ -104,7 +104,7 @@ def _machine(device: torch.device, found: Found, clock: Clock) -> None:
     found |= fingerprint(device) | devices.facts(device)
     found["built"] = build_report()
     found["built_for"] = built
-    found["backends"] = gpu.backends_of(device)
+    found["backends"] = gpu.missing_backends(device)
     found["ops"] = {op: choose(op, device.type, None) for op in defined()}
     if capability is not None:
         found["covered"] = gpu.runs_on(capability, built) if built else None

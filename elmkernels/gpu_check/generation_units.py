@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..acceleration.decode_modes import GRAPH, ONE_LAUNCH
-from ..acceleration.decoder_weights import stack_of
+from ..acceleration.decoder_weights import decoder_weights_of
 from ..backends import REFERENCE, choose
 from ..bench.runners import Task
 from ..generation.session import greedy
@@ -89,7 +89,7 @@ def _by_way(
 
 def _need(models: Models, mode: str, accelerated: object) -> None:
     """Raise LeftOut where a model can't be decoded in a mode here."""
-    if why := models.lacks(mode, accelerated, trial=True):
+    if why := models.missing(mode, accelerated, trial=True):
         raise LeftOut(why)
     if mode == ONE_LAUNCH and choose("decode_step", models.device.type, None) == REFERENCE:
         raise LeftOut("decode_step has no kernel here")
@@ -102,7 +102,10 @@ def _packed(models: Models, name: str, found: Found, clock: Clock) -> None:
     _need(models, ONE_LAUNCH, accelerated)
     found |= {"ok": False, "steps": EXACT_STEPS, "equal": 0}
     ids = _prompts(models, name)
-    plain, packed = stack_of(accelerated), stack_of(models.compressed(name, "packed12"))
+    plain, packed = (
+        decoder_weights_of(accelerated),
+        decoder_weights_of(models.compressed(name, "packed12")),
+    )
     room, where = ids.shape[1] + EXACT_STEPS, {"dtype": torch.bfloat16, "device": ids.device}
     one, other = (KVCache(eager.config, ids.shape[0], room, **where) for _ in range(2))
     tokens = accelerated(ids, cache=one, logits_to_keep=1)[:, -1].argmax(-1)

@@ -1,40 +1,16 @@
-"""What a GPU is: facts, what its maker promises, and whether it still works."""
+"""GPU facts: properties, datasheet peaks, and a liveness check."""
 
-import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..devices import datasheet
+
 SMI_FIELDS = (
     "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "mig.mode.current",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Datasheet:
-    """What the maker promises: bytes a second, dense bfloat16 operations a second."""
-
-    bandwidth: float
-    bf16: float
-
-
-# By what torch calls them; the PCIe and NVL cards of the same names are slower.
-DATASHEETS = {
-    r"A100-SXM\d*-80GB": Datasheet(2.039e12, 312e12),
-    r"H100 80GB HBM3": Datasheet(3.35e12, 989e12),
-    r"H200(?! NVL)": Datasheet(4.8e12, 989e12),
-    r"(?<!G)B200": Datasheet(8.0e12, 2250e12),
-}
-
-
-def datasheet(name: str | None) -> Datasheet | None:
-    """Of a GPU by its name; None for one that isn't in the table, or for a part of one (MIG)."""
-    if name is None or "MIG" in name:
-        return None
-    return next((d for pattern, d in DATASHEETS.items() if re.search(pattern, name)), None)
 
 
 def gpu_name(device: torch.device) -> str | None:

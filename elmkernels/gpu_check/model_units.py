@@ -7,6 +7,7 @@ import torch
 
 from ..acceleration.decode_modes import GRAPH as BY_GRAPH
 from ..acceleration.decode_modes import ONE_LAUNCH as BY_ONE_LAUNCH
+from ..backends import Reason
 from ..bench import olmo, roofline, training_step
 from ..bench.runners import EAGER, OURS, Run, Runner, Task, TorchRunner
 from ..openelm.config import OpenELMConfig
@@ -62,7 +63,7 @@ OTHER_WEIGHTS = (
 COMPILE_SECONDS = {COMPILED_FAIR: 60.0, COMPILED_OLMO: 40.0, "a training step": 60.0}
 
 
-def _lacks_time(models: Models, what: str, clock: Clock) -> str | None:
+def _missing_time(models: Models, what: str, clock: Clock) -> Reason | None:
     """Why there is no time for something, or None."""
     needed = 0.0 if models.quick else COMPILE_SECONDS.get(what, 0.0)
     left = clock.left()
@@ -79,7 +80,7 @@ def _decoders(models: Models, name: str, task: Task, forms: bool) -> Makers:
         changed: Callable[[OpenELM], OpenELM] = lambda model: model,
     ) -> Callable[[], Runner]:  # fmt: skip
         def make() -> Runner:
-            if why := models.lacks(mode, accelerated):
+            if why := models.missing(mode, accelerated):
                 raise LeftOut(why)
             model = accelerated if form is None else models.compressed(name, form)
             return DecoderRunner(runner, changed(model), mode, captured)
@@ -116,7 +117,7 @@ def _race(
     found |= {"model": name, "ok": True, "missing": missing, "steps": task.steps}
     found |= dict(zip(("batch", "context"), task.prompts.shape, strict=True))
     for i, (key, make) in enumerate((makers | baselines | more(eager)).items()):
-        if i >= own and (why := _lacks_time(models, key, clock)):
+        if i >= own and (why := _missing_time(models, key, clock)):
             missing[key] = why
             continue
         try:
@@ -252,7 +253,7 @@ def compiled_units(models: Models) -> list[Unit]:
 
 def _training_unit(models: Models, name: str, compiled: bool) -> Unit:
     def run(found: Found, clock: Clock) -> None:
-        if compiled and (why := _lacks_time(models, "a training step", clock)):
+        if compiled and (why := _missing_time(models, "a training step", clock)):
             raise LeftOut(why)
         models.drop()
         config, tokens = models.config(name), models.sizes.training

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ..acceleration.decode_modes import modes_of
 from ..acceleration.swap import Report, accelerate
+from ..backends import Reason
 from ..bench.runners import compress
-from ..devices import architectures, capability, unfit
+from ..devices import architectures, capability, missing_on
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
-from ..testing.model_parity import free_bytes, twin
+from ..openelm.surgery import twin
+from ..testing.model_parity import free_bytes
 from .stages import FAILED, Found, LeftOut
 from .watch import HUNG
 
@@ -98,7 +100,7 @@ class Models:
             self._forms[name, form] = ours
         return self._forms[name, form]
 
-    def lacks(self, mode: str, model: OpenELM, trial: bool = False) -> str | None:
+    def missing(self, mode: str, model: OpenELM, trial: bool = False) -> Reason | None:
         """Why a model isn't decoded in one of the modes here, or None. trial: to see its tokens, as
         long as it never hung; to be timed it must not have failed in bfloat16 either.
         """
@@ -136,7 +138,7 @@ class Models:
 
     def need(self, nbytes: float, what: str) -> None:
         """Raise LeftOut for a device that can't run the kernels, or lacks so much free memory."""
-        why = unfit("triton", capability(self.device), architectures())
+        why = missing_on("triton", capability(self.device), architectures())
         if why:
             raise LeftOut(why)
         free = self._short(nbytes)

@@ -14,7 +14,7 @@ import torch
 
 from ..backends import REFERENCE
 from ..bench.ops import bench_op, passes
-from ..devices import backends_of
+from ..devices import missing_backends
 from ..testing.cases import CASES, bench_cases
 from ..testing.cases.attention import long_tokens
 from ..testing.cases.draw import Case
@@ -71,7 +71,7 @@ BENCHES = (
 
 def pairs(device: torch.device, quick: bool = False) -> list[tuple[str, str]]:
     """(op, backend) of all that runs on a device; quick: of each op the preferred one alone."""
-    usable = {name for name, why in backends_of(device).items() if why is None}
+    usable = {name for name, why in missing_backends(device).items() if why is None}
     found = [(op, b) for op, b in plan(None, None, device) if b in usable]
     first = {op: b for op, b in reversed(found)}
     return [(op, b) for op, b in found if not quick or first[op] == b]

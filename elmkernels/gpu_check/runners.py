@@ -16,7 +16,7 @@ from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..testing.model_parity import twin
+from ..openelm.surgery import twin
 
 TORCH, COMPILED_FAIR, GRAPH = "torch baseline", "compiled", "accelerated, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"

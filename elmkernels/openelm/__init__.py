@@ -16,7 +16,7 @@ from .model import OpenELM
 
 _ELSEWHERE = {
     "Plan": "acceleration.projections",
-    "Report": "acceleration.swap",
+    "Report": "acceleration.report",
     "Row": "generation.session",
     "Session": "generation.session",
     "Stream": "generation.session",
@@ -27,7 +27,7 @@ _ELSEWHERE = {
     "pack": "compression.packing",
     "quantize": "compression.quantization",
     "restore": "acceleration.swap",
-    "stack_of": "acceleration.decoder_weights",
+    "decoder_weights_of": "acceleration.decoder_weights",
     "stream": "generation.session",
     "unpack": "compression.packing",
 }

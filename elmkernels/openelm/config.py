@@ -252,7 +252,7 @@ class OpenELMConfig:
         if isinstance(source, Mapping):
             origin, values = "the configuration", source
         else:
-            origin, values = str(source), _read_yaml(Path(source))
+            origin, values = str(source), read_yaml(Path(source))
         section, walked = values, []
         for key in ("model", "language_modeling", "general_gpt"):
             walked.append(key)
@@ -286,7 +286,8 @@ def _layer_counts(name: str, counts: Any, layers: int) -> tuple[int, ...]:
     return tuple(int(count) for count in counts)
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """A YAML file's values. Raises ImportError without PyYAML, ValueError for invalid YAML."""
     try:
         import yaml
     except ImportError as error:

@@ -6,7 +6,6 @@ llama.cpp's own tool would keep the tied output in q6_K. The package `gguf` writ
 """
 
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .compressed import weight_of
 from .config import OpenELMConfig
 from .model import OpenELM
 from .progress import progress
+from .storage import replacing
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _QUANTISED = ("q8_0", "q4_0")
@@ -53,35 +53,37 @@ def export_gguf(
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path must be a file, {path} is a folder")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.elmkernels-tmp")
     kind = gguf.GGMLQuantizationType[type.upper()]
-    writer = gguf.GGUFWriter(temporary, "openelm")
-    try:
-        _describe(gguf, writer, model.config, kind, name or model.config.model_name)
-        _write_vocabulary(gguf, writer, model.config, vocabulary)
-        tensors = list(_tensors(model))
-        for key, (rows, columns), _ in tensors:
-            matrix = kind if rows else gguf.GGMLQuantizationType.F32
-            shape = (rows, columns) if rows else (columns,)
-            size = gguf.quant_shape_to_byte_shape(shape, matrix)
-            data = np.dtype(np.uint8)
-            writer.add_tensor_info(key, size, data, int(np.prod(size)), raw_dtype=matrix)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        read = {key: (rows, take) for key, (rows, _), take in tensors}
-        for key in progress(read, f"writing {path.name}"):
-            rows, take = read[key]
-            writer.write_tensor_data(_bytes(gguf, key, take(), kind if rows else None))
-        for file in writer.fout or ():
-            file.flush()
-            os.fsync(file.fileno())
-        writer.close()
-        os.replace(temporary, path)
-    finally:
-        if writer.fout:
-            writer.close()
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, "openelm")
+        try:
+            _describe(gguf, writer, model.config, kind, name or model.config.model_name)
+            _write_vocabulary(gguf, writer, model.config, vocabulary)
+            _write_tensors(gguf, writer, model, kind, path.name)
+            for file in writer.fout or ():
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            if writer.fout:
+                writer.close()
+
+
+def _write_tensors(gguf: Any, writer: Any, model: OpenELM, kind: Any, name: str) -> None:
+    """The header, what each tensor is, and the tensors themselves."""
+    tensors = list(_tensors(model))
+    for key, (rows, columns), _ in tensors:
+        matrix = kind if rows else gguf.GGMLQuantizationType.F32
+        shape = (rows, columns) if rows else (columns,)
+        size = gguf.quant_shape_to_byte_shape(shape, matrix)
+        data = np.dtype(np.uint8)
+        writer.add_tensor_info(key, size, data, int(np.prod(size)), raw_dtype=matrix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    read = {key: (rows, take) for key, (rows, _), take in tensors}
+    for key in progress(read, f"writing {name}"):
+        rows, take = read[key]
+        writer.write_tensor_data(_bytes(gguf, key, take(), kind if rows else None))
 
 
 def _package(name: str, what: str, extra: str) -> Any:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..reference import cross_entropy
-from .shared_weight import Tied
+from .shared_weight import TiedWeightGradient
 from .surgery import unhooked
 
 
@@ -17,8 +17,8 @@ class LossHead(nn.Module):
     matrix; project: hidden states to logits. options: of `reference.cross_entropy`.
     """
 
-    def tied(self, embedding: nn.Module) -> Tied | None:
-        """How embedding and projection share one gradient, where they do (see `tied`)."""
+    def shared_gradient(self, embedding: nn.Module) -> TiedWeightGradient | None:
+        """How embedding and projection share one gradient; None if they don't."""
         return None
 
     def forward(

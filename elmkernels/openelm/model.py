@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import fail, to_dtype
-from ..devices import check_here
+from ..devices import autocast_dtype, check_here
 from ..reference import rope_table
 from .cache import KVCache
 from .checkpoint import load, save
@@ -122,12 +122,9 @@ class OpenELM(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What a cache must hold: autocast's dtype where it is on, else the weights'."""
+        """What a cache must hold: autocast's dtype if it is on, else the weights'."""
         weight = self.norm.weight  # the others may be compressed
-        kind = weight.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return weight.dtype
+        return autocast_dtype(weight.device.type) or weight.dtype
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -224,11 +221,13 @@ class OpenELM(nn.Module):
             raise ValueError(
                 f"targets must be {list(input_ids.shape)} like input_ids, got {list(targets.shape)}"
             )
-        tied = self.loss_head.tied(self.token_embeddings) if self.classifier is None else None
-        embed = self.token_embeddings if tied is None else tied.embed
+        shared = None
+        if self.classifier is None:
+            shared = self.loss_head.shared_gradient(self.token_embeddings)
+        embed = self.token_embeddings if shared is None else shared.embed
         hidden, _ = self._hidden(input_ids, attention_mask, None, 0, None, cu_seqlens, embed)
         head = self.token_embeddings if self.classifier is None else self.classifier
-        weight = plain_weight(head) if tied is None else tied.projection()
+        weight = plain_weight(head) if shared is None else shared.projection()
         return self.loss_head(
             self.norm(hidden), targets, weight, self.project, ignore_index=ignore_index,
             z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction,

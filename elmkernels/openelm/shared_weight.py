@@ -2,8 +2,8 @@
 
 autograd would make two of them, each as large as the weight, and add them: of OpenELM-270M 164 MB
 of zeros, written, read and added for the few hundred rows that the embedding touches. Here the
-projection's gradient waits for the embedding's backward, which runs last of all, because the
-projection's input depends on it, and which adds its rows into it.
+projection's backward stores its gradient; the embedding's backward, which always runs later,
+because the projection's input depends on it, adds its rows into that buffer and returns it.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Tied:
+class TiedWeightGradient:
     """The weight in one forward pass: `embed` first, then `projection`, whose input must depend on
     what `embed` returned.
     """
@@ -25,40 +25,40 @@ class Tied:
         return _Embed.apply(self.weight, ids, self)
 
     def projection(self) -> Tensor:
-        """The weight, for the projection; its gradient goes the way of the embedding."""
+        """The weight, for the projection; the embedding's backward returns its gradient."""
         return _Projection.apply(self.weight, self)
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, ids, tied):
+    def forward(ctx, weight, ids, shared):
         ctx.save_for_backward(ids)
-        ctx.tied, ctx.shape = tied, weight.shape
+        ctx.shared, ctx.shape = shared, weight.shape
         return torch.nn.functional.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx):
         (ids,) = ctx.saved_tensors
-        tied = ctx.tied
-        dweight, tied.waiting = tied.waiting, None
+        shared = ctx.shared
+        dweight, shared.waiting = shared.waiting, None
         if dweight is None:
             dweight = dx.new_zeros(ctx.shape)
         rows, ids = dx.reshape(-1, dx.shape[-1]).to(dweight.dtype), ids.reshape(-1)
-        if tied.padding_index is not None:
-            rows = rows.masked_fill((ids == tied.padding_index)[:, None], 0.0)
+        if shared.padding_index is not None:
+            rows = rows.masked_fill((ids == shared.padding_index)[:, None], 0.0)
         return dweight.index_add_(0, ids, rows), None, None
 
 
 class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, tied):
-        ctx.tied = tied
+    def forward(ctx, weight, shared):
+        ctx.shared = shared
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dweight):
         # A gradient that someone else holds too (a second backward pass) must not be written to.
-        ctx.tied.waiting = dweight
+        ctx.shared.waiting = dweight
         return None, None

@@ -16,7 +16,8 @@ import pickle
 import re
 import secrets
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,6 +193,19 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to: it takes the place of `path` if the block ends well, and is
+    gone if it raises, so that nobody ever reads half of a file.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.elmkernels-tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:

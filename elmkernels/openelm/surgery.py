@@ -2,11 +2,14 @@
 that `accelerate` leaves on a model.
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 _MARK = "_elmkernels_accelerated"
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -14,10 +17,13 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 @dataclass
 class Mark:
-    """What `accelerate` keeps in a model: the modules that were there, and its own arguments."""
+    """What `accelerate` keeps in a model: the modules that were there, its own arguments, and the
+    backend that each op is given ({op: its name, None for the best at every call}).
+    """
 
     originals: dict[str, nn.Module]
     arguments: dict[str, Any]
+    backends: dict[str, str | None]
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -45,10 +51,31 @@ def is_accelerated(model: nn.Module) -> bool:
     return mark_of(model) is not None
 
 
-def asked_backend(model: nn.Module) -> str | None:
-    """The backend that `accelerate` was asked for; modules may have been given another."""
+def given_backend(model: nn.Module, op: str) -> str | None:
+    """The backend that `accelerate` gives to an op of this model; None for the best at every call,
+    which is also what a model takes that isn't accelerated.
+    """
     mark = mark_of(model)
-    return None if mark is None else mark.arguments["backend"]
+    return None if mark is None else mark.backends[op]
+
+
+def undo_of(model: nn.Module) -> Callable[[], None]:
+    """What puts every module that is in the model now, and its mark, back in place."""
+    children = [(module._modules, dict(module._modules)) for module in model.modules()]
+    mark = mark_of(model)
+
+    def undo() -> None:
+        for held, before in children:
+            held.clear()
+            held.update(before)
+        set_mark(model, mark)
+
+    return undo
+
+
+def twin(model: M) -> M:
+    """A copy of the modules that shares the Parameters: to be accelerated beside the original."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def has_hooks(module: nn.Module) -> bool:

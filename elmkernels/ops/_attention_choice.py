@@ -1,26 +1,16 @@
-"""Which backend an attention call takes where the caller names none.
+"""Which backend an attention call takes if the caller names none.
 
 On a CPU backends.PREFERENCE decides alone. On a GPU it depends on the call: torch's own attention
-has hand-written kernels, but only where no mask has to be built and no document to be waited for.
+has hand-written kernels, but they don't serve a call that needs a mask or the documents' lengths.
 """
-
-from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backends import SDPA, choose
+from ..backends import SDPA, Preference, choose
 from ..checks import fail
 
 TRITON = "triton"
 TRITON_HEAD_DIM = 256  # the largest whose tiles fit registers and shared memory
-
-
-class Preference(NamedTuple):
-    """Backends in order, and on what grounds."""
-
-    order: tuple[str, ...]
-    grounds: str
-
 
 _DENSE = "reasoned, not measured: SDPA needs a dense mask, with which it takes its slower kernels"
 _LOOP = "reasoned, not measured: SDPA needs the lengths on the host and a launch for each document"
@@ -57,7 +47,7 @@ def kind_of(
 
 def attention_backend(device: str, named: str | None, kind: str, head_dim: int) -> str:
     """The backend of a call: the named one, or the first that can run it here. Triton has no
-    kernels for heads of more than TRITON_HEAD_DIM: ValueError where it is named for them.
+    kernels for heads of more than TRITON_HEAD_DIM: ValueError if it is named for them.
     """
     fits = head_dim <= TRITON_HEAD_DIM
     order = ON_GPU[kind].order if device == "cuda" else ()

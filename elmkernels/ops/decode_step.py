@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import reference
 from ..backends import CPU, REFERENCE, choose, define, kernel
 from ..checks import fail, integers, tensor, within
-from ..weights.checks import check_stack
-from ..weights.formats import Arena, Stack, Weight, form_of
+from ..weights.checks import check_decoder_weights
+from ..weights.formats import Arena, DecoderWeights, Weight, form_of
 from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS
@@ -64,22 +64,22 @@ class _Table(NamedTuple):
     ffn_dim: int
 
 
-def _table(stack: Stack) -> _Table:
+def _table(weights: DecoderWeights) -> _Table:
 
     def pointer(x: Tensor | None) -> int:
         return 0 if x is None else x.data_ptr()
 
     rows = []
-    for layer in stack.layers:
-        weights = (layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2)
+    for layer in weights.layers:
+        matrices = (layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2)
         norms = (layer.attn_norm, layer.q_norm, layer.k_norm, layer.ffn_norm)
-        rows.append([f for w in weights for f in _fields(w)] + [pointer(x) for x in norms])
+        rows.append([f for w in matrices for f in _fields(w)] + [pointer(x) for x in norms])
         rows[-1] += [layer.q_heads, layer.kv_heads]
-    width = 4 * len(_fields(stack.head)) + 6
-    last = _fields(stack.embedding) + _fields(stack.head)
-    last += [0] * (width - 6 - len(last)) + [pointer(stack.norm)]
+    width = 4 * len(_fields(weights.head)) + 6
+    last = _fields(weights.embedding) + _fields(weights.head)
+    last += [0] * (width - 6 - len(last)) + [pointer(weights.norm)]
     rows.append(last + [0] * (width - len(last)))
-    device, layers = stack.norm.device, stack.layers
+    device, layers = weights.norm.device, weights.layers
     return _Table(
         torch.tensor(rows, dtype=torch.int64).to(device),
         max((layer.qkv_proj.shape[0] for layer in layers), default=0),
@@ -87,37 +87,37 @@ def _table(stack: Stack) -> _Table:
     )
 
 
-# Tables of stacks that were checked, by identity: a Stack is immutable. Weak, since a table keeps
-# addresses: it must go with the weights that they are of.
-_TABLES: WeakKeyDictionary[Stack, _Table] = WeakKeyDictionary()
+# Tables of weights that were checked, by identity: DecoderWeights are immutable. Weak, since a
+# table keeps addresses: it must go with the weights that they are of.
+_TABLES: WeakKeyDictionary[DecoderWeights, _Table] = WeakKeyDictionary()
 
 
-def table_of(stack: Stack) -> _Table:
-    """The checked table of a stack, made once for each."""
-    table = _TABLES.get(stack)
+def table_of(weights: DecoderWeights) -> _Table:
+    """The checked table of a decoder's weights, made once for each."""
+    table = _TABLES.get(weights)
     if table is None:
-        check_stack(stack)
-        table = _TABLES[stack] = _table(stack)
+        check_decoder_weights(weights)
+        table = _TABLES[weights] = _table(weights)
     return table
 
 
-def _check_arena(arena: Arena, stack: Stack, batch: int) -> None:
-    if arena.data.dtype != stack.norm.dtype:
-        fail("arena", f"{stack.norm.dtype} like the norms", arena.data.dtype, TypeError)
-    if arena.data.device != stack.norm.device:
-        fail("arena", f"on {stack.norm.device} like the norms", arena.data.device)
+def _check_arena(arena: Arena, weights: DecoderWeights, batch: int) -> None:
+    if arena.data.dtype != weights.norm.dtype:
+        fail("arena", f"{weights.norm.dtype} like the norms", arena.data.dtype, TypeError)
+    if arena.data.device != weights.norm.device:
+        fail("arena", f"on {weights.norm.device} like the norms", arena.data.device)
     if arena.data.dim() != 1 or not arena.data.is_contiguous():
         fail("arena.data", "[elements], contiguous", list(arena.data.shape))
     if arena.batch != batch:
         fail("arena", f"of {batch} sequences like tokens", arena.batch)
-    layers = len(stack.layers)
+    layers = len(weights.layers)
     if arena.offsets.shape != (layers, 2):
         fail("arena.offsets", [layers, 2], list(arena.offsets.shape))
     integers("arena.offsets", arena.offsets, _CPU)
     if not arena.offsets.is_contiguous():
         fail("arena.offsets", "contiguous", f"strides {arena.offsets.stride()}")
-    if arena.head_dim != stack.head_dim:
-        fail("arena.head_dim", stack.head_dim, arena.head_dim)
+    if arena.head_dim != weights.head_dim:
+        fail("arena.head_dim", weights.head_dim, arena.head_dim)
 
 
 def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
@@ -129,7 +129,7 @@ def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
 
 
 def decode_step(
-    stack: Stack,
+    weights: DecoderWeights,
     tokens: Tensor,
     positions: Tensor,
     arena: Arena,
@@ -156,29 +156,29 @@ def decode_step(
         fail("tokens", f"[batch] of at most {MAX_BATCH}", list(tokens.shape))
     if positions.shape != tokens.shape:
         fail("positions", f"{list(tokens.shape)} like tokens", list(positions.shape))
-    _check_arena(arena, stack, tokens.shape[0])
+    _check_arena(arena, weights, tokens.shape[0])
     if chosen is not None:
         _check_chosen(chosen, tokens)
     backend = choose("decode_step", arena.data.device.type, backend)
     if backend == REFERENCE or tokens.shape[0] == 0:
-        check_stack(stack)
-        within("tokens", tokens, stack.embedding.shape[0], "the vocabulary")
-        within("positions", positions, stack.rope_table.shape[0], "rope_table's length")
+        check_decoder_weights(weights)
+        within("tokens", tokens, weights.embedding.shape[0], "the vocabulary")
+        within("positions", positions, weights.rope_table.shape[0], "rope_table's length")
         within("positions", positions, arena.max_length, "the cache's max_length")
-        return reference.decode_step(stack, tokens, positions, arena, chosen)
-    table = table_of(stack)
+        return reference.decode_step(weights, tokens, positions, arena, chosen)
+    table = table_of(weights)
     return kernel("decode_step_fwd", backend)(
         table.rows,
         tokens.contiguous(),
         positions.contiguous(),
         arena.data,
         arena.offsets,
-        stack.rope_table,
+        weights.rope_table,
         arena.max_length,
-        stack.vocab_size,
-        stack.gated,
-        stack.eps,
-        stack.model_dim,
+        weights.vocab_size,
+        weights.gated,
+        weights.eps,
+        weights.model_dim,
         table.qkv_width,
         table.ffn_dim,
         chosen,

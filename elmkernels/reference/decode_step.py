@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ..weights.formats import Arena, Stack
+from ..weights.formats import Arena, DecoderWeights
 from .attention import attention
 from .linear import dense, linear
 from .qk_norm_rope import qk_norm_rope
@@ -20,17 +20,21 @@ from .swiglu import swiglu
 
 
 def decode_step(
-    stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, chosen: Tensor | None = None
+    weights: DecoderWeights,
+    tokens: Tensor,
+    positions: Tensor,
+    arena: Arena,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """tokens, positions int64 [batch] -> logits [batch, vocab_size] in the arena's dtype; chosen
     int64 [batch], which may be tokens, receives the likeliest of each row."""
-    dtype, eps = arena.data.dtype, stack.eps
-    x = dense(stack.embedding, dtype)[tokens][:, None]
+    dtype, eps = arena.data.dtype, weights.eps
+    x = dense(weights.embedding, dtype)[tokens][:, None]
     place = positions[:, None]
     batch = torch.arange(tokens.shape[0], device=tokens.device)
     length = int(positions.max()) + 1 if positions.numel() else 0
     seen = torch.arange(length, device=tokens.device) <= place
-    for i, layer in enumerate(stack.layers):
+    for i, layer in enumerate(weights.layers):
         q, k, v = qk_norm_rope(
             linear(rms_norm(x, layer.attn_norm, eps), layer.qkv_proj),
             layer.q_norm,
@@ -38,7 +42,7 @@ def decode_step(
             place,
             layer.q_heads,
             layer.kv_heads,
-            stack.rope_table,
+            weights.rope_table,
             eps,
         )
         k_cache, v_cache = arena.views(i, layer.kv_heads)
@@ -46,8 +50,8 @@ def decode_step(
         out = attention(q, k_cache[:, :length], v_cache[:, :length], seen)
         x = x + linear(out.flatten(-2), layer.out_proj)
         y = linear(rms_norm(x, layer.ffn_norm, eps), layer.proj_1)
-        x = x + linear(swiglu(y) if stack.gated else silu(y), layer.proj_2)
-    logits = linear(rms_norm(x, stack.norm, eps), stack.head)[:, 0]
+        x = x + linear(swiglu(y) if weights.gated else silu(y), layer.proj_2)
+    logits = linear(rms_norm(x, weights.norm, eps), weights.head)[:, 0]
     if chosen is not None and logits.numel():
         chosen.copy_(logits.argmax(-1))
     return logits

@@ -28,7 +28,6 @@ held to the reference in the working dtype, and both the rms and the largest dif
 two correct computations of OpenELM-270M differ. It finds a wrong kernel, not a careless rounding.
 """
 
-import copy
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -118,11 +117,6 @@ class ModelParity:
     def json(self) -> dict[str, Any]:
         """Everything compared, for a file."""
         return asdict(self) | {"ok": self.ok}
-
-
-def twin(model: OpenELM) -> OpenELM:
-    """A copy of the modules that shares the Parameters: to be accelerated beside the original."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:

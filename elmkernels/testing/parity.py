@@ -31,6 +31,7 @@ from .cases.draw import Case, make
 
 EPS32 = torch.finfo(torch.float32).eps
 SLACK = 4.0
+ATTENTION_SLACK = SLACK * OPS["attention"].slack  # for models too, which attention is part of
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -193,7 +194,7 @@ def specification(op: str) -> Callable:
 
 def _widen(x: Any, dtype: torch.dtype | None) -> Any:
     """A fresh leaf with x's data, layout and need of a gradient; floats in `dtype` if given.
-    Weights in forms of their own and stacks of them are read only, in the dtype that they have.
+    Weights in forms of their own and decoders of them are read only, in the dtype that they have.
     """
     if isinstance(x, Arena):
         return x._replace(data=_widen(x.data, dtype))

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import checks
 from ..openelm.checkpoint import raw_config
-from ..openelm.config import VARIANTS, OpenELMConfig
+from ..openelm.config import VARIANTS, OpenELMConfig, read_yaml
 from . import corenet, schema
 
 # Without these a model would be of no shape that anybody asked for.
@@ -127,7 +127,7 @@ def _load(source: str | Path, above: tuple[Path, ...]) -> tuple[Recipe, list[str
     path = _find(source)
     if path.resolve() in above:
         checks.fail("base", "another recipe", path)
-    values = schema.read_yaml(path)
+    values = read_yaml(path)
     says_model = isinstance(values, Mapping) and "model" in values
     try:
         if corenet.is_corenet(values):

@@ -6,22 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .. import checks
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file's values. Raises ImportError without PyYAML, ValueError for invalid YAML."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs PyYAML: pip install pyyaml") from error
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
 def known(section: str, values: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -12,32 +12,18 @@ from functools import cache
 import torch
 
 from ..bench.timing import matmul_ceiling
+from ..devices import datasheet
 from ..openelm.config import OpenELMConfig
 from ..openelm.costs import matmul_operations
-
-# Dense bfloat16 operations a second as the makers state them; the first name that fits.
-_STATED = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("A10", 125e12),
-    ("MI300X", 1307e12),
-)
 
 
 @cache
 def peak(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
     """Operations a second that one process could reach at best, and where the number is from."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        gpu = torch.cuda.get_device_name(device)
-        for name, stated in _STATED:
-            if name in gpu:
-                return stated, f"stated for {name}"
+        name = torch.cuda.get_device_name(device)
+        if (stated := datasheet(name)) is not None:
+            return stated.bf16, f"stated for {name}"
     return matmul_ceiling(dtype, device), "a large matrix product, measured"
 
 

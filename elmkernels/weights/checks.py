@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..checks import fail, floating, positive, tensor
 from ..checks import weight as check_norm
-from .formats import Layer, Stack, Weight, check_part, form_of
+from .formats import DecoderWeights, Layer, Weight, check_part, form_of
 
 
 def check_weight(name: str, weight: Weight) -> None:
@@ -35,8 +35,8 @@ def _norm(name: str, x: Tensor, n: int, norm: Tensor) -> None:
         fail(name, "contiguous", f"strides {x.stride()}")
 
 
-def _check_layer(name: str, layer: Layer, stack: Stack) -> None:
-    d, dim, like = stack.head_dim, stack.model_dim, stack.norm
+def _check_layer(name: str, layer: Layer, weights: DecoderWeights) -> None:
+    d, dim, like = weights.head_dim, weights.model_dim, weights.norm
     q_heads, kv_heads = layer.q_heads, layer.kv_heads
     positive(f"{name}.kv_heads", kv_heads)
     positive(f"{name}.q_heads", q_heads)
@@ -51,23 +51,22 @@ def _check_layer(name: str, layer: Layer, stack: Stack) -> None:
     ffn = layer.proj_2.shape[1]
     _projection(f"{name}.qkv_proj", layer.qkv_proj, (q_heads + 2 * kv_heads) * d, dim, like)
     _projection(f"{name}.out_proj", layer.out_proj, dim, q_heads * d, like)
-    _projection(f"{name}.proj_1", layer.proj_1, (2 if stack.gated else 1) * ffn, dim, like)
+    _projection(f"{name}.proj_1", layer.proj_1, (2 if weights.gated else 1) * ffn, dim, like)
 
 
-def check_stack(stack: Stack) -> None:
+def check_decoder_weights(weights: DecoderWeights) -> None:
     """The weights of a decoder fit its sizes and each other, in one dtype and on one device."""
-    floating("stack.norm", stack.norm)
-    if stack.norm.dim() != 1 or not stack.norm.is_contiguous():
-        fail("stack.norm", "[model_dim], contiguous", list(stack.norm.shape))
-    if stack.head_dim < 2 or stack.head_dim % 2:
-        fail("stack.head_dim", "even and positive", stack.head_dim)
-    dim, table = stack.model_dim, stack.rope_table
-    tensor("stack.rope_table", table)
+    floating("weights.norm", weights.norm)
+    if weights.norm.dim() != 1 or not weights.norm.is_contiguous():
+        fail("weights.norm", "[model_dim], contiguous", list(weights.norm.shape))
+    if weights.head_dim < 2 or weights.head_dim % 2:
+        fail("weights.head_dim", "even and positive", weights.head_dim)
+    dim, table = weights.model_dim, weights.rope_table
+    tensor("weights.rope_table", table)
     length = table.shape[0] if table.dim() else 0
-    check_part(
-        "stack.rope_table", table, torch.float32, (length, stack.head_dim), stack.norm.device
-    )
-    for name, weight in (("embedding", stack.embedding), ("head", stack.head)):
-        _projection(f"stack.{name}", weight, None, dim, stack.norm)
-    for i, layer in enumerate(stack.layers):
-        _check_layer(f"stack.layers[{i}]", layer, stack)
+    shape = (length, weights.head_dim)
+    check_part("weights.rope_table", table, torch.float32, shape, weights.norm.device)
+    for name, weight in (("embedding", weights.embedding), ("head", weights.head)):
+        _projection(f"weights.{name}", weight, None, dim, weights.norm)
+    for i, layer in enumerate(weights.layers):
+        _check_layer(f"weights.layers[{i}]", layer, weights)

@@ -352,10 +352,10 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class DecoderWeights:
     """A whole decoder as data: layer-wise scaling is in the rows of `layers`, not in code.
 
-    Its identity is what kernels remember it by: another stack is another object.
+    Its identity is what kernels remember it by: another model's weights are another object.
     """
 
     embedding: Weight  # [vocab_size, model_dim]

@@ -18,36 +18,41 @@ from elmkernels.openelm import (
     KVCache,
     OpenELM,
     accelerate,
+    decoder_weights_of,
     generate,
     greedy,
     next_logits,
     restore,
-    stack_of,
 )
 from elmkernels.testing import model_parity
-from elmkernels.weights.formats import Affine, Arena, Stack
+from elmkernels.weights.formats import Affine, Arena, DecoderWeights
 
 
 def plain_step(
-    stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, *, backend: str | None = None
+    weights: DecoderWeights,
+    tokens: Tensor,
+    positions: Tensor,
+    arena: Arena,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """One step by the references, from the data alone."""
-    x = F.embedding(tokens, reference.dense(stack.embedding))[:, None]
+    x = F.embedding(tokens, reference.dense(weights.embedding))[:, None]
     rows = torch.arange(len(tokens))
-    for i, w in enumerate(stack.layers):
+    for i, w in enumerate(weights.layers):
         k_cache, v_cache = arena.views(i, w.kv_heads)
-        normed = reference.rms_norm(x, w.attn_norm, stack.eps)
+        normed = reference.rms_norm(x, w.attn_norm, weights.eps)
         q, k, v = reference.qk_norm_rope(
             reference.linear(normed, w.qkv_proj), w.q_norm, w.k_norm, positions[:, None],
-            w.q_heads, w.kv_heads, stack.rope_table, stack.eps,
+            w.q_heads, w.kv_heads, weights.rope_table, weights.eps,
         )  # fmt: skip
         k_cache[rows, positions], v_cache[rows, positions] = k[:, 0], v[:, 0]
         out = reference.attention(q, k_cache, v_cache, offsets=positions)
         x = x + reference.linear(out.flatten(-2), w.out_proj)
-        h = reference.linear(reference.rms_norm(x, w.ffn_norm, stack.eps), w.proj_1)
-        h = reference.swiglu(h) if stack.gated else F.silu(h)
+        h = reference.linear(reference.rms_norm(x, w.ffn_norm, weights.eps), w.proj_1)
+        h = reference.swiglu(h) if weights.gated else F.silu(h)
         x = x + reference.linear(h, w.proj_2)
-    return reference.linear(reference.rms_norm(x, stack.norm, stack.eps), stack.head)[:, 0]
+    return reference.linear(reference.rms_norm(x, weights.norm, weights.eps), weights.head)[:, 0]
 
 
 @pytest.fixture
@@ -55,9 +60,9 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """`ops.decode_step` as plain_step, and what it was called with."""
     calls = []
 
-    def decode_step(stack, tokens, positions, arena, *, chosen=None, backend=None):
-        calls.append({"stack": stack, "positions": positions.tolist(), "backend": backend})
-        return plain_step(stack, tokens, positions, arena)
+    def decode_step(weights, tokens, positions, arena, *, chosen=None, backend=None):
+        calls.append({"weights": weights, "positions": positions.tolist(), "backend": backend})
+        return plain_step(weights, tokens, positions, arena)
 
     monkeypatch.setattr(ops, "decode_step", decode_step, raising=False)
     return calls
@@ -78,17 +83,20 @@ NAMES = ("tied, normalized", "tied, no gate", "untied", "hf_tiny")
 
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stack_is_the_model(name, accelerated):
+def test_the_weights_are_the_model(name, accelerated):
     """The data alone gives the model's logits, token by token, in rows of different lengths."""
     model = model_of(name).double() if not accelerated else model_of(name)
     dtype = model.norm.weight.dtype
     exact = copy.deepcopy(model).double()
     if accelerated:
         accelerate(model)
-    stack = stack_of(model)
-    assert stack.vocab_size == model.config.vocab_size and stack.model_dim == model.config.model_dim
-    assert (stack.head is stack.embedding) == model.config.share_input_output_layers
-    heads = [(layer.q_heads, layer.kv_heads) for layer in stack.layers]
+    weights = decoder_weights_of(model)
+    assert (
+        weights.vocab_size == model.config.vocab_size
+        and weights.model_dim == model.config.model_dim
+    )
+    assert (weights.head is weights.embedding) == model.config.share_input_output_layers
+    heads = [(layer.q_heads, layer.kv_heads) for layer in weights.layers]
     config = model.config
     assert heads == list(zip(config.num_query_heads, config.num_kv_heads, strict=True))
     ids = torch.randint(0, 90, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -97,7 +105,7 @@ def test_a_stack_is_the_model(name, accelerated):
         for run, kept in ((model, cache), (exact, truth)):
             run(ids[:, :3], cache=kept, counts=[3, 1])
         for i in range(3, 6):
-            got = plain_step(stack, ids[:, i], cache.lengths, cache.arena)
+            got = plain_step(weights, ids[:, i], cache.lengths, cache.arena)
             cache.advance(1)
             expected = exact(ids[:, i : i + 1], cache=truth)[:, 0]
             torch.testing.assert_close(
@@ -108,12 +116,12 @@ def test_a_stack_is_the_model(name, accelerated):
 def test_no_weight_is_copied():
     model = model_of("untied")
     accelerate(model)
-    stack = stack_of(model)
+    weights = decoder_weights_of(model)
     layer = model.layers[1]
-    assert stack.embedding is model.token_embeddings.weight
-    assert stack.head is model.classifier.weight
-    assert stack.layers[1].proj_2 is layer.ffn.proj_2.weight
-    assert stack.rope_table is model.rope_table and stack.rope_table.device.type == "cpu"
+    assert weights.embedding is model.token_embeddings.weight
+    assert weights.head is model.classifier.weight
+    assert weights.layers[1].proj_2 is layer.ffn.proj_2.weight
+    assert weights.rope_table is model.rope_table and weights.rope_table.device.type == "cpu"
 
 
 def change_weight(model: OpenELM) -> None:
@@ -135,19 +143,19 @@ def change_module(model: OpenELM) -> None:
 )
 def test_it_is_made_once_and_again_after_a_change(change):
     model = model_of("tied, normalized")
-    stack = stack_of(model)
-    assert stack_of(model) is stack
+    weights = decoder_weights_of(model)
+    assert decoder_weights_of(model) is weights
     with torch.no_grad():
         model.layers[0].ffn.proj_1.weight.mul_(2)  # in place: the same data describes it
-    assert stack_of(model) is stack
+    assert decoder_weights_of(model) is weights
     change(model)
-    assert stack_of(model) is not stack
-    assert stack_of(model) is stack_of(model)
+    assert decoder_weights_of(model) is not weights
+    assert decoder_weights_of(model) is decoder_weights_of(model)
 
 
 def test_no_description_keeps_its_model():
     model = model_of("tied, normalized")
-    stack_of(model)
+    decoder_weights_of(model)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -156,9 +164,9 @@ def test_no_description_keeps_its_model():
 
 def test_a_copy_is_described_by_its_own_weights():
     model = model_of("tied, normalized")
-    stack_of(model)
+    decoder_weights_of(model)
     other = copy.deepcopy(model)
-    assert stack_of(other).norm is other.norm.weight is not model.norm.weight
+    assert decoder_weights_of(other).norm is other.norm.weight is not model.norm.weight
 
 
 class Adapter(nn.Module):
@@ -207,14 +215,14 @@ def widen_eps(model: OpenELM) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_cannot_be_described(step, change, message, accelerated):
-    """Its stack is refused, also where it was known before, and decoding goes through the model."""
+    """It is refused, also if it was known before, and decoding goes through the model."""
     model = model_of("tied, normalized")
     if accelerated:
         accelerate(model)
-    stack_of(model)
+    decoder_weights_of(model)
     change(model)
     with pytest.raises(ValueError, match=message):
-        stack_of(model)
+        decoder_weights_of(model)
     cache, other = KVCache(CONFIG, 1, 8), KVCache(CONFIG, 1, 8)
     with torch.inference_mode():
         logits = next_logits(model, torch.tensor([4]), cache)
@@ -251,13 +259,15 @@ def quantized(model: OpenELM) -> OpenELM:
 
 def test_compressed_weights_are_taken_as_they_are():
     model = quantized(model_of("hf_tiny"))
-    stack = stack_of(model)
-    assert stack.layers[2].qkv_proj is model.layers[2].attn.qkv_proj.affine
-    assert isinstance(stack.layers[0].proj_1, Affine) and isinstance(stack.layers[0].proj_2, Tensor)
+    weights = decoder_weights_of(model)
+    assert weights.layers[2].qkv_proj is model.layers[2].attn.qkv_proj.affine
+    assert isinstance(weights.layers[0].proj_1, Affine) and isinstance(
+        weights.layers[0].proj_2, Tensor
+    )
     model.layers[0].ffn.proj_1.compressed = lambda: "text"
     model.layers[0].ffn.proj_1 = copy.copy(model.layers[0].ffn.proj_1)
     with pytest.raises(ValueError, match="layers.0.ffn.proj_1 gives str as compressed"):
-        stack_of(model)
+        decoder_weights_of(model)
 
 
 @pytest.mark.parametrize("prepare", [accelerate, quantized], ids=["accelerated", "quantized"])
@@ -266,7 +276,9 @@ def test_decoding_uses_the_op(step, prepare):
     prepare(model)
     tokens = generate(model, [[1, 2, 3], [4]], 6)
     assert [call["positions"] for call in step] == [[3 + i, 1 + i] for i in range(5)]
-    assert all(call["stack"] is stack_of(model) and call["backend"] is None for call in step)
+    assert all(
+        call["weights"] is decoder_weights_of(model) and call["backend"] is None for call in step
+    )
     del step[:]
     with torch.inference_mode():
         by_model = [greedy_by_passes(model, ids, 6) for ids in ([1, 2, 3], [4])]

@@ -14,12 +14,12 @@ from torch import nn
 from elmkernels import OpenELM, accelerate, backends, devices, pack, restore
 from elmkernels.acceleration import swap
 from elmkernels.acceleration.decode_modes import MOST_LAYERS, modes_of
-from elmkernels.acceleration.swap import Report
+from elmkernels.acceleration.report import Report
 from elmkernels.backends import BACKENDS
 from elmkernels.cli.main import main
 from elmkernels.generation import gpu_decoder
 from elmkernels.openelm import KVCache, Session, cache
-from elmkernels.openelm.surgery import asked_backend
+from elmkernels.openelm.surgery import mark_of
 
 GPU = torch.device("cuda", 0)
 NO_TRITON = {"triton": "triton is not installed (pip install triton)"}
@@ -118,7 +118,7 @@ def test_a_conversion_accelerates_again_as_it_was_asked(stand_in):
     stand_in(capability=(12, 0))
     model = tiny(torch.bfloat16)
     accelerate(model)
-    assert asked_backend(model) is None
+    assert mark_of(model).arguments["backend"] is None
     pack(model, progress=False)
     assert given(model)["attention"] is None and given(model)["rms_norm"] == "triton"
     restore(model)
@@ -139,7 +139,7 @@ def test_a_named_backend_never_falls_back(stand_in, name):
     assert given(model)["rms_norm"] == "reference"
 
 
-def test_ways_and_why_not(stand_in, monkeypatch):
+def test_modes_and_what_is_missing(stand_in, monkeypatch):
     stand_in()
     model = tiny()
     cpu = modes_of(model, torch.device("cpu"))
@@ -202,8 +202,9 @@ def test_no_gpu_is_named_with_what_works(tmp_path):
 def test_a_gpu_that_is_not_there_beside_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.absent(torch.device("cuda:1")) is devices.absent(torch.device("cuda")) is None
-    assert devices.absent(torch.device("cuda:2")).endswith("torch sees 2 of cuda")
+    for name in ("cuda:1", "cuda"):
+        assert devices.missing_device(torch.device(name)) is None
+    assert devices.missing_device(torch.device("cuda:2")).endswith("torch sees 2 of cuda")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration import recompute
 from elmkernels.openelm import next_token_loss
-from elmkernels.openelm.shared_weight import Tied
+from elmkernels.openelm.shared_weight import TiedWeightGradient
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=2,
@@ -115,7 +115,7 @@ def test_a_copy_of_the_model_makes_its_own_inputs_again():
 def tied_loss(weight: torch.Tensor, tied: bool, padding: int | None = None) -> torch.Tensor:
     ids = torch.tensor([[3, 0, 3, 5], [1, 5, 2, 3]])
     if tied:
-        shared = Tied(weight, padding)
+        shared = TiedWeightGradient(weight, padding)
         x, head = shared.embed(ids), shared.projection()
     else:
         x, head = torch.nn.functional.embedding(ids, weight, padding_idx=padding), weight
@@ -142,20 +142,24 @@ def test_a_tied_weight_stands_a_second_backward():
 
 def test_an_embedding_alone_has_a_gradient():
     weight = torch.randn(7, 12, requires_grad=True)
-    (got,) = torch.autograd.grad(Tied(weight).embed(torch.tensor([2, 2, 5])).sum(), weight)
+    (got,) = torch.autograd.grad(
+        TiedWeightGradient(weight).embed(torch.tensor([2, 2, 5])).sum(), weight
+    )
     assert torch.equal(got.sum(1), torch.tensor([0.0, 0, 24, 0, 0, 12, 0]))
 
 
 @AUTOCAST
 def test_the_loss_of_a_tied_model_makes_the_embedding_one_gradient(monkeypatch, autocast):
     made = []
-    projection = Tied.projection
-    monkeypatch.setattr(Tied, "projection", lambda tied: made.append(1) or projection(tied))
+    projection = TiedWeightGradient.projection
+    monkeypatch.setattr(
+        TiedWeightGradient, "projection", lambda shared: made.append(1) or projection(shared)
+    )
     results = []
     for tied in (True, False):
         model = accelerated()
         if not tied:
-            model.loss_head.tied = lambda embedding: None
+            model.loss_head.shared_gradient = lambda embedding: None
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             model.loss(IDS, IDS.roll(-1, 1)).backward()
         results.append({n: p.grad for n, p in model.named_parameters()})

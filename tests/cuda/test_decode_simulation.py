@@ -19,7 +19,7 @@ from elmkernels.testing.cases.draw import Draw, make, models
 from elmkernels.testing.cases.weights import FORMS, dtypes_of
 from elmkernels.testing.parity import compare, specification
 from elmkernels.weights.affine import quantize_weight
-from elmkernels.weights.formats import Affine, Arena, Stack
+from elmkernels.weights.formats import Affine, Arena, DecoderWeights
 
 ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
 POSITIONS = (3, 200, 0, 131)
@@ -61,22 +61,26 @@ def simulated(library, grid=5, rows=4, order="forward", seed=0, missing=-1, shif
     missing: the barrier that is left out. shift: of where the last layer's values begin."""
 
     def step(
-        stack: Stack, tokens: Tensor, positions: Tensor, cache: Arena, chosen: Tensor | None = None
+        weights: DecoderWeights,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: Arena,
+        chosen: Tensor | None = None,
     ) -> Tensor:
-        table, offsets = table_of(stack), cache.offsets.clone()
+        table, offsets = table_of(weights), cache.offsets.clone()
         if len(offsets):
             offsets[-1, 1] += shift
-        logits = cache.data.new_full((len(tokens), stack.vocab_size), torch.nan)
+        logits = cache.data.new_full((len(tokens), weights.vocab_size), torch.nan)
         tensors = (
-            table.rows, tokens, positions, offsets, cache.data, logits, stack.rope_table,
+            table.rows, tokens, positions, offsets, cache.data, logits, weights.rope_table,
         )  # fmt: skip
         call = Call(
             *(t.data_ptr() for t in tensors),
             None if chosen is None else chosen.data_ptr(),
-            len(stack.layers), len(tokens), len(stack.rope_table), cache.max_length,
-            stack.vocab_size, stack.model_dim, stack.head_dim, table.qkv_width, table.ffn_dim,
-            DTYPES[cache.data.dtype], stack.gated, grid, rows, ORDERS[order], seed, missing,
-            stack.eps,
+            len(weights.layers), len(tokens), len(weights.rope_table), cache.max_length,
+            weights.vocab_size, weights.model_dim, weights.head_dim, table.qkv_width, table.ffn_dim,
+            DTYPES[cache.data.dtype], weights.gated, grid, rows, ORDERS[order], seed, missing,
+            weights.eps,
         )  # fmt: skip
         found = library.simulate(ctypes.byref(call))
         assert found == 0, FAULTS[found]
@@ -85,14 +89,14 @@ def simulated(library, grid=5, rows=4, order="forward", seed=0, missing=-1, shif
     return step
 
 
-def comparisons(step, stack, tokens, positions, cache):
+def comparisons(step, weights, tokens, positions, cache):
     """Logits, and the keys and values written, beside truth and yardstick."""
     run = specification("decode_step")
 
     def of(dtype):
         return cache._replace(data=cache.data.to(dtype, copy=True))
 
-    call = (stack, tokens, positions)
+    call = (weights, tokens, positions)
     truth, yardstick = run(*call, of(torch.float64)), run(*call, of(cache.data.dtype))
     got = with_written(step)(*call, of(cache.data.dtype))
     return [
@@ -114,9 +118,9 @@ def draw(dtype, seed=0):
 
 def decoding(form, dtype, positions=POSITIONS, **sizes):
     d = draw(dtype)
-    stack = decoder(d, form, **sizes)
-    tokens = torch.randint(0, stack.vocab_size, (len(positions),), generator=d.generator)
-    return stack, tokens, torch.tensor(positions), arena(d, stack, len(positions), 210)
+    weights = decoder(d, form, **sizes)
+    tokens = torch.randint(0, weights.vocab_size, (len(positions),), generator=d.generator)
+    return weights, tokens, torch.tensor(positions), arena(d, weights, len(positions), 210)
 
 
 # The op answers a batch of none by itself.
@@ -129,8 +133,8 @@ PARITY_CASES = [(case, dtype) for case in SOME for dtype in case.dtypes]
 )
 def test_every_case_has_parity(library, case, dtype):
     """Those of the CPU kernels; the number of blocks is none that divides anything."""
-    (stack, tokens, positions, cache), _ = make(case, dtype, "cpu", 0)
-    assert_parity(simulated(library, 13, order="shuffled"), stack, tokens, positions, cache)
+    (weights, tokens, positions, cache), _ = make(case, dtype, "cpu", 0)
+    assert_parity(simulated(library, 13, order="shuffled"), weights, tokens, positions, cache)
 
 
 every_form = pytest.mark.parametrize(
@@ -142,21 +146,21 @@ every_form = pytest.mark.parametrize(
 
 @every_form
 def test_the_order_of_blocks_and_the_batch_change_no_bit(library, form, dtype):
-    stack, tokens, positions, cache = decoding(form, dtype)
+    weights, tokens, positions, cache = decoding(form, dtype)
     kept = cache._replace(data=cache.data.clone())
-    expected = simulated(library)(stack, tokens, positions, kept)
+    expected = simulated(library)(weights, tokens, positions, kept)
     for batch, order in ((1, "shuffled"), (2, "reversed"), (3, "forward"), (4, "shuffled")):
         rows = slice(4 - batch, 4)
-        own = arena(draw(dtype), stack, batch, cache.max_length)
-        for i, layer in enumerate(stack.layers):
+        own = arena(draw(dtype), weights, batch, cache.max_length)
+        for i, layer in enumerate(weights.layers):
             views = (c.views(i, layer.kv_heads) for c in (own, cache))
             for mine, all_rows in zip(*views, strict=True):
                 mine.copy_(all_rows[rows])
         for passes in (1, 4):
             again = own._replace(data=own.data.clone())
             step = simulated(library, rows=passes, order=order, seed=batch)
-            assert torch.equal(step(stack, tokens[rows], positions[rows], again), expected[rows])
-            for i, layer in enumerate(stack.layers):
+            assert torch.equal(step(weights, tokens[rows], positions[rows], again), expected[rows])
+            for i, layer in enumerate(weights.layers):
                 views = (c.views(i, layer.kv_heads) for c in (again, kept))
                 for mine, theirs in zip(*views, strict=True):
                     at = torch.arange(batch), positions[rows]
@@ -186,51 +190,51 @@ def test_a_layer_of_270m_has_parity(library, form):
 @pytest.mark.parametrize("scales", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scales_of_another_dtype_have_parity(library, bits, scales):
-    stack, *rest = decoding("plain", torch.bfloat16)
+    weights, *rest = decoding("plain", torch.bfloat16)
 
     def other(w):
         return quantize_weight(w.to(scales), bits) if w is not None and w.dim() == 2 else w
 
     layers = tuple(
         layer._replace(**{n: other(getattr(layer, n)) for n in ("qkv_proj", "proj_1", "proj_2")})
-        for layer in stack.layers
+        for layer in weights.layers
     )
-    stack = Stack(**{**vars(stack), "layers": layers, "head": other(stack.head)})
-    assert isinstance(stack.head, Affine)
-    assert_parity(simulated(library), stack, *rest)
+    weights = DecoderWeights(**{**vars(weights), "layers": layers, "head": other(weights.head)})
+    assert isinstance(weights.head, Affine)
+    assert_parity(simulated(library), weights, *rest)
 
 
 @pytest.mark.parametrize("what", ["token", "position"])
 @pytest.mark.parametrize("bad", [-1, 210, 2**40])
 def test_an_index_outside_gives_nan_for_its_row_alone(library, what, bad):
-    stack, tokens, positions, cache = decoding("plain", torch.bfloat16)
+    weights, tokens, positions, cache = decoding("plain", torch.bfloat16)
     kept = cache._replace(data=cache.data.clone())
-    expected = simulated(library)(stack, tokens, positions, kept)
+    expected = simulated(library)(weights, tokens, positions, kept)
     wrong = {"token": tokens.clone(), "position": positions.clone()}
     wrong[what][1] = bad
     before = cache.data.clone()
-    got = simulated(library)(stack, *wrong.values(), cache)
+    got = simulated(library)(weights, *wrong.values(), cache)
     assert got[1].isnan().all()
     others = [0, 2, 3]
     assert torch.equal(got[others], expected[others])
-    for i, layer in enumerate(stack.layers):
+    for i, layer in enumerate(weights.layers):
         old = cache._replace(data=before).views(i, layer.kv_heads)
         for after, start in zip(cache.views(i, layer.kv_heads), old, strict=True):
             assert torch.equal(after[1], start[1])
 
 
 def test_what_lies_beyond_the_positions_is_neither_read_nor_written(library):
-    stack, tokens, positions, cache = decoding("plain", torch.bfloat16)
+    weights, tokens, positions, cache = decoding("plain", torch.bfloat16)
     poisoned = cache._replace(data=torch.full_like(cache.data, torch.nan))
-    for i, layer in enumerate(stack.layers):
+    for i, layer in enumerate(weights.layers):
         pairs = zip(poisoned.views(i, layer.kv_heads), cache.views(i, layer.kv_heads), strict=True)
         for bad, good in pairs:
             for b, p in enumerate(positions.tolist()):
                 bad[b, :p] = good[b, :p]
     unwritten = poisoned.data.isnan().sum()
-    expected = simulated(library)(stack, tokens, positions, cache)
-    assert torch.equal(simulated(library)(stack, tokens, positions, poisoned), expected)
-    written = sum(2 * layer.kv_heads for layer in stack.layers) * stack.head_dim * len(tokens)
+    expected = simulated(library)(weights, tokens, positions, cache)
+    assert torch.equal(simulated(library)(weights, tokens, positions, poisoned), expected)
+    written = sum(2 * layer.kv_heads for layer in weights.layers) * weights.head_dim * len(tokens)
     assert unwritten - poisoned.data.isnan().sum() == written
 
 
@@ -241,20 +245,20 @@ def test_what_lies_beyond_the_positions_is_neither_read_nor_written(library):
 def test_the_likeliest_tokens_are_chosen_in_place_of_the_last_ones(
     library, grid, order, form, dtype
 ):
-    stack, tokens, *rest = decoding(form, dtype, (*POSITIONS, 7, 64, 9, 1))
+    weights, tokens, *rest = decoding(form, dtype, (*POSITIONS, 7, 64, 9, 1))
     chosen = torch.full_like(tokens, -1)
     step = simulated(library, grid, order=order)
-    logits = step(stack, tokens, *rest, chosen)
+    logits = step(weights, tokens, *rest, chosen)
     assert torch.equal(chosen, logits.argmax(-1))
-    again = step(stack, tokens, *rest, tokens)
+    again = step(weights, tokens, *rest, tokens)
     assert torch.equal(again, logits)
     assert torch.equal(tokens, chosen)
 
 
-def with_head(stack, change):
-    head = draw(stack.norm.dtype, 5).normal(203, stack.model_dim)
+def with_head(weights, change):
+    head = draw(weights.norm.dtype, 5).normal(203, weights.model_dim)
     change(head)
-    return Stack(**{**vars(stack), "head": head})
+    return DecoderWeights(**{**vars(weights), "head": head})
 
 
 def all_alike(head):
@@ -273,12 +277,12 @@ def not_numbers(head):
 @pytest.mark.parametrize("grid", [1, 5, 203, 300])
 def test_of_equal_logits_and_of_nan_the_first_is_chosen(library, grid, change):
     """The equal ones lie in different blocks; a row that isn't in the vocabulary is all NaN."""
-    stack, tokens, *rest = decoding("plain", torch.bfloat16)
-    stack = with_head(stack, change)
+    weights, tokens, *rest = decoding("plain", torch.bfloat16)
+    weights = with_head(weights, change)
     tokens[2] = -1
     for order in ORDERS:
         chosen = torch.full_like(tokens, -1)
-        logits = simulated(library, grid, order=order)(stack, tokens, *rest, chosen)
+        logits = simulated(library, grid, order=order)(weights, tokens, *rest, chosen)
         assert torch.equal(chosen, logits.argmax(-1))
         assert chosen[2] == 0
 

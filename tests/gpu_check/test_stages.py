@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from elmkernels.devices import runs_on, unfit
+from elmkernels.devices import datasheet, missing_on, runs_on
 from elmkernels.gpu_check import op_units
-from elmkernels.gpu_check.gpu_facts import datasheet
 from elmkernels.gpu_check.stages import (
     DONE,
     FAILED,
@@ -153,11 +152,13 @@ def test_a_dead_device_ends_the_process_s_part(time):
         ("NVIDIA H100 80GB HBM3", 3.35e12),
         ("NVIDIA H200", 4.8e12),
         ("NVIDIA B200", 8.0e12),
-        ("NVIDIA A100-SXM4-40GB", None),
-        ("NVIDIA A100 80GB PCIe", None),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", 1.555e12),
+        ("NVIDIA A100 80GB PCIe", 1.935e12),
+        ("NVIDIA H100 PCIe", 2.0e12),
+        ("NVIDIA H100 NVL", 3.9e12),
         ("NVIDIA GB200", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H200 Something", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         (None, None),
     ],
@@ -174,12 +175,12 @@ def test_which_gpus_a_library_runs_on():
     newer = ["80", "90+PTX"]
     assert all(runs_on(c, newer) for c in ((8, 6), (9, 0), (10, 0), (12, 0)))
     assert not runs_on((7, 5), newer)
-    assert unfit("triton", (7, 5), built) == (
+    assert missing_on("triton", (7, 5), built) == (
         "needs compute capability 8.0 or newer, this GPU has compute capability 7.5"
     )
-    assert "built for sm_80, sm_90, sm_100" in unfit("cuda", (12, 0), built)
-    assert unfit("triton", (12, 0), built) is None and unfit("cuda", (12, 0), []) is None
-    assert unfit("triton", None, built) is None
+    assert "built for sm_80, sm_90, sm_100" in missing_on("cuda", (12, 0), built)
+    assert missing_on("triton", (12, 0), built) is None and missing_on("cuda", (12, 0), []) is None
+    assert missing_on("triton", None, built) is None
 
 
 def test_any_beginning_is_spread_over_the_whole():

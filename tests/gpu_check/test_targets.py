@@ -162,9 +162,9 @@ def test_a_way_that_hung_or_failed_is_not_timed():
     units = {"270M float32 one-launch": {"state": "failed", "error": "RuntimeError: odd"}}
     found = results(generation=units)
     models = gpu_held.Models(torch.device("cpu"), True, results=found)
-    assert models.lacks("one-launch", None) is None, "float32 says nothing of bfloat16"
+    assert models.missing("one-launch", None) is None, "float32 says nothing of bfloat16"
     units["270M bfloat16 one-launch"] = {"state": "failed", "error": "RuntimeError: wrong"}
-    assert "'270M bfloat16 one-launch': RuntimeError: wrong" in models.lacks("one-launch", None)
-    assert models.lacks("graph", None) is models.lacks("one-launch", None, trial=True) is None
+    assert "'270M bfloat16 one-launch': RuntimeError: wrong" in models.missing("one-launch", None)
+    assert models.missing("graph", None) is models.missing("one-launch", None, trial=True) is None
     units["270M float32 one-launch"]["error"] = "hung: no answer for 75 s"
-    assert "hung" in models.lacks("one-launch", None, trial=True)
+    assert "hung" in models.missing("one-launch", None, trial=True)

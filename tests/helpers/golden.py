@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from elmkernels.openelm import OpenELM, OpenELMConfig, next_token_loss
+from elmkernels.testing.parity import ATTENTION_SLACK, compare
 
 from . import GOLDEN
 
@@ -52,8 +53,12 @@ class Golden:
 
     @cached_property
     def exact(self) -> dict[str, torch.Tensor]:
-        """logits, loss and gradients of the reference model in float64."""
-        return logits_loss_gradients(self.model(torch.float64), self.tensors["input_ids"])
+        """logits, loss and gradients of the reference model in float64, also if the first to ask
+        keeps no gradients.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            ids = self.tensors["input_ids"]
+            return logits_loss_gradients(self.model(torch.float64), ids)
 
     @property
     def expected(self) -> dict[str, torch.Tensor]:
@@ -173,3 +178,11 @@ def assert_as_accurate(
     assert error_rms <= 1.5 * allowed_rms, (
         f"{what}: rms error {error_rms:.3e} > 1.5 * {allowed_rms:.3e}"
     )
+
+
+def assert_parity(
+    got: torch.Tensor, golden: torch.Tensor, exact: torch.Tensor, what: str = "tensor"
+) -> None:
+    """The project's rule of parity, with the golden tensor as the reference's own error."""
+    comparison = compare(exact, golden, got, what, slack=ATTENTION_SLACK)
+    assert comparison.ok, f"{what}: {comparison.reason}"

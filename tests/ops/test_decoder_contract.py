@@ -35,9 +35,9 @@ def draw(dtype, seed=0):
 
 def decoding(form, dtype, batch=8):
     d = draw(dtype)
-    stack = decoder(d, form)
-    tokens = torch.randint(0, stack.vocab_size, (8,), generator=d.generator)
-    return stack, tokens[:batch], POSITIONS[:batch], arena(d, stack, batch, 160)
+    weights = decoder(d, form)
+    tokens = torch.randint(0, weights.vocab_size, (8,), generator=d.generator)
+    return weights, tokens[:batch], POSITIONS[:batch], arena(d, weights, batch, 160)
 
 
 def fresh(cache):
@@ -69,24 +69,24 @@ def test_linear_has_the_same_bits_in_any_batch_by_any_threads(backend, form, dty
 @every_backend
 @every_form
 def test_decode_step_has_the_same_bits_in_any_batch_by_any_threads(backend, form, dtype):
-    stack, tokens, positions, cache = decoding(form, dtype)
+    weights, tokens, positions, cache = decoding(form, dtype)
     step = with_written(decode_step)
     kept = fresh(cache)
-    whole, _ = step(stack, tokens, positions, kept, backend=backend)
+    whole, _ = step(weights, tokens, positions, kept, backend=backend)
     for b in (0, 1, 7):
-        own = arena(draw(dtype), stack, 1, cache.max_length)
-        for i, layer in enumerate(stack.layers):
+        own = arena(draw(dtype), weights, 1, cache.max_length)
+        for i, layer in enumerate(weights.layers):
             pairs = zip(own.views(i, layer.kv_heads), cache.views(i, layer.kv_heads), strict=True)
             for alone, all_rows in pairs:
                 alone.copy_(all_rows[b : b + 1])
-        got = decode_step(stack, tokens[b : b + 1], positions[b : b + 1], own, backend=backend)
+        got = decode_step(weights, tokens[b : b + 1], positions[b : b + 1], own, backend=backend)
         assert torch.equal(got[0], whole[b])
-        for i, layer in enumerate(stack.layers):
+        for i, layer in enumerate(weights.layers):
             pairs = zip(own.views(i, layer.kv_heads), kept.views(i, layer.kv_heads), strict=True)
             assert all(torch.equal(alone[0], all_rows[b]) for alone, all_rows in pairs)
     for count in (1, 2, 3):
         again = fresh(cache)
-        call = (stack, tokens, positions, again)
+        call = (weights, tokens, positions, again)
         got = of_threads(count, lambda call=call: decode_step(*call, backend=backend))
         assert torch.equal(got, whole)
         assert torch.equal(again.data, kept.data)
@@ -138,19 +138,19 @@ def test_linear_is_traced_whole(backend, form):
 @every_backend
 @every_form
 def test_what_lies_beyond_the_positions_is_neither_read_nor_written(backend, form, dtype):
-    stack, tokens, positions, cache = decoding(form, dtype)
+    weights, tokens, positions, cache = decoding(form, dtype)
     poisoned = fresh(cache)
     poisoned.data.fill_(torch.nan)
-    for i, layer in enumerate(stack.layers):
+    for i, layer in enumerate(weights.layers):
         pairs = zip(poisoned.views(i, layer.kv_heads), cache.views(i, layer.kv_heads), strict=True)
         for bad, good in pairs:
             for b, p in enumerate(positions.tolist()):
                 bad[b, :p] = good[b, :p]
     before, known = fresh(poisoned), fresh(cache)
-    got = decode_step(stack, tokens, positions, poisoned, backend=backend)
-    assert torch.equal(got, decode_step(stack, tokens, positions, known, backend=backend))
+    got = decode_step(weights, tokens, positions, poisoned, backend=backend)
+    assert torch.equal(got, decode_step(weights, tokens, positions, known, backend=backend))
     rows = torch.arange(len(tokens))
-    for i, layer in enumerate(stack.layers):
+    for i, layer in enumerate(weights.layers):
         for after, old in zip(
             poisoned.views(i, layer.kv_heads), before.views(i, layer.kv_heads), strict=True
         ):
@@ -162,27 +162,27 @@ def test_what_lies_beyond_the_positions_is_neither_read_nor_written(backend, for
 @every_backend
 @pytest.mark.parametrize("call", ["tokens", "positions"])
 def test_strided_indices_are_inputs(backend, call):
-    stack, tokens, positions, cache = decoding("plain", torch.float32, 3)
-    expected = decode_step(stack, tokens, positions, fresh(cache), backend=backend)
+    weights, tokens, positions, cache = decoding("plain", torch.float32, 3)
+    expected = decode_step(weights, tokens, positions, fresh(cache), backend=backend)
     wide = {"tokens": tokens, "positions": positions}
     wide[call] = torch.stack((wide[call], wide[call] * 0 - 1), dim=1)[:, 0]
-    assert torch.equal(decode_step(stack, **wide, arena=fresh(cache), backend=backend), expected)
+    assert torch.equal(decode_step(weights, **wide, arena=fresh(cache), backend=backend), expected)
 
 
 @every_backend
 @every_form
 def test_the_likeliest_tokens_are_those_of_argmax(backend, form, dtype):
     for batch in (1, 3, 8):
-        stack, tokens, positions, cache = decoding(form, dtype, batch)
-        plain = decode_step(stack, tokens, positions, fresh(cache), backend=backend)
+        weights, tokens, positions, cache = decoding(form, dtype, batch)
+        plain = decode_step(weights, tokens, positions, fresh(cache), backend=backend)
         for name in (backend, "reference"):
             chosen = torch.full_like(tokens, -1)
-            call = (stack, tokens, positions, fresh(cache))
+            call = (weights, tokens, positions, fresh(cache))
             got = decode_step(*call, chosen=chosen, backend=name)
             assert torch.equal(chosen, got.argmax(-1))
             assert name == "reference" or torch.equal(got, plain)
             place = tokens.clone()
-            decode_step(stack, place, *call[2:], chosen=place, backend=name)
+            decode_step(weights, place, *call[2:], chosen=place, backend=name)
             assert torch.equal(place, chosen)
 
 
@@ -193,23 +193,23 @@ def test_the_likeliest_tokens_are_those_of_argmax(backend, form, dtype):
 )
 def test_of_equal_logits_and_of_nan_the_first_is_chosen(backend, threads, rows, value):
     """`rows` of the vocabulary are all `value`, or every one is."""
-    stack, tokens, positions, cache = decoding("plain", torch.bfloat16)
-    head = stack.head.clone()
+    weights, tokens, positions, cache = decoding("plain", torch.bfloat16)
+    head = weights.head.clone()
     head[list(rows) or slice(None)] = value
-    stack, chosen = dataclasses.replace(stack, head=head), torch.full_like(tokens, -1)
-    call = (stack, tokens, positions, cache)
+    weights, chosen = dataclasses.replace(weights, head=head), torch.full_like(tokens, -1)
+    call = (weights, tokens, positions, cache)
     of_threads(threads, lambda: decode_step(*call, chosen=chosen, backend=backend))
     assert chosen.tolist() == [min(rows, default=0)] * len(tokens)
 
 
 @every_backend
-def test_another_stack_with_the_same_parts_is_another_decoder(backend):
+def test_other_weights_with_some_of_the_same_parts_are_another_decoder(backend):
     """Also where the old one is gone and its addresses are taken again."""
-    stack, tokens, positions, cache = decoding("plain", torch.float32, 3)
-    first = decode_step(stack, tokens, positions, fresh(cache), backend=backend)
+    weights, tokens, positions, cache = decoding("plain", torch.float32, 3)
+    first = decode_step(weights, tokens, positions, fresh(cache), backend=backend)
     for seed in range(1, 6):
         other = decoder(draw(torch.float32, seed))
-        mixed = dataclasses.replace(stack, layers=other.layers, head=other.head)
+        mixed = dataclasses.replace(weights, layers=other.layers, head=other.head)
         got, expected = (
             decode_step(mixed, tokens, positions, fresh(cache), backend=name)
             for name in (backend, "reference")
@@ -217,7 +217,7 @@ def test_another_stack_with_the_same_parts_is_another_decoder(backend):
         del other, mixed
         torch.testing.assert_close(got, expected)
         assert not torch.equal(got, first)
-    del stack
+    del weights
     gc.collect()
     assert not _TABLES
 
@@ -225,16 +225,16 @@ def test_another_stack_with_the_same_parts_is_another_decoder(backend):
 @every_backend
 @pytest.mark.parametrize("bad", [-1, 203, 2**40])
 def test_an_index_outside_is_refused_before_anything_is_written(backend, bad):
-    stack, tokens, positions, cache = decoding("plain", torch.float32, 3)
+    weights, tokens, positions, cache = decoding("plain", torch.float32, 3)
     wrong = torch.tensor([1, bad, 0])
     before = cache.data.clone()
     for name in (backend, "reference"):
         with pytest.raises(
             (ValueError, RuntimeError), match=rf"tokens must be in \[0, 203\).*{bad}"
         ):
-            decode_step(stack, wrong, positions, cache, backend=name)
+            decode_step(weights, wrong, positions, cache, backend=name)
         with pytest.raises((ValueError, RuntimeError), match=r"positions must be in \[0, "):
-            decode_step(stack, tokens, wrong, cache, backend=name)
+            decode_step(weights, tokens, wrong, cache, backend=name)
     assert torch.equal(cache.data, before)
 
 
@@ -244,13 +244,13 @@ def test_an_index_outside_is_refused_before_anything_is_written(backend, bad):
 def test_every_step_has_parity(backend, dtype, steps):
     """From an empty cache, each step on its own keys and values, as a generation goes."""
     sizes = {"model_dim": 64, "head_dim": 16, "ffn_dims": (64, 96), "table_length": 512}
-    stack = decoder(draw(dtype), heads=((4, 1), (4, 2)), **sizes)
+    weights = decoder(draw(dtype), heads=((4, 1), (4, 2)), **sizes)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, stack.vocab_size, (steps, 8), generator=generator)
-    cache = arena(draw(dtype), stack, 8, steps)
+    tokens = torch.randint(0, weights.vocab_size, (steps, 8), generator=generator)
+    cache = arena(draw(dtype), weights, 8, steps)
     wide, plain = cache._replace(data=cache.data.double()), fresh(cache)
     for i in range(steps):
-        call = (stack, tokens[i], torch.full((8,), i))
+        call = (weights, tokens[i], torch.full((8,), i))
         got = decode_step(*call, cache, backend=backend)
         truth, yardstick = (reference.decode_step(*call, c) for c in (wide, plain))
         found = compare(truth, yardstick, got, f"logits of step {i}")

@@ -10,11 +10,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from elmkernels import add_rms_norm, backends, qk_norm_rope, reference, rms_norm
-from elmkernels.backends import choose, defined, implements
-from elmkernels.ops._attention_choice import Preference
-from elmkernels.ops._rows_choice import FEW, FEW_ROWS, described, rows_backend
+from elmkernels.backends import BY_ROWS, FEW, FEW_ROWS, Preference, choose, defined, implements
+from elmkernels.devices import _resolved
+from elmkernels.ops._rows_choice import rows_backend
 
-OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope")
+OPS = BY_ROWS
 KERNELS = choose("rms_norm", "cpu", None)
 
 
@@ -96,9 +96,9 @@ def test_every_op_asks_the_table(monkeypatch):
 
 def test_the_report_names_both():
     for op in OPS:
-        assert described(op, "cuda", None) == f"cuda up to {FEW_ROWS} rows, then triton"
-        assert described(op, "cuda", "triton") == "triton"
-        assert described(op, "cpu", None) == choose(op, "cpu", None)
+        assert _resolved(op, "cuda", None) == f"cuda up to {FEW_ROWS} rows, then triton"
+        assert _resolved(op, "cuda", "triton") == "triton"
+        assert _resolved(op, "cpu", None) == choose(op, "cpu", None)
 
 
 def test_the_table_names_backends_that_have_the_ops_and_says_why():

@@ -16,8 +16,8 @@ X = torch.randn(2, 3, 64)
 PLAIN = torch.randn(5, 64)
 AFFINE, PACKED = quantize_weight(PLAIN, 4, 32), pack_weight(PLAIN.bfloat16())
 DRAW = Draw(torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
-STACK = decoder(DRAW, model_dim=64, vocab_size=9)
-ARENA = arena(DRAW, STACK, 2, 6)
+WEIGHTS = decoder(DRAW, model_dim=64, vocab_size=9)
+ARENA = arena(DRAW, WEIGHTS, 2, 6)
 TOKENS = torch.tensor([1, 2])
 HALF_Q = AFFINE.q[:, :4].contiguous()
 
@@ -30,16 +30,16 @@ def packed(**parts):
     return linear(X.bfloat16(), replace(PACKED, **parts))
 
 
-def step(stack=STACK, tokens=TOKENS, positions=TOKENS, arena=ARENA, **k):
-    return decode_step(stack, tokens, positions, arena, **k)
+def step(weights=WEIGHTS, tokens=TOKENS, positions=TOKENS, arena=ARENA, **k):
+    return decode_step(weights, tokens, positions, arena, **k)
 
 
 def with_layer(**parts):
-    return step(replace(STACK, layers=(STACK.layers[0], STACK.layers[1]._replace(**parts))))
+    return step(replace(WEIGHTS, layers=(WEIGHTS.layers[0], WEIGHTS.layers[1]._replace(**parts))))
 
 
-def with_stack(**parts):
-    return step(replace(STACK, **parts))
+def with_weights(**parts):
+    return step(replace(WEIGHTS, **parts))
 
 
 def with_arena(**parts):
@@ -188,70 +188,71 @@ WRONG = {
     "decode_step: chosen is elsewhere": (
         lambda: step(chosen=TOKENS.to("meta")),
         ValueError, "chosen must be on cpu, got meta"),
-    "stack: the norm is int": (
-        lambda: with_stack(norm=STACK.norm.int()),
+    "weights: the norm is int": (
+        lambda: with_weights(norm=WEIGHTS.norm.int()),
         TypeError, "arena must be torch.int32 like the norms, got torch.float32"),
-    "stack: the norm is on meta": (
-        lambda: with_stack(norm=STACK.norm.to("meta")),
+    "weights: the norm is on meta": (
+        lambda: with_weights(norm=WEIGHTS.norm.to("meta")),
         ValueError, "arena must be on meta like the norms, got cpu"),
-    "stack: the norm is two-dimensional": (
-        lambda: with_stack(norm=STACK.norm[None]),
-        ValueError, "stack.norm must be [model_dim], contiguous, got [1, 64]"),
-    "stack: an odd head_dim": (
-        lambda: with_stack(head_dim=63),
+    "weights: the norm is two-dimensional": (
+        lambda: with_weights(norm=WEIGHTS.norm[None]),
+        ValueError, "weights.norm must be [model_dim], contiguous, got [1, 64]"),
+    "weights: an odd head_dim": (
+        lambda: with_weights(head_dim=63),
         ValueError, "arena.head_dim must be 63, got 64"),
-    "stack: a half table": (
-        lambda: with_stack(rope_table=STACK.rope_table.half()),
-        TypeError, "stack.rope_table must be torch.float32, got torch.float16"),
-    "stack: a narrow table": (
-        lambda: with_stack(rope_table=STACK.rope_table[:, :32]),
-        ValueError, "stack.rope_table must be [256, 64], got [256, 32]"),
-    "stack: a narrow embedding": (
-        lambda: with_stack(embedding=STACK.embedding[:, :32]),
-        ValueError, "stack.embedding must be [9, 64], got [9, 32]"),
-    "stack: a half head": (
-        lambda: with_stack(head=STACK.head.half()),
-        TypeError, "stack.head must be torch.float32 like norm, got torch.float16"),
-    "stack: a head on meta": (
-        lambda: with_stack(head=STACK.head.to("meta")),
-        ValueError, "stack.head must be on cpu like norm, got meta"),
-    "stack: a transposed head": (
-        lambda: with_stack(head=STACK.head.T.contiguous().T),
-        ValueError, "stack.head must be of contiguous rows, got strides (1, 9)"),
-    "stack: without its gate": (
-        lambda: with_stack(gated=False),
-        ValueError, "stack.layers[0].proj_1 must be [256, 64], got [512, 64]"),
+    "weights: a half table": (
+        lambda: with_weights(rope_table=WEIGHTS.rope_table.half()),
+        TypeError, "weights.rope_table must be torch.float32, got torch.float16"),
+    "weights: a narrow table": (
+        lambda: with_weights(rope_table=WEIGHTS.rope_table[:, :32]),
+        ValueError, "weights.rope_table must be [256, 64], got [256, 32]"),
+    "weights: a narrow embedding": (
+        lambda: with_weights(embedding=WEIGHTS.embedding[:, :32]),
+        ValueError, "weights.embedding must be [9, 64], got [9, 32]"),
+    "weights: a half head": (
+        lambda: with_weights(head=WEIGHTS.head.half()),
+        TypeError, "weights.head must be torch.float32 like norm, got torch.float16"),
+    "weights: a head on meta": (
+        lambda: with_weights(head=WEIGHTS.head.to("meta")),
+        ValueError, "weights.head must be on cpu like norm, got meta"),
+    "weights: a transposed head": (
+        lambda: with_weights(head=WEIGHTS.head.T.contiguous().T),
+        ValueError, "weights.head must be of contiguous rows, got strides (1, 9)"),
+    "weights: without its gate": (
+        lambda: with_weights(gated=False),
+        ValueError, "weights.layers[0].proj_1 must be [256, 64], got [512, 64]"),
     "layer: no heads": (
         lambda: with_layer(q_heads=0),
-        ValueError, "stack.layers[1].q_heads must be a positive integer, got 0"),
+        ValueError, "weights.layers[1].q_heads must be a positive integer, got 0"),
     "layer: no key heads": (
         lambda: with_layer(kv_heads=0),
-        ValueError, "stack.layers[1].kv_heads must be a positive integer, got 0"),
+        ValueError, "weights.layers[1].kv_heads must be a positive integer, got 0"),
     "layer: heads don't divide": (
         lambda: with_layer(q_heads=11),
-        ValueError, "stack.layers[1].q_heads must be a multiple of kv_heads 3, got 11"),
+        ValueError, "weights.layers[1].q_heads must be a multiple of kv_heads 3, got 11"),
     "layer: other heads than its weights": (
         lambda: with_layer(q_heads=9),
-        ValueError, "stack.layers[1].qkv_proj must be [960, 64], got [1152, 64]"),
+        ValueError, "weights.layers[1].qkv_proj must be [960, 64], got [1152, 64]"),
     "layer: a short norm": (
-        lambda: with_layer(attn_norm=STACK.norm[:9]),
-        ValueError, "stack.layers[1].attn_norm must be [64], got [9]"),
+        lambda: with_layer(attn_norm=WEIGHTS.norm[:9]),
+        ValueError, "weights.layers[1].attn_norm must be [64], got [9]"),
     "layer: a strided norm": (
         lambda: with_layer(ffn_norm=torch.rand(128)[::2]),
-        ValueError, "stack.layers[1].ffn_norm must be contiguous, got strides (2,)"),
+        ValueError, "weights.layers[1].ffn_norm must be contiguous, got strides (2,)"),
     "layer: a half norm": (
         lambda: with_layer(q_norm=torch.rand(64).half()),
-        TypeError, "stack.layers[1].q_norm must be torch.float32 like norm, or torch.float32"
+        TypeError, "weights.layers[1].q_norm must be torch.float32 like norm, or torch.float32"
         ", got torch.float16"),
     "layer: a packed weight among float32": (
-        lambda: with_layer(out_proj=pack_weight(STACK.layers[1].out_proj.bfloat16())),
-        TypeError, "stack.layers[1].out_proj must be torch.float32 like norm, got torch.bfloat16"),
+        lambda: with_layer(out_proj=pack_weight(WEIGHTS.layers[1].out_proj.bfloat16())),
+        TypeError,
+        "weights.layers[1].out_proj must be torch.float32 like norm, got torch.bfloat16"),
     "layer: a weight is None": (
         lambda: with_layer(proj_2=None),
-        TypeError, "stack.layers[1].proj_2 must be a tensor, got NoneType"),
+        TypeError, "weights.layers[1].proj_2 must be a tensor, got NoneType"),
     "layer: a short proj_2": (
-        lambda: with_layer(proj_2=STACK.layers[1].proj_2[:9]),
-        ValueError, "stack.layers[1].proj_2 must be [64, 384], got [9, 384]"),
+        lambda: with_layer(proj_2=WEIGHTS.layers[1].proj_2[:9]),
+        ValueError, "weights.layers[1].proj_2 must be [64, 384], got [9, 384]"),
 }  # fmt: skip
 
 

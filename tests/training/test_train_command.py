@@ -131,7 +131,7 @@ def test_a_comparison(tmp_path, capsys):
     }
     fp32 = found["precisions"]["fp32"]
     assert 0 < fp32["largest_difference"] < 1e-4 and len(fp32["runs"]["accelerated"]["loss"]) == 6
-    if chart.available() is None:
+    if chart.missing() is None:
         assert (out / "chart.png").read_bytes()[:4] == b"\x89PNG"
 
 

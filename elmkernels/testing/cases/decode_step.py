@@ -8,22 +8,22 @@ from torch import Tensor
 
 from ...openelm.config import OpenELMConfig
 from ...reference import rope_table
-from ...weights.formats import Arena, Layer, Stack, Weight
+from ...weights.formats import Arena, DecoderWeights, Layer, Weight
 from .draw import HALF, Case, Draw, Inputs, models
 from .spec import OpSpec, total_bytes
 from .weights import FORMS, dtypes_of, weight
 
 
-def arena(d: Draw, stack: Stack, batch: int, max_length: int) -> Arena:
+def arena(d: Draw, weights: DecoderWeights, batch: int, max_length: int) -> Arena:
     """Keys and values of random tokens, each layer's from a multiple of 64 elements on."""
     offsets, end = [], 0
-    for layer in stack.layers:
-        count = batch * layer.kv_heads * max_length * stack.head_dim
+    for layer in weights.layers:
+        count = batch * layer.kv_heads * max_length * weights.head_dim
         room = -(-count // 64) * 64
         offsets.append([end, end + room])
         end += 2 * room
     starts = torch.tensor(offsets, dtype=torch.int64).view(-1, 2)
-    return Arena(d.normal(end), starts, batch, max_length, stack.head_dim)
+    return Arena(d.normal(end), starts, batch, max_length, weights.head_dim)
 
 
 def decoder(
@@ -39,7 +39,7 @@ def decoder(
     gated: bool = True,
     tied: bool = True,
     table_length: int = 256,
-) -> Stack:
+) -> DecoderWeights:
     """A decoder with its own heads (queries, keys) and feed-forward width in every layer."""
 
     def norm_weight(n: int) -> Tensor:
@@ -62,7 +62,7 @@ def decoder(
             )
         )
     embedding = weight(d, form, vocab_size, model_dim)
-    return Stack(
+    return DecoderWeights(
         embedding=embedding,
         layers=tuple(layers),
         norm=norm_weight(model_dim),
@@ -81,19 +81,19 @@ def _decode_case(
     """positions: of each sequence's new token. max_length: of the cache, 0: as short as can be."""
 
     def build(d: Draw) -> Inputs:
-        stack = decoder(d, form, **sizes)
+        weights = decoder(d, form, **sizes)
         shape = (len(positions),)
         options = {"generator": d.generator, "device": d.device}
-        tokens = torch.randint(0, stack.embedding.shape[0], shape, **options)
+        tokens = torch.randint(0, weights.embedding.shape[0], shape, **options)
         place = torch.tensor(positions, dtype=torch.int64, device=d.device)
         longest = max_length or max(positions, default=0) + 1
-        return (stack, tokens, place, arena(d, stack, len(positions), longest)), {}
+        return (weights, tokens, place, arena(d, weights, len(positions), longest)), {}
 
     return Case("decode_step", name, build, dtypes=dtypes or dtypes_of(form))
 
 
 def cases() -> list[Case]:
-    """Two or three layers: what a deeper stack makes of rounding is luck, in the reference too.
+    """Two or three layers: what a deeper weights makes of rounding is luck, in the reference too.
 
     A sequence's errors all come from one row of hidden numbers, so that a narrow decoder takes
     several sequences, or half of its errors are the luck of a few numbers too.
@@ -173,36 +173,38 @@ def bench_cases(model: str, rows: tuple[int, ...], layer: int) -> list[Case]:
 def with_written(decode_step: Callable) -> Callable:
     """decode_step that also returns what it wrote: keys and values, layer after layer."""
 
-    def run(stack: Stack, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
-        logits = decode_step(stack, tokens, positions, arena, **kwargs)
+    def run(weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
+        logits = decode_step(weights, tokens, positions, arena, **kwargs)
         rows = torch.arange(arena.batch, device=positions.device)
-        views = [v for i, layer in enumerate(stack.layers) for v in arena.views(i, layer.kv_heads)]
+        views = [
+            v for i, layer in enumerate(weights.layers) for v in arena.views(i, layer.kv_heads)
+        ]
         written = [v[rows, positions].flatten() for v in views]
         return logits, torch.cat(written) if written else logits.new_empty(0)
 
     return run
 
 
-def _matrices(stack: Stack) -> list[Weight]:
+def _matrices(weights: DecoderWeights) -> list[Weight]:
     """Every weight that a token is multiplied by."""
-    parts = [(x.qkv_proj, x.out_proj, x.proj_1, x.proj_2) for x in stack.layers]
-    return [*itertools.chain(*parts), stack.head]
+    parts = [(x.qkv_proj, x.out_proj, x.proj_1, x.proj_2) for x in weights.layers]
+    return [*itertools.chain(*parts), weights.head]
 
 
 def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward: bool) -> int:
     """Every weight but the embedding's other rows, and the keys and values that are seen."""
-    stack, tokens, positions, arena = args
-    norms = [x for layer in stack.layers for x in layer if isinstance(x, Tensor) and x.dim() == 1]
-    embedded = stack.embedding.nbytes // stack.embedding.shape[0] * tokens.numel()
-    token = 2 * sum(layer.kv_heads for layer in stack.layers) * stack.head_dim
+    weights, tokens, positions, arena = args
+    norms = [x for layer in weights.layers for x in layer if isinstance(x, Tensor) and x.dim() == 1]
+    embedded = weights.embedding.nbytes // weights.embedding.shape[0] * tokens.numel()
+    token = 2 * sum(layer.kv_heads for layer in weights.layers) * weights.head_dim
     cached = token * arena.data.element_size() * int((positions + 1).sum())
-    read = sum(w.nbytes for w in _matrices(stack)) + total_bytes(*norms) + embedded + cached
+    read = sum(w.nbytes for w in _matrices(weights)) + total_bytes(*norms) + embedded + cached
     return read + total_bytes(*outputs)
 
 
 def operations(args: tuple, kwargs: dict, backward: bool) -> int:
-    stack, tokens = args[:2]
-    return 2 * tokens.numel() * sum(w.shape[0] * w.shape[1] for w in _matrices(stack))
+    weights, tokens = args[:2]
+    return 2 * tokens.numel() * sum(w.shape[0] * w.shape[1] for w in _matrices(weights))
 
 
 SPEC = OpSpec(

@@ -1,0 +1,92 @@
+"""What `accelerate` did, as data and as lines of text."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..backends import PREFERENCE, Reason
+from ..devices import BackendChoice
+from . import projections
+from .projections import Plan
+
+
+@dataclass
+class Report:
+    """What `accelerate` did: one line a fact, and the same as data.
+
+    Attributes:
+        convention: the family of models that this one belongs to.
+        backends: {op: the backend it takes, in words}, of norms, rotation and SwiGLU.
+        accelerated: {kind of module: how many have a fused one in their place}.
+        left: (path, reason) of modules that stayed as they were.
+        gemm: the routines of the projections.
+        prepacked_bytes: memory that prepacked copies of the weights may take.
+        attention: its backend; the preferred one if the named one lacks it.
+        loss: the same of linear_cross_entropy; empty if the model has no `loss`.
+        missing: why no op of the model has a kernel on its device, and what mends it; None if one
+            has, or if the reference was asked for.
+        fallbacks: which backends this very GPU can't run, and what is taken instead.
+        decode_modes: {mode: why not, or None}, of decoding on a GPU: see `decode_modes.modes_of`.
+        notes: what else is worth knowing.
+    """
+
+    convention: str
+    backends: dict[str, str]
+    accelerated: dict[str, int]
+    left: list[tuple[str, Reason]]
+    gemm: Plan
+    prepacked_bytes: int = 0
+    attention: str = ""
+    loss: str = ""
+    missing: Reason | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    decode_modes: dict[str, Reason | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.accelerated.items())
+        backends = ", ".join(f"{op}: {name}" for op, name in self.backends.items())
+        gemm = (
+            f"1 row {self.gemm.one_row}, up to {projections.FEW_ROWS} {self.gemm.few_rows}, "
+            f"more {self.gemm.many_rows}, training {self.gemm.training}"
+        )
+        lines = [
+            f"accelerated ({self.convention} model): {kinds}",
+            f"backends: {backends}, attention: {self.attention}"
+            + (f", linear_cross_entropy: {self.loss}" if self.loss else ""),
+            f"projections: {gemm}",
+        ]
+        if self.missing:
+            lines.insert(0, self.missing)
+        if self.prepacked_bytes:
+            lines.append(
+                f"prepacked weights: up to {self.prepacked_bytes / 2**20:.0f} MiB more memory"
+            )
+        lines += self.fallbacks
+        if self.decode_modes:
+            possible = [mode for mode, reason in self.decode_modes.items() if reason is None]
+            lines.append(f"decoding: by {' or '.join(possible) or 'calls alone'}")
+            lines += [
+                f"not by {mode}: {reason}" for mode, reason in self.decode_modes.items() if reason
+            ]
+        lines += [f"left {path}: {reason}" for path, reason in self.left]
+        return "\n".join(lines + self.notes)
+
+
+def fallbacks(device: torch.device, choices: dict[str, BackendChoice]) -> list[str]:
+    """Which backends a GPU can't run, why, and what each op that has them takes instead."""
+    # How a model is decoded is told by its decode modes.
+    choices = {op: choice for op, choice in choices.items() if op != "decode_step"}
+    lines = []
+    for name in PREFERENCE[device.type]:
+        instead: dict[str, list[str]] = {}
+        for op, choice in choices.items():
+            if name in choice.why:
+                instead.setdefault(choice.resolved, []).append(op)
+        if instead:
+            why = next(choice.why[name] for choice in choices.values() if name in choice.why)
+            taken = "; ".join(f"{other} for {', '.join(ops)}" for other, ops in instead.items())
+            lines.append(f"{name} can't run on {device}: {why}; taken instead: {taken}")
+    if any(choice.named for choice in choices.values()):
+        lines.append("accelerate again if the model moves to another device")
+    return lines
