@@ -32,6 +32,7 @@ from ..acceleration.decode_modes import (
     step_backend,
 )
 from ..acceleration.decoder_weights import described
+from ..checks import one_line
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from ..weights.formats import Stack
@@ -333,7 +334,7 @@ class Decoder:
 
 
 def _failure(error: RuntimeError) -> str:
-    return f"its capture failed: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    return f"its capture failed: {one_line(error)}"
 
 
 def _timed(replay: Callable[[], None], device: torch.device) -> float:
