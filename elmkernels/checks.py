@@ -33,6 +33,13 @@ def to_dtype(name: str, value: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's text that isn't empty, or its kind if it has none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    text = next((line for line in lines if line), type(error).__name__)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def _shape(shape: tuple | list) -> str:
     return str(list(shape))
 

@@ -68,8 +68,8 @@ def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None
 
 
 def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: str) -> None:
-    """tasks: {"task", "rates": {name: units a second}, "ceiling": those at best}, a panel each;
-    writes a PNG in one step, if there is one.
+    """tasks: {"task", "rates": {name: units a second}, "ceiling": those at best, or
+    None}, a panel each; writes a PNG in one step, if there is one.
     """
     from matplotlib.figure import Figure
 
@@ -87,10 +87,11 @@ def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: st
         bars = axis.barh(range(len(names)), rates, color=colors)
         labels = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
         axis.bar_label(bars, labels, padding=3, fontsize=7)
-        axis.axvline(task["ceiling"], color="#d62728", linewidth=1, linestyle="--")
+        if task["ceiling"] is not None:
+            axis.axvline(task["ceiling"], color="#d62728", linewidth=1, linestyle="--")
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.2 * max(task["ceiling"], *rates))
+        axis.set_xlim(0, 1.2 * max(task["ceiling"] or 0.0, *rates))
         axis.tick_params("x", labelsize=7)
         axis.set_title(f"{task['task']}, {unit}", fontsize=8)
     write(figure, title, path)
@@ -108,7 +109,7 @@ def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
     bars = axis.barh(range(len(names)), speeds, xerr=[low, high], color=colors, capsize=2)
     labels = [
         (f"{rate['median']:,.0f}" if rate["median"] >= 100 else f"{rate['median']:.3g}")
-        + (f", {f['of_read_bandwidth']:.0%} of reading" if "of_read_bandwidth" in f else "")
+        + (f", {f['of_read_bandwidth']:.0%} of reading" if f.get("of_read_bandwidth") else "")
         for rate, f in zip(rates, found, strict=True)
     ]
     axis.bar_label(bars, labels, padding=4, fontsize=7)
@@ -136,21 +137,22 @@ def _panel(axis: Any, dtype: str, task: dict[str, Any]) -> None:
     bars = axis.bar(range(len(names)), speeds, yerr=[low, high], color=colors, capsize=3)
     labels = [f"{s:,.0f}" if s >= 100 else f"{s:.3g}" for s in speeds]
     labels = [
-        f"{label}\nswapped {task['ratio'][n]:.2f}x" if n in task["ratio"] else label
+        f"{label}\naccelerated {task['ratio'][n]:.2f}x" if n in task["ratio"] else label
         for n, label in zip(names, labels, strict=True)
     ]
     axis.bar_label(bars, labels, padding=3, fontsize=8)
-    ceiling = tokens / task["floor"]
-    axis.axhline(ceiling, color="#d62728", linewidth=1, linestyle="--")
-    axis.annotate(
-        f"ceiling {ceiling:,.0f} ({task['bound']})",
-        (0.02, ceiling),
-        xycoords=("axes fraction", "data"),
-        va="bottom",
-        fontsize=7,
-        color="#d62728",
-    )
-    axis.set_ylim(0, 1.25 * max(ceiling, *speeds))
+    ceiling = tokens / task["floor"] if task["of_ceiling"] else None
+    if ceiling is not None:
+        axis.axhline(ceiling, color="#d62728", linewidth=1, linestyle="--")
+        axis.annotate(
+            f"ceiling {ceiling:,.0f} ({task['bound']})",
+            (0.02, ceiling),
+            xycoords=("axes fraction", "data"),
+            va="bottom",
+            fontsize=7,
+            color="#d62728",
+        )
+    axis.set_ylim(0, 1.25 * max(ceiling or 0.0, *speeds))
     axis.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=8)
     axis.set_title(f"{dtype}: {task['task']}", fontsize=9)
     axis.set_ylabel("tokens/s", fontsize=8)

@@ -1,4 +1,4 @@
-"""The main job: swap a copy of a model, prove it, time it, dtype by dtype.
+"""The main job: accelerate a copy of a model, prove it, time it, dtype by dtype.
 
 Results are one dict of plain values, filled as they are measured: whoever stops the job early has
 all that was finished before, and `complete` says False.
@@ -18,6 +18,7 @@ from ..openelm.model import OpenELM
 from ..openelm.surgery import twin
 from ..testing.model_parity import ModelParity, check_model
 from . import roofline
+from .machine import busy
 from .ops import format_table
 from .timing import fingerprint
 
@@ -79,6 +80,7 @@ def start(job: Job) -> dict[str, Any]:
         "model": job.name,
         "weights": job.weights,
         "machine": fingerprint(job.device),
+        "busy": busy(),
         "device": str(job.device),
         "quick": job.quick,
         "backend": job.backend,
@@ -117,12 +119,12 @@ def _run_dtype(
         results["config"] = model.config.to_hf_dict()
         results["parameters"] = model.config.num_parameters
         results["sizes"] = asdict(sizes)
-        emit(_headline(job, model.config, results["machine"]))
+        emit(_headline(job, model.config, results))
     results["dtypes"][name] = found
     accelerated = twin(model)
     report = accelerate(accelerated, backend=job.backend, prepack=job.prepack)
-    found["swap"] = {f.name: getattr(report, f.name) for f in fields(report)}
-    found["swap"]["gemm"] = asdict(report.gemm)
+    found["accelerated"] = {f.name: getattr(report, f.name) for f in fields(report)}
+    found["accelerated"]["gemm"] = asdict(report.gemm)
     emit(f"\n{name}\n{report}")
 
     def tokens(batch: int, length: int) -> Tensor:
@@ -154,12 +156,14 @@ def _run_dtype(
             emit("\n" + speed_text(measured))
 
 
-def _headline(job: Job, config: OpenELMConfig, machine: dict[str, Any]) -> str:
+def _headline(job: Job, config: OpenELMConfig, results: dict[str, Any]) -> str:
+    machine = results["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    return (
-        f"{job.name}, {config.num_parameters / 1e6:.1f}M parameters, {job.weights}\n"
-        f"on {job.device}: {where}, torch {machine['torch']}"
-    )
+    lines = [
+        f"{job.name}, {config.num_parameters / 1e6:.1f}M parameters, {job.weights}",
+        f"on {job.device}: {where}, torch {machine['torch']}",
+    ]
+    return "\n".join([*lines, *([results["busy"]] if results["busy"] else [])])
 
 
 def parity_text(parity: ModelParity) -> str:
@@ -190,6 +194,7 @@ def speed_text(measured: list[roofline.Measured]) -> str:
         "speed (median of n with p20 and p80; ceilings are this machine's, in the same rounds)",
         format_table([row for m in measured for row in m.rows()]),
     ]
+    lines += [f"{m.task}: {m.ceiling_missing}" for m in measured if m.ceiling_missing]
     slower = [f"{m.task} ({m.ratio():.2f}x)" for m in measured if m.ratio() < 1]
     if slower:
         lines.append(f"slower than eager: {', '.join(slower)}")

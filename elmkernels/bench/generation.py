@@ -8,7 +8,6 @@ the same weights, so that correctness stands beside speed. What can't run is nam
 """
 
 import gc
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import one_line
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from . import llama_cpp
 from .generation_figures import figures, own_read, text
+from .machine import busy
 from .roofline import peak
 from .runners import (
     COMPILED,
@@ -40,7 +41,6 @@ from .timing import fingerprint
 
 FORMATS = ("fp32", "bf16", "packed12", "int8", "int4")
 PROBE_CALLS = 3
-BUSY = 0.5  # load a core from which the figures come with a warning
 # What building a runner raises where it can't be had.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
 
@@ -126,9 +126,9 @@ def start(race: Race) -> dict[str, Any]:
         "model": race.name,
         "weights": race.weights,
         "machine": fingerprint("cpu"),
-        # Of the last minute, before anything is run here: threads that wait for each other lose
-        # far more than their share where others run too, and each runner loses another part.
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        # Threads that wait for each other lose far more than their share if others run too, and
+        # each runner loses another part.
+        "busy": busy(),
         "backend": race.backend,
         "seed": race.seed,
         "groups": {},
@@ -174,7 +174,7 @@ def _run_group(
                 try:
                     runners.append(make())
                 except REFUSALS as error:
-                    found["missing"][name] = _short(error)
+                    found["missing"][name] = one_line(error)
             found["runners"] |= {r.name: _about(r) for r in runners}
             del model
             for task in tasks:
@@ -252,7 +252,7 @@ def _run_task(
                 if runner.kind not in (COMPILED, LLAMA):
                     raise
                 runs.pop(runner.name, None)
-                found["missing"][f"{runner.name}, {task.name}"] = _short(error)
+                found["missing"][f"{runner.name}, {task.name}"] = one_line(error)
                 continue
             if not task.steps:
                 peaks[runner.name] = peak(run, torch.device("cpu"))
@@ -348,18 +348,10 @@ def _about(runner: Runner) -> dict[str, Any]:
     }
 
 
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
 def _headline(race: Race, results: dict[str, Any]) -> str:
-    machine, load = results["machine"], results["load_before"]
+    machine = results["machine"]
     lines = [
         f"{race.name}, {results['parameters'] / 1e6:.1f}M parameters, {race.weights}",
         f"on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}",
     ]
-    if load is not None and load > BUSY * max(1, machine["cores"]):
-        lines.append(f"busy: a load of {load:.1f} on {machine['cores']} cores distorts all figures")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([results["busy"]] if results["busy"] else [])])

@@ -1,10 +1,11 @@
-"""What the race's seconds come to: speeds, shares of the memory's, ratios, and the table."""
+"""What the runners' seconds come to: speeds, shares of the memory's, ratios, and the table."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from .ceilings import surpassed
 from .ops import format_table
 from .runners import LLAMA, OURS, Runner, Task
 from .timing import summary
@@ -66,10 +67,40 @@ def figures(
         "steps": task.steps,
         "rounds": len(probes),
         "wanted_rounds": rounds,
-        "read_bandwidth": {"median": statistics.median(ceilings), "rounds": probes},
+        "read_bandwidth": {
+            "median": statistics.median(ceilings),
+            "rounds": probes,
+            "missing": _drop_wrong_shares(found),
+        },
         "runners": found,
         "ratios": _ratios(found),
     }
+
+
+def _drop_wrong_shares(found: dict[str, Any]) -> list[str]:
+    """Why ceilings of reading aren't usable, as more was reached; the shares of them become None.
+    The memory's ceiling is one for all runners, that of reading its own weights each one's own.
+    """
+    reasons = []
+    key = "of_read_bandwidth"
+    shares = {name: f[key] for name, f in found.items() if key in f}
+    if reason := surpassed(shares, "the ceiling of reading is"):
+        reasons.append(reason)
+        for name in shares:
+            found[name][key] = None
+    key, what = "of_reading_its_weights", "the speed of reading its weights is"
+    for name, f in found.items():
+        if key in f and (reason := surpassed({name: f[key]}, what)):
+            reasons.append(reason)
+            f[key] = None
+    return reasons
+
+
+def _share(runner: dict[str, Any], key: str) -> str | None:
+    """A share as the table has it; None if the task has none."""
+    if key not in runner:
+        return None
+    return "not usable" if runner[key] is None else f"{runner[key]:.0%}"
 
 
 def _ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -94,6 +125,7 @@ def text(name: str, found: dict[str, Any]) -> str:
     for task in found["tasks"]:
         top = task["read_bandwidth"]["median"] / 1e9
         lines.append(f"{task['task']}: reads {top:.1f} GB/s, {task['rounds']} rounds")
+        lines += task["read_bandwidth"]["missing"]
         for mine, ratios in task["ratios"].items():
             lost = [f"{n} ({r:.2f}x)" for n, r in ratios.items() if r < 1 and n != BEST]
             if lost:
@@ -116,10 +148,8 @@ def _rows(task: dict[str, Any], runners: dict[str, Any], ours: list[str]) -> lis
             "ms/token": f["ms_per_token"],
             "MB/step": f["step_bytes"] / 1e6 if "step_bytes" in f else None,
             "GB/s": f["bytes_per_second"] / 1e9 if "step_bytes" in f else None,
-            "of reading": f"{f['of_read_bandwidth']:.0%}" if "step_bytes" in f else None,
-            "of its weights": f"{f['of_reading_its_weights']:.0%}"
-            if "of_reading_its_weights" in f
-            else None,
+            "of reading": _share(f, "of_read_bandwidth"),
+            "of its weights": _share(f, "of_reading_its_weights"),
             "peak MiB": None if peak_bytes is None else round(peak_bytes / 2**20),
         }
         for mine in ours:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import one_line
 from ..testing.cases import BENCH_ROWS, OPS, bench_cases
 from ..testing.cases.draw import Case, make
 from ..testing.parity import DTYPES, check_parity, plan
@@ -162,7 +163,7 @@ def bench_op(
         except RuntimeError as error:
             if name == backend:
                 raise
-            missing[name] = str(error).strip().splitlines()[0]
+            missing[name] = one_line(error)
         else:
             measured[name] = closures
     measured["copy"] = copies_of(nbytes, device, copies)

@@ -2,7 +2,7 @@
 
 Three tasks, those of a user: the pass over a prompt (prefill), one token after another
 (generation), and a training step (forward, loss, backward; no optimizer). The models take turns,
-round by round, and a probe of the machine takes its turn with them: the ceiling. A task's floor is
+round by round, and probes of the machine take their turn with them: the ceiling. A task's floor is
 the least time it can take there: the operations of its matrix products at the speed of a large
 product in that dtype, or, for generation, the bytes of all weights and of the cache at the speed
 of reading memory, each by the fastest of several ways.
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..acceleration import projections
 from ..generation.step import next_logits
 from ..openelm.cache import KVCache
 from ..openelm.costs import matmul_operations, token_bytes
 from ..openelm.loss import next_token_loss, next_tokens
 from ..openelm.model import OpenELM
-from .timing import Timing, copies_of, interleave, peak_memory, synchronize
+from .ceilings import Probes, memory_probes, product_probes, surpassed
+from .timing import Timing, interleave, peak_memory, synchronize
 
 EAGER, ACCELERATED = "eager", "accelerated"
 EVERY_LOGIT = "eager, every logit"
@@ -52,6 +52,18 @@ class Measured:
         """The least seconds that the task can take at the ceiling."""
         return self.work / self.ceiling
 
+    @property
+    def ceiling_missing(self) -> str | None:
+        """Why the ceiling isn't usable, or None: a model reached more."""
+        return surpassed({name: self.floor / t.median for name, t in self.times.items()})
+
+    @property
+    def of_ceiling(self) -> dict[str, float] | None:
+        """The share of the ceiling that each model reached; None if that isn't usable."""
+        if self.ceiling_missing:
+            return None
+        return {name: self.floor / t.median for name, t in self.times.items()}
+
     def ratio(self, baseline: str = EAGER) -> float:
         """How many times faster the accelerated model is; below 1 it is slower."""
         return self.times[baseline].median / self.times[ACCELERATED].median
@@ -59,6 +71,8 @@ class Measured:
     def rows(self) -> list[dict[str, Any]]:
         """A line of a table for each model."""
         lines = []
+        shares = self.of_ceiling
+        ceiling = f"{self.ceiling / 1e9:.0f} {UNITS[self.bound]}" if shares else "not usable"
         for i, (name, t) in enumerate(self.times.items()):
             per_second = self.tokens / t.median
             peak = self.peaks[name]
@@ -71,8 +85,8 @@ class Measured:
                     "p80": t.p80 * 1e3,
                     "tokens/s": per_second if per_second < 1000 else round(per_second),
                     "accelerated is": "" if name == ACCELERATED else f"{self.ratio(name):.2f}x",
-                    "of ceiling": f"{self.floor / t.median:.0%}",
-                    "ceiling": "" if i else f"{self.ceiling / 1e9:.0f} {UNITS[self.bound]}",
+                    "of ceiling": f"{shares[name]:.0%}" if shares else None,
+                    "ceiling": "" if i else ceiling,
                     "peak MiB": None if peak is None else round(peak / 2**20),
                     "n": t.n,
                 }
@@ -85,36 +99,18 @@ class Measured:
         return asdict(self) | {
             "floor": self.floor,
             "tokens_per_second": {n: self.tokens / t.median for n, t in self.times.items()},
-            "of_ceiling": {n: self.floor / t.median for n, t in self.times.items()},
+            "of_ceiling": self.of_ceiling,
+            "ceiling_missing": self.ceiling_missing,
             "ratio": {name: self.ratio(name) for name in baselines},
         }
 
 
-Probes = dict[str, tuple[Callable[[], object], float]]  # {name: (call, the work it does)}
-
-
-def _memory_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Probes:
-    n = 1 << (28 if device.type == "cuda" else 25 if quick else 26)
-    x = torch.randn(n, device=device)
-    matrix, vector = x.view(-1, 4096), torch.randn(4096, device=device)
-    (copy,) = copies_of(x.nbytes, device)
-    ways = {"sum": x.sum, "mv": lambda: torch.mv(matrix, vector), "copy": copy}
-    return {name: (way, float(x.nbytes)) for name, way in ways.items()}
-
-
-def _product_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Probes:
-    n = 8192 if device.type == "cuda" else 512 if quick else 1536
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    ways: dict[str, Callable[[], object]] = {"matmul": lambda: a @ b}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        prepacked = projections.prepacked_copy(b)
-        ways["prepacked"] = lambda: projections.onednn(a, prepacked)
-    return {name: (way, 2.0 * n**3) for name, way in ways.items()}
-
-
 # What bounds a task: how to probe it, and the unit of 1e9 of its work a second.
 MEMORY, PRODUCTS = "memory", "matrix products"
-PROBES = {MEMORY: _memory_probes, PRODUCTS: _product_probes}
+PROBES: dict[str, Callable[[torch.dtype, torch.device, bool], Probes]] = {
+    MEMORY: lambda dtype, device, quick: memory_probes(device, quick),
+    PRODUCTS: product_probes,
+}
 UNITS = {MEMORY: "GB/s", PRODUCTS: "GFLOP/s"}
 
 
@@ -224,12 +220,12 @@ def measure_tasks(
     affordable = int(limit / seconds) - 3
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
     probes = PROBES[bound](dtype, device, quick)
-    baselines = tasks | {f"probe {way}": _repeated(call) for way, (call, _) in probes.items()}
+    baselines = tasks | {f"probe {name}": _repeated(call) for name, (call, _) in probes.items()}
     times = interleave(
         baselines, device=device, min_time=0.0, rounds=rounds, warm_up=0.0, sample_time=0.0
     )
     ceiling = max(
-        PROBE_CALLS * done / times.pop(f"probe {way}").median for way, (_, done) in probes.items()
+        PROBE_CALLS * done / times.pop(f"probe {n}").median for n, (_, done) in probes.items()
     )
     return Measured(name, tokens, times, highest, work, ceiling, bound)
 

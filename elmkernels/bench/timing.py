@@ -1,10 +1,9 @@
-"""How long things take, beside what this machine can do: interleaved baselines, ceilings, memory.
+"""How long things take: interleaved baselines, the highest use of memory, and on what machine.
 
 A sample calls a baseline often enough to be long beside the clock's resolution; the baselines take
-turns
-round by round, in a rotated order, so that a machine that slows down slows all of them. On a GPU a
-baseline is captured in a graph over rotated buffers, so that host time is left out and L2 is cold;
-`calls` is the other figure there: what an eager call costs, host included.
+turns round by round, in a rotated order, so that a machine that slows down slows all of them. On a
+GPU a baseline is captured in a graph over rotated buffers, so that host time is left out and L2 is
+cold; `calls` is the other figure there: what an eager call costs, host included.
 """
 
 import ctypes
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import machine
 
 Baseline = Callable[[], object] | Sequence[Callable[[], object]]
 
@@ -185,24 +186,6 @@ def copies_of(nbytes: int, device: torch.device | str, count: int = 1) -> list[C
     return [lambda to=to, data=data: to.copy_(data) for to, data in pairs]
 
 
-def copy_bandwidth(device: torch.device | str = "cpu", nbytes: int | None = None) -> float:
-    """Bytes a second, read and written, of torch's own copy; by default well beyond the cache."""
-    if nbytes is None:
-        nbytes = min(max(4 * cache_bytes(device), 1 << 28), 1 << 30)
-    replay = torch.device(device).type == "cuda"
-    timing = interleave({"copy": copies_of(nbytes, device)}, device=device, replay=replay)["copy"]
-    return nbytes // 8 * 8 / timing.median
-
-
-def matmul_ceiling(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """Floating-point operations a second of torch's own large matrix product."""
-    n = 1024 if torch.device(device).type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    replay = torch.device(device).type == "cuda"
-    timing = interleave({"matmul": lambda: a @ b}, device=device, replay=replay)["matmul"]
-    return 2 * n**3 / timing.median
-
-
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Bytes that a call needs at its highest, beyond what was there before it. On a CPU it is the
     resident set, watched every half millisecond: memory that the allocator kept from before
@@ -260,6 +243,7 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "load": machine.load(),
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -23,6 +23,7 @@ from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from ..testing import model_parity
 from . import roofline
+from .machine import busy
 from .timing import fingerprint, keep_pages
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -122,6 +123,7 @@ def start(race: StepRace) -> dict[str, Any]:
         "sizes": asdict(race.sizes),
         "backend": race.backend,
         "machine": fingerprint(race.device),
+        "busy": busy(),
         "parity": None,
         "precisions": {},
         "complete": False,
@@ -140,6 +142,8 @@ def run(
 
     if race.device.type == "cpu":
         keep_pages()
+    if results["busy"]:
+        emit(results["busy"])
     ids = _ids(race)
     stage("parity")
     (eager, _), (accelerated, plan) = (
@@ -173,6 +177,8 @@ def run(
             for name in (roofline.EAGER, roofline.ACCELERATED):
                 found["peak"][name] = _peaks_apart(race, name, precision)
         emit(format_table([row | _memory(found, row["model"]) for row in measured.rows()]))
+        if measured.ceiling_missing:
+            emit(f"{precision}: {measured.ceiling_missing}")
         keep()
     results["complete"] = True
 

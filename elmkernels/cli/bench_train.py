@@ -2,70 +2,82 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..bench import chart, training_step
-from ..devices import backend_choices
 from ..openelm.config import OpenELMConfig
-from .console import (
-    FAILED,
-    OK,
-    Stages,
-    WrongInput,
-    checked,
+from .console import FAILED, OK, Output, Progress, WrongInput, measure, plain
+from .options import (
+    DEFAULT_MODEL,
+    add_backend,
+    add_device,
+    add_dtypes,
+    add_json,
+    add_out,
+    add_quick,
+    add_rounds,
+    add_variant,
+    check_backend,
     find_device,
-    measure,
-    note,
-    out_folder,
-    plain,
+    new_command,
     positive,
-    save,
 )
-from .model import variant
 
 NAME = "train"
-OPTIONS = ("tokens", "batch", "no_compile")  # those of bench that the ops don't have
+SIZES = ("tokens", "batch", "rounds")
 
 
-def add_options(parser: Any) -> None:
-    """Add what `bench train` takes beyond the options of `bench generate`."""
-    group = parser.add_argument_group("bench train", "a training step beside eager and compiled")
-    group.add_argument("--tokens", type=positive, help="in a sequence (default 512)")
-
-
-def run(args: argparse.Namespace, version: str) -> int:
-    """Carry out the command; returns its exit code. version: of elmkernels, for the results."""
-    backends = args.backend or [None]
-    if len(backends) > 1:
-        raise WrongInput(f"--backend takes one name here, got {', '.join(backends)}")
-    if args.checkpoint is not None:
-        raise WrongInput("bench train draws random weights: --model, not --checkpoint")
-    device = find_device(args.device)
-    checked(backend_choices, device, backends[0])
-    precisions = tuple(dict.fromkeys(args.dtype or training_step.PRECISIONS))
-    if "fp16" in precisions:
-        raise WrongInput("--dtype must be bf16 or fp32 for bench train, got fp16")
-    sizes = training_step.QUICK if args.quick else training_step.Sizes()
-    given = {"tokens": args.tokens, "batch": args.batch, "rounds": args.rounds}
-    sizes = replace(sizes, **{name: n for name, n in given.items() if n is not None})
-    config = OpenELMConfig.from_name(variant(args.model, "OpenELM-270M"))
-    compiled = not (args.no_compile or args.quick)
-    race = training_step.StepRace(
-        config, precisions, sizes, compiled, backends[0], args.seed or 0, device
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = new_command(
+        commands,
+        NAME,
+        run,
+        "a training step beside eager and torch.compile, time and memory",
+        "Forward, loss and backward with float32 weights, in float32 or in bfloat16 by autocast.",
     )
-    folder = out_folder(args)
-    if folder is not None and (why := chart.missing()):
-        note(why)
-    results = {"elmkernels": version, **training_step.start(race)}
-    stages = Stages(race.stages)
-    emit = (lambda text: None) if args.json else stages.print
+    usual = training_step.Sizes()
+    add = parser.add_argument
+    add_variant(parser, DEFAULT_MODEL)
+    add("--tokens", type=positive, metavar="N", help=f"in a sequence (default {usual.tokens})")
+    add("--batch", type=positive, metavar="N", help=f"sequences in a step (default {usual.batch})")
+    add_device(parser)
+    add_dtypes(parser, "both", training_step.PRECISIONS)
+    add_backend(parser)
+    add("--no-compile", action="store_true", help="leave torch.compile out, as --quick does")
+    add("--seed", type=int, metavar="N", default=0, help="of random weights and tokens (default 0)")
+    add_rounds(parser, usual.rounds)
+    add_quick(parser)
+    add_out(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit code."""
+    device = find_device(args.device)
+    check_backend(args.backend, device)
+    if args.no_compile and args.quick:
+        raise WrongInput("--no-compile has no effect with --quick, which compiles nothing")
+    precisions = tuple(dict.fromkeys(args.dtype or training_step.PRECISIONS))
+    sizes = training_step.QUICK if args.quick else training_step.Sizes()
+    given = {name: getattr(args, name) for name in SIZES}
+    sizes = replace(sizes, **{name: n for name, n in given.items() if n is not None})
+    config = OpenELMConfig.from_name(args.model or DEFAULT_MODEL)
+    compiled = not (args.no_compile or args.quick)
+    todo = training_step.StepRace(
+        config, precisions, sizes, compiled, args.backend, args.seed, device
+    )
+    output = Output(args.out, charts=True)
+    results = {"elmkernels": __version__, **training_step.start(todo)}
+    progress = Progress(todo.stages)
+    emit = (lambda text: None) if args.json else progress.print
 
     def work() -> None:
-        training_step.run(race, results, stages, emit, lambda: save(folder, results))
+        training_step.run(todo, results, progress, emit, lambda: output.save(results))
 
-    code = measure(args, stages, results, work)
-    if folder is not None and chart.missing() is None:
-        found = {name: [task] for name, task in plain(results["precisions"]).items()}
-        checked(chart.draw, f"{config.model_name}, training", found, Path(folder) / "chart.png")
+    code = measure(args, output, progress, results, work)
+    found = {name: [task] for name, task in plain(results["precisions"]).items()}
+    output.draw(lambda path: chart.draw(f"{config.model_name}, training", found, path))
+    output.tell()
     return code or (OK if results["parity"] else FAILED)

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: options, progress, JSON, and how they end."""
+"""What the commands of the command line share: progress, JSON, what they write, how they end."""
 
 import argparse
 import contextlib
@@ -7,135 +7,23 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-
-from ..backends import BACKENDS, PREFERENCE
-from ..devices import missing_device
+from ..bench import chart
+from ..openelm.progress import elapsed_and_left
 from ..openelm.storage import replacing
 
 OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # What loading, choosing and checking raise for wrong input.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+TICK = 1.0  # seconds between two paintings of the line on a terminal
 
 
 class WrongInput(Exception):
     """Something the caller can put right; its text is the one line they see."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongInput(message)
-
-
-class Stages:
-    """Progress on stderr: a bar on a terminal that has tqdm, else a line for each stage."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.count, self.bar = total, 0, None
-        if sys.stderr is not None and sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=total, file=sys.stderr, leave=False)
-
-    def __call__(self, text: str) -> None:
-        self.count += 1
-        if self.bar is None:
-            print(f"[{self.count}/{self.total}] {text}", file=sys.stderr, flush=True)
-            return
-        self.bar.n = self.count - 1
-        self.bar.set_description(text)
-
-    def print(self, text: str) -> None:
-        """Print to stdout, past the bar."""
-        if self.bar is not None:
-            self.bar.clear()
-        print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def one_of(names: Iterable[str], what: str) -> Callable[[str], list[str]]:
-    """A parser of one or more names, separated by commas."""
-    known = list(names)
-
-    def parse(text: str) -> list[str]:
-        found = [name.strip() for name in text.split(",") if name.strip()]
-        bad = [name for name in found if name not in known]
-        if bad or not found:
-            raise argparse.ArgumentTypeError(
-                f"{what} must be one of {', '.join(known)}, got {bad[0] if bad else text!r}"
-            )
-        return found
-
-    return parse
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def add_shared(parser: argparse.ArgumentParser, default: Any = None) -> None:
-    """The options of every command; as default of a sub-command, what came before it stays."""
-    add = parser.add_argument
-    missing = {"default": default}
-    add("--json", action="store_true", help="print JSON on stdout and nothing else", **missing)
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)", **missing)
-    add(
-        "--dtype",
-        type=one_of(DTYPES, "dtype"),
-        action="extend",
-        metavar="DTYPE[,...]",
-        help="fp32, bf16, fp16",
-        **missing,
-    )
-    add(
-        "--backend",
-        type=one_of(tuple(BACKENDS), "backend"),
-        action="extend",
-        metavar="NAME[,...]",
-        help=f"{', '.join(BACKENDS)} (default: all, or the preferred)",
-        **missing,
-    )
-
-
-def add_files(parser: argparse.ArgumentParser, default: Any, quick: bool = True) -> None:
-    add = parser.add_argument
-    add("--out", metavar="DIR", default=default, help="write results.json (and chart.png) there")
-    if quick:
-        add("--quick", action="store_true", default=default, help="fewer, shorter measurements")
-
-
-def find_device(text: str | None) -> torch.device:
-    """A device that is here, by name."""
-    if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in PREFERENCE:
-        raise WrongInput(f"device must be {' or '.join(PREFERENCE)}, got {text!r}")
-    if missing := missing_device(device):
-        raise WrongInput(missing)
-    return device
 
 
 def checked(fn: Callable, *args: Any) -> Any:
@@ -146,17 +34,73 @@ def checked(fn: Callable, *args: Any) -> Any:
         raise WrongInput(str(error)) from error
 
 
-def dtypes_of(args: argparse.Namespace, default: tuple[str, ...]) -> tuple[torch.dtype, ...]:
-    return tuple(dict.fromkeys(DTYPES[name] for name in args.dtype or default))
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(f"elmkernels: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
-def out_folder(args: argparse.Namespace) -> Path | None:
-    """The folder of --out, made if it is missing."""
-    if args.out is None:
-        return None
-    folder = Path(args.out)
-    checked(lambda: folder.mkdir(parents=True, exist_ok=True))
-    return folder
+class Progress:
+    """How far a command is, how long it took so far and about how long the rest will take, on
+    stderr: a line that is painted anew every second on a terminal, else a line for each stage.
+
+    total: how many stages there are. lines: print them where stderr is no terminal.
+    """
+
+    def __init__(self, total: int, lines: bool = True) -> None:
+        self.total, self.lines, self.count, self.text = total, lines, 0, ""
+        self.start = time.monotonic()
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._live = sys.stderr is not None and sys.stderr.isatty()
+        if self._live:
+            threading.Thread(target=self._tick, daemon=True).start()
+
+    def __call__(self, text: str) -> None:
+        """Say what comes next."""
+        with self._lock:
+            self.count, self.text = self.count + 1, text
+            if self._live:
+                self._paint()
+            elif self.lines:
+                print(self._line(), file=sys.stderr, flush=True)
+
+    def print(self, text: str) -> None:
+        """Print to stdout, past the line."""
+        with self._lock:
+            self._clear()
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Take the line away."""
+        with self._lock:
+            self._closed.set()
+            self._clear()
+
+    def _line(self) -> str:
+        done = max(0, self.count - 1)
+        spent = elapsed_and_left(time.monotonic() - self.start, done, self.total)
+        return f"[{min(self.count, self.total)}/{self.total}] {self.text} ({spent})"
+
+    def _tick(self) -> None:
+        while not self._closed.wait(TICK):
+            with self._lock:
+                if self.text and not self._closed.is_set():
+                    self._paint()
+
+    def _paint(self) -> None:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns if self._has_size() else 80
+        print(f"\r\x1b[K{self._line()[: width - 1]}", end="", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _has_size() -> bool:
+        try:
+            os.get_terminal_size(sys.stderr.fileno())
+        except (OSError, ValueError, AttributeError):
+            return False
+        return True
 
 
 def plain(x: Any) -> Any:
@@ -180,18 +124,58 @@ def replace_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def save(folder: Path | None, results: dict[str, Any]) -> None:
-    """results.json, whole or not at all."""
-    if folder is None:
-        return
+class Output:
+    """What --out asked for: a folder with results.json, and what else is written there."""
+
+    def __init__(self, path: str | None, charts: bool = False) -> None:
+        """path: of the folder, made if it is missing, or None for no file at all. charts: pictures
+        will be asked for; where they can't be drawn, that is said here, before the work.
+        """
+        self.folder = None if path is None else Path(path)
+        self.files: dict[str, None] = {}
+        if self.folder is None:
+            return
+        folder = self.folder
+        checked(lambda: folder.mkdir(parents=True, exist_ok=True))
+        if charts and (reason := chart.missing()):
+            note(reason)
+
+    def save(self, results: dict[str, Any]) -> None:
+        """results.json, whole or not at all."""
+        self.write("results.json", dump(results) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write one file."""
+        if self.folder is None:
+            return
+        try:
+            replace_text(self.folder / name, text)
+        except OSError as error:
+            raise WrongInput(f"{name} can't be written: {error}") from error
+        self.files[name] = None
+
+    def draw(self, draw: Callable[[Path], None], name: str = "chart.png") -> None:
+        """Have a picture drawn, where that can be; `draw` may find that there is nothing to."""
+        if self.folder is None or chart.missing():
+            return
+        before = _state(self.folder / name)
+        checked(draw, self.folder / name)
+        if _state(self.folder / name) != before:
+            self.files[name] = None
+
+    def tell(self) -> None:
+        """Say on stderr what was written."""
+        if self.files:
+            note(f"wrote {', '.join(self.files)} to {self.folder}")
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced."""
     try:
-        replace_text(folder / "results.json", dump(results) + "\n")
-    except OSError as error:
-        raise WrongInput(f"results can't be written: {error}") from error
-
-
-def note(text: str) -> None:
-    print(f"elmkernels: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class Terminated(KeyboardInterrupt):
@@ -217,14 +201,14 @@ def _terminable() -> Iterator[None]:
 
 def measure(
     args: argparse.Namespace,
-    stages: Stages | None,
+    output: Output,
+    progress: Progress | None,
     results: dict[str, Any],
     work: Callable[[], None],
 ) -> int:
     """Do the work that fills `results`; whatever ends it, what is there is kept and printed.
-    stages: the progress to end with it, if this process shows any.
+    progress: to end with it, if this process shows any.
     """
-    folder = out_folder(args)
     code = OK
     try:
         with _terminable():
@@ -232,11 +216,12 @@ def measure(
     except KeyboardInterrupt as error:
         code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     finally:
-        if stages is not None:
-            stages.close()
-        save(folder, results)
+        if progress is not None:
+            progress.close()
+        output.save(results)
     if args.json:
         print(dump(results))
     if code != OK:
-        note("interrupted" + (f"; {folder / 'results.json'} has what was measured" * bool(folder)))
+        kept = "" if output.folder is None else f"; {output.folder / 'results.json'} has"
+        note("interrupted" + (f"{kept} what was measured" if kept else ""))
     return code

@@ -1,19 +1,28 @@
 """`elmkernels convert`: a checkpoint in another form of weights, as a folder or a GGUF file."""
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..compression.packing import pack
 from ..compression.quantization import quantize
+from ..openelm.gguf import TYPES, export_gguf
 from ..openelm.model import OpenELM
 from ..weights.formats import BITS, GROUP_SIZES
-from .console import DTYPES, OK, WrongInput, checked
+from .console import OK, WrongInput, checked, dump
+from .options import (
+    DTYPES,
+    add_checkpoint,
+    add_config,
+    add_dtype,
+    add_json,
+    checkpoint_of,
+    new_command,
+    one_of,
+)
 
-# Spelled out: loading them needs no package, which other commands must not ask for.
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+NAME = "convert"
 _TOKENIZER = "tokenizer.model"
 # What stands beside the weights of a folder and stays true of them.
 _BESIDE = (
@@ -23,42 +32,48 @@ _BESIDE = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+FORMS = ("quantized", "packed12", "gguf")
+# Options that one form alone has.
+_BELONGS = {"bits": "quantized", "group_size": "quantized", "type": "gguf", "tokenizer": "gguf"}
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("convert", help="a checkpoint in another form of weights")
-    parser.allow_abbrev = False
-    add, absent = parser.add_argument, argparse.SUPPRESS
-    add("--checkpoint", metavar="PATH", default=absent, help="a folder, or CoreNet's .pt")
-    add("--config", metavar="YAML|NAME", default=absent, help="the shape of a CoreNet checkpoint")
-    add("--to", choices=("quantized", "packed12", "gguf"), required=True, help="the form")
-    add("--out", metavar="PATH", default=absent, help="the folder, or the GGUF file, to write")
-    add("--dtype", choices=list(DTYPES), default=None, help="cast the weights to this first")
+    """Add the command to argparse's sub-commands."""
+    parser = new_command(commands, NAME, run, "a checkpoint in another form of weights")
+    add = parser.add_argument
+    add_checkpoint(parser, required=True)
+    add_config(parser)
+    add(
+        "--to",
+        type=one_of(FORMS),
+        metavar="FORM",
+        required=True,
+        help=f"the form: {', '.join(FORMS)}",
+    )
+    add("--out", metavar="PATH", required=True, help="the folder, or the GGUF file, to write")
+    add_dtype(parser, None, "cast the weights first: fp32, bf16 or fp16 (default: as they are)")
     add("--bits", type=int, choices=BITS, help="of quantized weights (default 4)")
     add("--group-size", type=int, choices=GROUP_SIZES, help="weights of a scale (default 64)")
-    add("--type", choices=GGUF_TYPES, help="of a GGUF file's matrices (default f16)")
+    add(
+        "--type",
+        type=one_of(TYPES),
+        metavar="TYPE",
+        help=f"of a GGUF file's matrices: {', '.join(TYPES)} (default f16)",
+    )
     add(
         "--tokenizer",
         metavar="FILE",
-        help=f"{_TOKENIZER} to embed in a GGUF file (default: that "
-        "beside the checkpoint, if there is one)",
+        help=f"{_TOKENIZER} to embed in a GGUF file (default: the one beside the checkpoint)",
     )
-    add("--json", action="store_true", default=absent, help="print JSON on stdout")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("checkpoint", "out"):
-        if getattr(args, name) is None:
-            raise WrongInput(f"convert needs --{name}")
-    for name, form in (
-        ("bits", "quantized"),
-        ("group_size", "quantized"),
-        ("type", "gguf"),
-        ("tokenizer", "gguf"),
-    ):
+    """Carry out the command; returns its exit code."""
+    for name, form in _BELONGS.items():
         if getattr(args, name) is not None and args.to != form:
             raise WrongInput(f"--{name.replace('_', '-')} belongs to --to {form}, not {args.to}")
-    source, out = Path(args.checkpoint), Path(args.out)
+    source, out = checkpoint_of(args), Path(args.out)
     if source.resolve() == out.resolve():
         raise WrongInput(f"--out must be another place than --checkpoint, both are {source}")
     dtype = None if args.dtype is None else DTYPES[args.dtype]
@@ -66,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     work = _to_gguf if args.to == "gguf" else _to_folder
     lines = checked(work, args, model, source, out)
     if args.json:
-        print(json.dumps({"out": str(out), "to": args.to, "said": lines}, indent=1))
+        print(dump({"out": out, "to": args.to, "report": lines}))
     else:
         print("\n".join([*lines, f"wrote {out}"]))
     return OK
@@ -85,8 +100,6 @@ def _to_folder(args: argparse.Namespace, model: OpenELM, source: Path, out: Path
 
 
 def _to_gguf(args: argparse.Namespace, model: OpenELM, source: Path, out: Path) -> list[str]:
-    from ..openelm.gguf import export_gguf
-
     beside = source / _TOKENIZER if source.is_dir() else source.with_name(_TOKENIZER)
     tokenizer = args.tokenizer or (beside if beside.is_file() else None)
     name = source.resolve().name if source.is_dir() else source.stem

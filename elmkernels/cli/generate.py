@@ -7,82 +7,124 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..acceleration.decode_modes import CALLS, DECODE_MODES
 from ..acceleration.swap import accelerate
+from ..compression.packing import pack
+from ..compression.quantization import quantize
 from ..generation.sampling import Sampling
 from ..generation.session import Stream, stream
-from ..openelm.config import VARIANTS
 from ..openelm.model import OpenELM
 from ..openelm.tokenizer import FILES, TextStream, Tokenizer, find_tokenizer, special_tokens
 from ..weights.formats import BITS, GROUP_SIZES
 from .console import (
-    DTYPES,
     INTERRUPTED,
     OK,
+    Progress,
     WrongInput,
-    add_shared,
     checked,
     dump,
-    find_device,
     note,
+)
+from .options import (
+    DTYPES,
+    add_backend,
+    add_device,
+    add_dtype,
+    add_json,
+    add_model,
+    check_backend,
+    chosen_model,
+    find_device,
+    new_command,
+    one_of,
     positive,
 )
-from .model import chosen_model
 
-# Options of the main job that would do nothing here.
-REFUSED = ("rounds", "prepack", "out", "quick")
+NAME = "generate"
 MAX_NEW_TOKENS = 64
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's sub-commands."""
-    parser = commands.add_parser("generate", help="what a model writes after a prompt")
-    parser.allow_abbrev = False
-    absent = argparse.SUPPRESS  # what was given before the command stays
-    add_shared(parser, absent)
-    add = parser.add_argument
-    add("--checkpoint", metavar="PATH", default=absent, help="a Hugging Face folder, or a file")
-    add("--config", metavar="YAML|NAME", default=absent, help="the shape of a CoreNet checkpoint")
-    add("--model", default=absent, help=f"{', '.join(VARIANTS)}, with random weights")
-    add("--tokenizer", metavar="PATH", help=f"{' or '.join(FILES)} (default: by the checkpoint)")
+    parser = new_command(commands, NAME, run, "what a model writes after a prompt")
+    add_model(parser)
+    _add_prompts(parser.add_argument_group("prompt"))
+    add = parser.add_argument_group("choice of tokens").add_argument
+    add(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        default=MAX_NEW_TOKENS,
+        help=f"(default {MAX_NEW_TOKENS})",
+    )
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=0.0,
+        help="(default 0: the likeliest token)",
+    )
+    add("--top-k", type=int, metavar="K", help="draw from the k likeliest tokens")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest that sum to this probability",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        default=1.0,
+        help="above 1: less of what was there",
+    )
+    add("--seed", type=int, metavar="N", help="of what is drawn, and of random weights")
+    add("--stop", metavar="IDS|none", help="ids that end a row (default: eos_token_id)")
+    how = parser.add_argument_group("how it runs")
+    add_device(how)
+    add_dtype(how, "bf16")
+    kernels = how.add_mutually_exclusive_group()
+    add_backend(kernels)
+    kernels.add_argument("--eager", action="store_true", help="the reference, without kernels")
+    form = how.add_mutually_exclusive_group()
+    form.add_argument("--bits", type=int, choices=BITS, help="quantize the projections")
+    form.add_argument("--packed12", action="store_true", help="bfloat16 in 12 bits, without loss")
+    add = how.add_argument
+    add("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale, by --bits")
+    add(
+        "--decode-mode",
+        type=one_of(DECODE_MODES),
+        metavar="MODE",
+        help=f"how a GPU decodes: {', '.join(DECODE_MODES)} (default: fastest)",
+    )
+    results = parser.add_argument_group("results").add_mutually_exclusive_group()
+    results.add_argument("--stream", action="store_true", help="print it as it comes (one prompt)")
+    add_json(results)
+
+
+def _add_prompts(group: Any) -> None:
+    """Both kinds of prompt, in the order in which they were given."""
+    add = group.add_argument
     prompts: dict[str, Any] = {"action": "append", "dest": "prompts"}
-    add("--prompt", metavar="TEXT", type=lambda text: ("text", text), **prompts)
+    add("--prompt", metavar="TEXT", type=lambda text: ("text", text), help="as text", **prompts)
     add(
         "--ids",
         metavar="1,2,3|FILE",
         type=lambda text: ("ids", text),
-        help="a prompt as token ids; of a file, each line. Several prompts make a batch",
+        help="as token ids; of a file, each line. Several prompts make a batch",
         **prompts,
     )
-    add("--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, help="(default %(default)s)")
-    add("--temperature", type=float, default=0.0, help="(default 0: the likeliest token)")
-    add("--top-k", type=int, help="draw from the k likeliest tokens")
-    add("--top-p", type=float, help="draw from the likeliest that sum to this probability")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: less of what was there")
-    add("--seed", type=int, default=absent, help="of what is drawn, and of random weights")
-    add("--stop", metavar="IDS|none", help="ids that end a row (default: eos_token_id)")
-    add("--bits", type=int, choices=BITS, help="quantize the projections")
-    add("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale, by --bits")
-    add("--packed12", action="store_true", help="bfloat16 weights in 12 bits, without loss")
-    add("--eager", action="store_true", help="the reference model, without the kernels")
-    add(
-        "--decode-mode",
-        choices=DECODE_MODES,
-        help="how a GPU decodes (default: the faster of one-launch and graph, measured)",
-    )
-    add("--stream", action="store_true", help="print the text as it comes (one prompt)")
+    add("--tokenizer", metavar="PATH", help=f"{' or '.join(FILES)} (default: by the checkpoint)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns its exit code."""
     _refuse_what_does_nothing(args)
-    device, dtype, backend = find_device(args.device), _dtype(args), _backend(args)
+    device, dtype = find_device(args.device), DTYPES[args.dtype]
+    check_backend(args.backend, device)
     options = {
         "temperature": args.temperature,
         "top_k": args.top_k,
@@ -91,8 +133,6 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
     }
     checked(lambda: Sampling(**options))
-    if args.checkpoint is not None and not Path(args.checkpoint).exists():
-        raise WrongInput(f"--checkpoint: {args.checkpoint} does not exist")
     name, weights, load = chosen_model(args, device, args.seed or 0)
     bos, ends = checked(special_tokens, args.checkpoint)
     tokenizer = _tokenizer(args, bos)
@@ -100,11 +140,10 @@ def run(args: argparse.Namespace) -> int:
     if args.stream and len(prompts) > 1:
         raise WrongInput(f"--stream takes one prompt, got {len(prompts)}")
     stops = ends if args.stop is None else [] if args.stop == "none" else _ids(args.stop, "--stop")
-    compress = _compressor(args)
     model = checked(load, dtype).eval()
-    checked(compress, model)
+    checked(_compress, args, model)
     if not args.eager:
-        checked(lambda: accelerate(model, backend=backend))
+        checked(lambda: accelerate(model, backend=args.backend))
     stops = stops if args.stop is not None else [s for s in stops if s < model.config.vocab_size]
     writing = checked(
         lambda: stream(
@@ -117,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     )
     live = _Live(tokenizer, prompts[0]) if args.stream else None
-    seconds = _write(writing, live)
+    seconds = _write(writing, live, args.max_new_tokens)
     found = _results(writing, prompts, tokenizer, seconds)
     if args.json:
         about = {"model": name, "weights": weights, "dtype": str(dtype).removeprefix("torch.")}
@@ -132,34 +171,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
-    for name in REFUSED:
-        if getattr(args, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise WrongInput(f"{option} belongs to the main job, not to generate")
+    """Options that belong to others which weren't given."""
     if not args.prompts:
         raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3")
-    if args.stream and args.json:
-        raise WrongInput("--stream prints text as it comes, --json at the end: give one of them")
-    if args.bits is not None and args.packed12:
-        raise WrongInput("--bits quantizes and --packed12 loses nothing: give one of them")
     if args.group_size is not None and args.bits is None:
         raise WrongInput("--group-size belongs to --bits, which is missing")
-    if args.eager and args.backend:
-        raise WrongInput("--eager runs without kernels: give it or --backend, not both")
+    if args.temperature == 0:
+        drawing = {"--top-k": args.top_k, "--top-p": args.top_p}
+        if args.model is None:  # whose weights the seed is of, else
+            drawing["--seed"] = args.seed
+        idle = [option for option, value in drawing.items() if value is not None]
+        if idle:
+            raise WrongInput(
+                f"{idle[0]} has no effect at temperature 0, which takes the likeliest token: "
+                "give --temperature too"
+            )
 
 
-def _dtype(args: argparse.Namespace) -> torch.dtype:
-    names = args.dtype or ["bf16"]
-    if len(names) > 1:
-        raise WrongInput(f"--dtype takes one name here, got {', '.join(names)}")
-    return DTYPES[names[0]]
-
-
-def _backend(args: argparse.Namespace) -> str | None:
-    names = args.backend or [None]
-    if len(names) > 1:
-        raise WrongInput(f"--backend takes one name here, got {', '.join(names)}")
-    return names[0]
+def _compress(args: argparse.Namespace, model: OpenELM) -> None:
+    """What --bits or --packed12 does to a model."""
+    if args.bits is not None:
+        quantize(model, args.bits, args.group_size or 64)
+    elif args.packed12:
+        pack(model)
 
 
 def _tokenizer(args: argparse.Namespace, bos: int | None) -> Tokenizer | None:
@@ -206,24 +240,6 @@ def _ids(text: str, what: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _compressor(args: argparse.Namespace) -> Callable[[OpenELM], object]:
-    """What --bits or --packed12 does to a model."""
-    if args.bits is not None:
-        try:
-            from ..compression.quantization import quantize
-        except ImportError as error:
-            raise WrongInput("--bits: this version of elmkernels can't quantize") from error
-        size = {} if args.group_size is None else {"group_size": args.group_size}
-        return lambda model: quantize(model, bits=args.bits, **size)
-    if args.packed12:
-        try:
-            from ..compression.packing import pack
-        except ImportError as error:
-            raise WrongInput("--packed12: this version of elmkernels can't pack") from error
-        return pack
-    return lambda model: None
-
-
 class _Live:
     """One row on stdout, as it comes: its text, or its ids."""
 
@@ -243,12 +259,18 @@ class _Live:
         print("" if self.text is None else self.text.end(), flush=True)
 
 
-def _write(writing: Stream, live: _Live | None) -> tuple[float, float]:
+def _write(writing: Stream, live: _Live | None, most: int) -> tuple[float, float]:
     """Run to the end, or to an interruption: seconds to the first step, and of the others."""
+    # What is printed as it comes shows itself how far it is.
+    progress = Progress(most, lines=False) if live is None else None
     start = first = last = time.perf_counter()
     try:
+        if progress is not None:
+            progress("reading the prompt")
         for count, step in enumerate(writing):
             last = time.perf_counter()
+            if progress is not None:
+                progress("generating")
             first = first if count else last
             if live is not None and step[0] is not None:
                 live.add(step[0])
@@ -256,6 +278,8 @@ def _write(writing: Stream, live: _Live | None) -> tuple[float, float]:
         writing.interrupt()
     if live is not None:
         live.end()
+    if progress is not None:
+        progress.close()
     return first - start, last - first
 
 
@@ -301,7 +325,7 @@ def _summary(found: dict[str, Any]) -> str:
     def rate(per_second: float | None) -> str:
         return "" if per_second is None else f" ({per_second:.1f} tokens/s)"
 
-    mode = "" if found["decode_mode"] == CALLS else f", decoded by {found['decoding']}"
+    mode = "" if found["decode_mode"] == CALLS else f", decoded by {found['decode_mode']}"
     return (
         f"prompt: {found['prompt_tokens']} tokens{rate(found['prompt_tokens_per_second'])}, "
         f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}{mode}"

@@ -17,27 +17,20 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..bench import chart
 from ..gpu_check import check as gpu_check
 from ..gpu_check import report
 from ..gpu_check.stages import Clock, DeadDevice
 from ..gpu_check.watch import Stuck, Worker, run_watched
-from .console import (
-    FAILED,
-    OK,
-    Stages,
-    WrongInput,
-    add_shared,
-    checked,
+from .console import FAILED, OK, Output, Progress, WrongInput, checked, measure, note, plain
+from .options import (
+    add_device,
+    add_json,
     find_device,
-    measure,
-    note,
-    one_of,
-    out_folder,
-    plain,
+    new_command,
     positive,
-    replace_text,
-    save,
+    some_of,
 )
 
 NAME = "gpu-check"
@@ -47,19 +40,24 @@ PROGRAM = (sys.executable, "-m", "elmkernels")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        NAME, help="parity, memory errors, speed and models on one GPU, in a few minutes"
+    """Add the command to argparse's sub-commands."""
+    parser = new_command(
+        commands,
+        NAME,
+        run,
+        "parity, memory errors, speed and models on one GPU, in a few minutes",
+        "`--device cpu --quick` is a rehearsal without a GPU.",
     )
-    parser.allow_abbrev = False
-    add_shared(parser, argparse.SUPPRESS)
+    parser.usage = f"{parser.prog} --out DIR [options]"
     add = parser.add_argument
-    add("--out", metavar="DIR", default=argparse.SUPPRESS, help="results.json, summary.md, charts")
-    add("--quick", action="store_true", default=argparse.SUPPRESS, help="tiny shapes: a rehearsal")
+    add("--out", metavar="DIR", required=True, help="for results.json, summary.md and charts")
+    add_device(parser)
+    add("--quick", action="store_true", help="tiny shapes: a rehearsal")
     whole = f"the whole budget (default {MINUTES}, of --quick {QUICK_MINUTES})"
-    add("--minutes", type=positive, help=whole)
+    add("--minutes", type=positive, metavar="N", help=whole)
     add(
         "--stages",
-        type=one_of(gpu_check.STAGES, "stages"),
+        type=some_of(gpu_check.STAGES),
         metavar="NAME[,...]",
         help=f"{', '.join(gpu_check.STAGES)} (default: all)",
     )
@@ -69,36 +67,33 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="run the stages in another process, ended where one hangs (default: on a GPU)",
     )
+    add_json(parser)
     add("--worker", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
 
 
-def run(args: argparse.Namespace, version: str) -> int:
-    """Carry out the command; returns its exit code. version: of elmkernels, for the results."""
-    for name in ("dtype", "backend"):
-        if getattr(args, name) is not None:
-            raise WrongInput(f"--{name}: gpu-check takes every {name} in turn")
-    if args.out is None:
-        raise WrongInput("--out DIR is missing: where the results go")
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit code."""
     check = _check(args)
-    folder = out_folder(args)
+    output = Output(args.out, charts=args.worker is None)
+    folder = Path(args.out)
     if args.worker is not None:
-        return _work(check, folder)
-    if why := chart.missing():
-        note(why)
-    results = {"elmkernels": version, **gpu_check.start(check)}
+        return _work(check, output)
+    results = {"elmkernels": __version__, **gpu_check.start(check)}
     if args.go_on:
         results |= {"stages": _earlier(folder, results), "complete": False}
+    if results["busy"]:
+        note(results["busy"])
     watched = check.device.type == "cuda" if args.watch is None else args.watch
-    stages = None if watched else Stages(gpu_check.steps(check))
+    progress = None if watched else Progress(gpu_check.steps(check))
     clock = Clock(check.seconds)
 
     def keep() -> None:
-        save(folder, results)
+        output.save(results)
 
     def here() -> bool:
         """Whether all could be done in this process."""
         try:
-            gpu_check.run(check, results, stages, keep)
+            gpu_check.run(check, results, progress, keep)
         except DeadDevice as error:
             note(f"{error} broke the device for this process; another one goes on")
             return False
@@ -108,9 +103,7 @@ def run(args: argparse.Namespace, version: str) -> int:
         if not watched and here():
             return
         keep()
-        worker = Worker(
-            _worker_command(check, folder), lambda: _read(folder), lambda r: save(folder, r), note
-        )
+        worker = Worker(_worker_command(check, folder), lambda: _read(folder), output.save, note)
         try:
             run_watched(worker, clock)
         except Stuck as error:
@@ -118,28 +111,28 @@ def run(args: argparse.Namespace, version: str) -> int:
         finally:
             results.update(_read(folder))
 
-    code = measure(args, stages, results, work)
-    _report(args, plain(results), folder)
+    code = measure(args, output, progress, results, work)
+    _report(args, plain(results), output, folder)
     return code or (OK if results["complete"] and gpu_check.passed(results) else FAILED)
 
 
-def _work(check: gpu_check.Check, folder: Path) -> int:
+def _work(check: gpu_check.Check, output: Output) -> int:
     """What a worker does: go on with the results in the folder, as long as it is waited for."""
-    results, parent = _read(folder), os.getppid()
-    stages = Stages(gpu_check.steps(check))
+    results, parent = _read(output.folder), os.getppid()
+    progress = Progress(gpu_check.steps(check))
 
     def keep() -> None:
-        save(folder, results)
+        output.save(results)
         if os.getppid() != parent:
             raise KeyboardInterrupt  # nobody reads on: the GPU is not ours any more
 
     try:
-        gpu_check.run(check, results, stages, keep)
+        gpu_check.run(check, results, progress, keep)
     except DeadDevice:
         return BROKEN
     finally:
-        stages.close()
-        save(folder, results)
+        progress.close()
+        output.save(results)
     return OK
 
 
@@ -186,14 +179,13 @@ def _earlier(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     return found["stages"]
 
 
-def _report(args: argparse.Namespace, results: dict[str, Any], folder: Path) -> None:
+def _report(
+    args: argparse.Namespace, results: dict[str, Any], output: Output, folder: Path
+) -> None:
     text = report.summary(results)
-    checked(replace_text, folder / "summary.md", text)
-    drawn = []
+    output.write("summary.md", text)
     if chart.missing() is None:
-        drawn = checked(report.draw, results, folder)
-    say = note if args.json else print
+        output.files |= dict.fromkeys(checked(report.draw, results, folder))
     if not args.json:
         print(text)
-        print(f"{folder}: {', '.join(['results.json', 'summary.md', *drawn])}")
-    say(f"the summary is in {folder / 'summary.md'}")
+    output.tell()

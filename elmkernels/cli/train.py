@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..bench.machine import busy
 from ..bench.timing import fingerprint
 from .console import (
     FAILED,
@@ -18,24 +19,32 @@ from .console import (
     REFUSALS,
     TERMINATED,
     WRONG,
+    Output,
     WrongInput,
     dump,
-    find_device,
     note,
-    positive,
-    save,
 )
+from .options import add_device, add_json, find_device, new_command, positive
+
+NAME = "train"
 
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("train", help="train a model as a recipe says")
-    parser.allow_abbrev = False
-    add, absent = parser.add_argument, argparse.SUPPRESS
+    """Add the command to argparse's sub-commands."""
+    parser = new_command(
+        commands,
+        NAME,
+        run,
+        "train a model as a recipe says",
+        "Precision and backend are the recipe's: --set engine.precision=bf16, engine.kernels=avx2.",
+    )
+    parser.usage = f"{parser.prog} CONFIG [options]"
+    add = parser.add_argument
     add("recipe", metavar="CONFIG", help="a YAML file (ours or CoreNet's), or a ready recipe: tiny")
-    add("--out", metavar="DIR", default=absent, help="everything goes there (default: runs/NAME)")
+    add("--out", metavar="DIR", help="everything goes there (default: runs/NAME)")
     add("--resume", action="store_true", help="there must be a checkpoint in DIR to go on from")
     add("--fresh", action="store_true", help="begin anew; an earlier run's files are set aside")
     add(
@@ -54,16 +63,12 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="train eager and accelerated, and hold their curves against each other",
     )
-    add("--device", default=absent, help="cpu or cuda (default: cuda where there is one)")
-    add("--json", action="store_true", default=absent, help="print JSON on stdout")
+    add_device(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns its exit code."""
-    for name in ("dtype", "backend"):
-        if getattr(args, name):
-            field = {"dtype": "engine.precision", "backend": "engine.kernels"}[name]
-            raise WrongInput(f"train takes no --{name}: use --set {field}=NAME")
     if args.fresh and (args.resume or args.from_step):
         raise WrongInput("--fresh begins anew: it can't go with --resume or --from-step")
     device = find_device(args.device)
@@ -171,7 +176,6 @@ def _text(done: dict[str, Any]) -> str:
 
 
 def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: Any) -> int:
-    from ..bench import chart
     from ..training import compare
 
     if world.size > 1:
@@ -179,16 +183,12 @@ def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: 
     if args.resume or args.from_step or args.fresh:
         raise WrongInput("--compare always begins anew, without --resume, --from-step or --fresh")
     steps = min(args.steps or recipe.schedule.steps, recipe.schedule.steps)
-    why = chart.missing()
-    if why:
-        say(why)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WrongInput(str(error)) from error
-    results = {"machine": fingerprint(world.device)}
-    compare.compare(recipe, world, steps, results, say, lambda: save(out, results))
-    if not why:
-        compare.draw(results, out / "chart.png")
+    output = Output(str(out), charts=True)
+    results = {"machine": fingerprint(world.device), "busy": busy()}
+    if results["busy"]:
+        say(results["busy"])
+    compare.compare(recipe, world, steps, results, say, lambda: output.save(results))
+    output.draw(lambda path: compare.draw(results, path))
     print(dump(results) if args.json else compare.text(results))
+    output.tell()
     return OK if all(found["ok"] for found in results["precisions"].values()) else FAILED

@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import ops
 from ..acceleration.decode_modes import CALLS, DECODE_MODES, GRAPH, ONE_LAUNCH, missing
 from ..acceleration.decoder_weights import snapshot_of
+from ..checks import one_line
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from ..openelm.surgery import given_backend
@@ -327,7 +328,7 @@ class Decoder:
 
 
 def _failure(error: RuntimeError) -> str:
-    return f"its capture failed: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    return f"its capture failed: {one_line(error)}"
 
 
 def _timed(replay: Callable[[], None], device: torch.device) -> float:

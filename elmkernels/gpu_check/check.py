@@ -12,6 +12,7 @@ import torch
 
 from .. import devices as gpu
 from ..backends import build_report, choose, defined
+from ..bench.machine import busy
 from ..bench.timing import fingerprint
 from . import gpu_facts as devices
 from . import op_units
@@ -55,6 +56,7 @@ def start(check: Check) -> Found:
         "device": str(check.device),
         "quick": check.quick,
         "seconds": check.seconds,
+        "busy": busy(),
         "stages": {},
     }
 

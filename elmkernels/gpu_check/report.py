@@ -46,6 +46,7 @@ def _head(results: Found) -> str:
             f"Compute capability {m['capability']}, {m['memory']['total'] / 2**30:.0f} GiB, CUDA "
             f"{m['cuda']}; the CUDA library is built for {', '.join(m['built_for']) or 'unknown'}."
         )
+    lines += [f"**{results['busy']}**"] if results.get("busy") else []
     lines += [f"- {n}: {why}" for n, why in m.get("backends", {}).items() if why]
     return "\n".join(lines)
 
@@ -152,10 +153,10 @@ def _models(results: Found) -> str:
             row = {"task": "" if i else name, "runner": who, "tokens/s": rate}
             other = "OLMo" in who or who in FORMS
             row["ours is"] = "" if who in (*OURS, *FORMS) else f"{ratio:.2f}x"
-            row["of floor"] = "" if other else _percent(rate / u["floor_tokens"])
+            row["of floor"] = "" if other else _of_floor(rate, u)
             if who in FORMS and ONE_LAUNCH in rates:
                 row["x own bfloat16"] = f"{rate / rates[ONE_LAUNCH]:.2f}x"
-            row["floor"] = None if i else u["floor_tokens"]
+            row["floor"] = None if i or _unusable(u) else u["floor_tokens"]
             row["datasheet floor"] = None if i else u["datasheet_tokens"]
             agree = u.get("agree", {}).get(who)
             row["tokens equal"] = None if agree is None else f"{agree} of {u['tokens_each']}"
@@ -205,11 +206,24 @@ def _percent(share: float) -> str:
     return f"{share:.0%}"
 
 
+def _unusable(unit: Found) -> bool:
+    """Whether more was reached than the ceiling by which the floor was reckoned."""
+    return unit.get("ceiling_missing") is not None
+
+
+def _of_floor(rate: float, unit: Found) -> str:
+    return "not usable" if _unusable(unit) else _percent(rate / unit["floor_tokens"])
+
+
 def draw(results: Found, folder: Path) -> list[str]:
     """models.png and ops.png; returns the names of those that there were figures for."""
     where = all_units(results, "machine").get("facts", {}).get("gpu") or "a CPU, in small form"
     models = [
-        {"task": name, "rates": u["tokens_per_second"], "ceiling": u["floor_tokens"]}
+        {
+            "task": name,
+            "rates": u["tokens_per_second"],
+            "ceiling": None if _unusable(u) else u["floor_tokens"],
+        }
         for name, u in timed(results).items()
     ]
     ops = [_op_panel(name, u) for name, u in all_units(results, "ops").items() if "ratios" in u]

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..checks import one_line
+
 DONE, FAILED, RUNNING, INTERRUPTED = "done", "failed", "running", "interrupted"
 LIMIT = 90.0  # seconds without an answer after which a unit is taken to hang, beside its share
 
@@ -151,6 +153,5 @@ def _run_unit(unit: Unit, stage: Found, clock: Clock, keep: Callable[[], None]) 
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line of at most 300 characters, with its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+    """An error in one line, with its kind."""
+    return f"{type(error).__name__}: {one_line(error)}"

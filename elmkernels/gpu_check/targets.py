@@ -72,7 +72,9 @@ def _of_floor(model: str, names: Iterable[str], results: Found) -> float | None:
     """Of the floor by the datasheet, or, of a GPU that has none here, by the memory as measured."""
     for unit in _short(results, model):
         if rate := _best(unit, names):
-            return rate / (unit["datasheet_tokens"] or unit["floor_tokens"])
+            measured = None if unit.get("ceiling_missing") else unit["floor_tokens"]
+            floor = unit["datasheet_tokens"] or measured
+            return None if floor is None else rate / floor
     return None
 
 

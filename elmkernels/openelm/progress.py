@@ -1,7 +1,23 @@
 """Long loops, counted on a terminal."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
+
+
+def elapsed_and_left(seconds: float, done: int, total: int) -> str:
+    """How long it took so far and, once something is done, about how long the rest will take."""
+    if not done:
+        return _clock(seconds)
+    left = seconds / done * max(0, total - done)
+    return f"{_clock(seconds)}, about {_clock(left)} left"
+
+
+def _clock(seconds: float) -> str:
+    """0:05, 12:00 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def progress(items: Iterable[str], what: str) -> Iterator[str]:
@@ -13,8 +29,11 @@ def progress(items: Iterable[str], what: str) -> Iterator[str]:
     try:
         from tqdm import tqdm
     except ImportError:
-        for i, item in enumerate(items, 1):
-            print(f"\r{what}: {i}/{len(items)}", end="", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        for i, item in enumerate(items):
+            spent = elapsed_and_left(time.monotonic() - start, i, len(items))
+            count = f"{what}: {i + 1}/{len(items)} ({spent})"
+            print(f"\r\x1b[K{count}", end="", file=sys.stderr, flush=True)
             yield item
         print(file=sys.stderr)
     else:

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from ..bench.timing import matmul_ceiling
+from ..bench.ceilings import matmul_ceiling
 from ..devices import datasheet
 from ..openelm.config import OpenELMConfig
 from ..openelm.costs import matmul_operations
@@ -24,7 +24,7 @@ def peak(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
         name = torch.cuda.get_device_name(device)
         if (stated := datasheet(name)) is not None:
             return stated.bf16, f"stated for {name}"
-    return matmul_ceiling(dtype, device), "a large matrix product, measured"
+    return matmul_ceiling(dtype, device), "the fastest matrix product, measured"
 
 
 def operations(config: OpenELMConfig, length: int) -> int:

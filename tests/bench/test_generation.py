@@ -8,7 +8,7 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig
 from elmkernels.acceleration import projections, swap
-from elmkernels.bench import chart, generation, llama_cpp
+from elmkernels.bench import chart, generation, llama_cpp, machine
 from elmkernels.bench.generation_figures import BEST
 from elmkernels.bench.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
 from elmkernels.cli.main import main
@@ -127,9 +127,10 @@ def test_the_bytes_of_a_step():
 
 @pytest.mark.parametrize("load", [0.0, 1e3])
 def test_a_busy_machine_is_named(without_llama, monkeypatch, load):
-    monkeypatch.setattr(generation.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0))
     results, _, texts = raced(formats=("fp32",))
-    assert results["load_before"] == load
+    assert results["machine"]["load"] == load
+    assert (results["busy"] is not None) == (load > 0)
     assert ("busy: a load of 1000.0" in texts[0]) == (load > 0)
 
 
@@ -242,15 +243,20 @@ def test_an_interrupted_command(capsys, tmp_path, checkpoint, without_llama, mon
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate", "--formats", "int3"], "formats must be one of fp32, bf16, packed"),
-        (["generate", "--dtype", "bf16"], "bench generate takes --formats"),
+        (
+            ["generate", "--formats", "int3"],
+            "bf16, packed12, int8, int4, got 'int3'",
+        ),
+        (["generate", "--dtype", "bf16"], "unrecognized arguments: --dtype bf16"),
         (["generate", "--rounds", "0"], "must be a positive integer"),
-        (["generate", "--backend", "avx2,avx512"], "--backend takes one name here"),
-        (["generate", "--model", "2B"], "--model must be one of"),
+        (["generate", "--backend", "avx2,avx512"], "got 'avx2,avx512'"),
+        (["generate", "--model", "2B"], "--model: must be one of"),
         (["generate", "--prepack"], "unrecognized arguments"),
-        (["swiglu", "--steps", "4"], "--steps belongs to bench generate"),
-        (["swiglu", "--rounds", "4"], "--rounds belongs to the main job, not to bench"),
-        (["swiglu", "generate"], "op must be one of"),
+        (["generate", "--device", "cpu"], "unrecognized arguments: --device cpu"),
+        (["generate", "--formats", "int8", "--no-compile"], "--no-compile has no effect"),
+        (["ops", "swiglu", "--steps", "4"], "unrecognized arguments: --steps 4"),
+        (["ops", "swiglu", "--rounds", "4"], "unrecognized arguments: --rounds 4"),
+        (["ops", "swiglu", "generate"], "op must be one of rms_norm"),
     ],
 )
 def test_wrong_input(capsys, argv, message):

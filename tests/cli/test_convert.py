@@ -9,9 +9,7 @@ import torch
 from helpers import GOLDEN
 
 from elmkernels import OpenELM, pack, quantize
-from elmkernels.cli.convert import GGUF_TYPES
 from elmkernels.cli.main import main
-from elmkernels.openelm.gguf import TYPES
 
 TINY = GOLDEN / "hf_tiny"
 IDS = torch.arange(9)[None]
@@ -45,7 +43,7 @@ def test_to_packed_with_what_stands_beside(capsys, tmp_path):
     assert not (tmp_path / "p").exists()
     assert main(["convert", *argv, "--dtype", "bf16"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["to"] == "packed12" and found["said"][0].startswith("packed 13 matrices")
+    assert found["to"] == "packed12" and found["report"][0].startswith("packed 13 matrices")
     assert (tmp_path / "p" / "tokenizer.model").read_text() == "any"
     expected = OpenELM.from_pretrained(TINY, dtype=torch.bfloat16)
     loaded = OpenELM.from_pretrained(tmp_path / "p")
@@ -61,18 +59,15 @@ def test_to_gguf(capsys, tmp_path):
     assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_gguf_types_are_spelled_the_same():
-    assert GGUF_TYPES == TYPES
-
-
 def test_wrong_input(capsys, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "o")]
     source = ["--checkpoint", str(TINY)]
     for argv, message in (
-        ([*source, "--to", "packed12"], "convert needs --out"),
-        (["--to", "packed12", *out], "convert needs --checkpoint"),
+        ([*source, "--to", "packed12"], "arguments are required: --out"),
+        (["--to", "packed12", *out], "arguments are required: --checkpoint"),
         ([*source, *out], "--to"),
-        ([*source, *out, "--to", "gptq"], "invalid choice: 'gptq'"),
+        ([*source, *out, "--to", "gptq"], "one of quantized, packed12, gguf, got 'gptq'"),
+        ([*source, *out, "--to", "gguf", "--type", "q6_k"], "q8_0, q4_0, got 'q6_k'"),
         ([*source, *out, "--to", "quantized", "--bits", "3"], "invalid choice: 3"),
         ([*source, *out, "--to", "packed12", "--bits", "4"], "--bits belongs to --to quantized"),
         ([*source, *out, "--to", "packed12", "--type", "f16"], "--type belongs to --to gguf"),
@@ -80,8 +75,6 @@ def test_wrong_input(capsys, tmp_path, monkeypatch):
         (["--checkpoint", "nowhere", *out, "--to", "packed12"], "nowhere does not exist"),
     ):
         assert message in refusal(capsys, *argv)
-    assert main(["--seed", "1", "convert", *source, *out, "--to", "packed12"]) == 2
-    assert "--seed belongs to the main job, not to convert" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install gguf" in refusal(capsys, *source, *out, "--to", "gguf")
     assert not (tmp_path / "o").exists()

@@ -11,6 +11,7 @@ from helpers.commands import TINY, refusal, run_json, start
 from helpers.tokenizers import hugging_face, sentence_piece
 from safetensors.torch import load_file
 
+from elmkernels.cli import generate as command
 from elmkernels.cli.main import main
 from elmkernels.openelm import OpenELM, accelerate, generate
 from elmkernels.openelm.tokenizer import Tokenizer
@@ -18,6 +19,7 @@ from elmkernels.openelm.tokenizer import Tokenizer
 CPU = ["generate", "--device", "cpu", "--dtype", "fp32"]
 HERE = [*CPU, "--checkpoint", str(TINY)]
 GOLDEN = load_file(TINY / "expected.safetensors")["greedy_9_plus_24"][0].tolist()
+WARM = ["--temperature", "1"]
 PROMPT = ",".join(map(str, GOLDEN[:9]))
 
 
@@ -162,7 +164,7 @@ def test_a_signal_ends_it_cleanly(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--ids", "1"], "--checkpoint DIR, or --model"),
+        (["--ids", "1"], "one of the arguments --checkpoint --model is required"),
         (["--checkpoint", str(TINY)], "--prompt TEXT or --ids"),
         (["--checkpoint", "nowhere", "--ids", "1"], "nowhere"),
         (["--checkpoint", str(TINY), "--prompt", "hello"], "--tokenizer PATH"),
@@ -176,14 +178,20 @@ def test_a_signal_ends_it_cleanly(tmp_path):
         (["--checkpoint", str(TINY), "--ids", "1", "--max-new-tokens", "512"], "got 1 + 512"),
         (["--checkpoint", str(TINY), "--ids", "1", "--max-new-tokens", "0"], "'0'"),
         (["--checkpoint", str(TINY), "--ids", "1", "--temperature", "-1"], "got -1.0"),
-        (["--checkpoint", str(TINY), "--ids", "1", "--top-p", "0"], "(0, 1], got 0.0"),
-        (["--checkpoint", str(TINY), "--ids", "1", "--top-p", "1.1"], "(0, 1], got 1.1"),
-        (["--checkpoint", str(TINY), "--ids", "1", "--top-k", "0"], "got 0"),
+        (
+            ["--checkpoint", str(TINY), "--ids", "1", "--temperature", "1", "--top-p", "0"],
+            "got 0.0",
+        ),
+        (
+            ["--checkpoint", str(TINY), "--ids", "1", "--temperature", "1", "--top-p", "1.1"],
+            "got 1.1",
+        ),
+        (["--checkpoint", str(TINY), "--ids", "1", *WARM, "--top-k", "0"], "got 0"),
         (["--checkpoint", str(TINY), "--ids", "1", "--repetition-penalty", "0"], "got 0.0"),
         (["--checkpoint", str(TINY), "--ids", "1", "--tokenizer", "nowhere"], "nowhere"),
         (["--checkpoint", str(TINY), "--ids", "1", "--stream", "--json"], "--json"),
         (["--checkpoint", str(TINY), "--ids", "1", "--ids", "2", "--stream"], "got 2"),
-        (["--checkpoint", str(TINY), "--ids", "1", "--dtype", "bf16"], "fp32, bf16"),
+        (["--checkpoint", str(TINY), "--ids", "1", "--dtype", "fp32,bf16"], "got 'fp32,bf16'"),
         (["--checkpoint", str(TINY), "--ids", "1", "--group-size", "32"], "--bits"),
         (["--checkpoint", str(TINY), "--ids", "1", "--bits", "5"], "--bits"),
         (["--checkpoint", str(TINY), "--ids", "1", "--bits", "8", "--packed12"], "--packed12"),
@@ -193,7 +201,10 @@ def test_a_signal_ends_it_cleanly(tmp_path):
             "needs a CUDA device",
         ),
         (["--checkpoint", str(TINY), "--ids", "1", "--decode-mode", "magic"], "'magic'"),
-        (["--checkpoint", str(TINY), "--model", "270M", "--ids", "1"], "not both"),
+        (
+            ["--checkpoint", str(TINY), "--model", "270M", "--ids", "1"],
+            "not allowed with argument --checkpoint",
+        ),
         (["--model", "9B", "--ids", "1"], "'9B'"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
@@ -202,9 +213,23 @@ def test_wrong_input_is_one_line(capsys, argv, named):
     assert named in refusal(capsys, *CPU, *argv)
 
 
-@pytest.mark.parametrize("option", [["--rounds", "3"], ["--prepack"], ["--quick"]])
-def test_options_of_the_main_job_are_refused(capsys, option):
-    assert option[0] in refusal(capsys, *option, *HERE, "--ids", "1")
+@pytest.mark.parametrize("option", [["--top-k", "5"], ["--top-p", "0.9"], ["--seed", "1"]])
+def test_what_draws_has_no_effect_at_temperature_0(capsys, option):
+    said = refusal(capsys, *HERE, "--ids", "1", *option)
+    assert said.startswith(f"elmkernels: error: {option[0]} has no effect at temperature 0")
+    assert main([*HERE, "--ids", "1", "--max-new-tokens", "1", "--temperature", "1", *option]) == 0
+
+
+def test_the_summary_names_the_decode_mode_of_a_gpu():
+    """Which is 'calls' on a CPU, and then not worth a word."""
+    found = {
+        "prompt_tokens": 2,
+        "prompt_tokens_per_second": None,
+        "generated_tokens": 3,
+        "tokens_per_second": 9.0,
+    }
+    assert command._summary(found | {"decode_mode": "calls"}).endswith("3 tokens (9.0 tokens/s)")
+    assert command._summary(found | {"decode_mode": "graph"}).endswith(", decoded by graph")
 
 
 def test_a_truncated_checkpoint_and_tokenizer(capsys, folder):

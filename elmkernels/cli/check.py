@@ -1,0 +1,98 @@
+"""`elmkernels check`: accelerate a copy of a model, prove it against the reference, time both."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..bench import chart, end_to_end
+from .console import FAILED, OK, Output, Progress, WrongInput, checked, measure, plain
+from .options import (
+    DEFAULT_MODEL,
+    add_backend,
+    add_device,
+    add_dtypes,
+    add_json,
+    add_model,
+    add_out,
+    add_quick,
+    add_rounds,
+    check_backend,
+    chosen_model,
+    dtypes_of,
+    find_device,
+    new_command,
+)
+
+NAME = "check"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = new_command(
+        commands,
+        NAME,
+        run,
+        "accelerate a copy of a model, compare it with the reference, time both (the default)",
+        "It compares logits, losses and every gradient, then times prefill, generation and a "
+        "training step side by side.",
+    )
+    add_model(parser, DEFAULT_MODEL)
+    how = parser.add_argument_group("how it runs")
+    add_device(how)
+    add_dtypes(how, "bf16, and fp32 on a CPU")
+    add_backend(how)
+    how.add_argument(
+        "--prepack", action="store_true", help="let oneDNN keep weights in its own layout (CPU)"
+    )
+    how.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of random weights and tokens (default 0)"
+    )
+    add_rounds(how, end_to_end.Sizes().rounds)
+    add_quick(how)
+    results = parser.add_argument_group("results")
+    add_out(results)
+    add_json(results)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit code."""
+    device = find_device(args.device)
+    check_backend(args.backend, device)
+    if args.prepack and device.type != "cpu":
+        raise WrongInput(f"--prepack is for a CPU, it has no effect on {device}")
+    sizes = end_to_end.QUICK if args.quick else end_to_end.Sizes()
+    sizes = replace(sizes, rounds=args.rounds or sizes.rounds)
+    dtypes = dtypes_of(args, ("bf16", "fp32") if device.type == "cpu" else ("bf16",))
+    name, weights, load = chosen_model(args, device, args.seed)
+    # Loaded before anything is written or said, since this finds what is wrong with a checkpoint.
+    loaded = {dtypes[0]: checked(load, dtypes[0])}
+
+    def take(dtype: torch.dtype) -> Any:
+        return loaded.pop(dtype) if dtype in loaded else checked(load, dtype)
+
+    todo = end_to_end.Job(
+        take,
+        name,
+        weights,
+        dtypes,
+        device,
+        sizes,
+        quick=args.quick,
+        backend=args.backend,
+        prepack=args.prepack,
+        seed=args.seed,
+    )
+    output = Output(args.out, charts=True)
+    results = {"elmkernels": __version__, **end_to_end.start(todo)}
+    progress = Progress(len(end_to_end.STAGES) * len(dtypes))
+    emit = (lambda text: None) if args.json else progress.print
+    code = measure(
+        args, output, progress, results, lambda: end_to_end.run(todo, results, progress, emit)
+    )
+    speeds = {dtype: found["speed"] for dtype, found in plain(results["dtypes"]).items()}
+    output.draw(lambda path: chart.draw(f"{name} ({weights})", speeds, path))
+    output.tell()
+    return code or (OK if end_to_end.passed(results) else FAILED)
