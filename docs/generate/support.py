@@ -3,6 +3,9 @@
 Nothing here depends on the machine: what a backend lacks on this one, `elmkernels info` says.
 """
 
+import textwrap
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -40,9 +43,10 @@ def _backends() -> list[str]:
     return list(dict.fromkeys([*(n for names in PREFERENCE.values() for n in names), REFERENCE]))
 
 
+@cache
 def _differentiable(op: str) -> bool:
     """Whether some case of an op has an input that takes a gradient."""
-    drawn = (make(case, torch.float32) for case in CASES[op][:4])
+    drawn = (make(case, case.dtypes[0]) for case in CASES[op][:32])
     return any(
         isinstance(x, Tensor) and x.requires_grad
         for args, kwargs in drawn
@@ -70,16 +74,36 @@ def rows() -> list[list[str]]:
 
 
 def _choices() -> str:
-    lines = [
-        f"- `{kind}`: {', then '.join(f'`{n}`' for n in preference.order)} ({preference.grounds})"
-        for kind, preference in ON_GPU.items()
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        _wrapped(f"- `{kind}`: {_then(choice.order)} ({choice.grounds})", "  ")
+        for kind, choice in ON_GPU.items()
+    )
+
+
+def _then(names: tuple[str, ...]) -> str:
+    return ", then ".join(f"`{name}`" for name in names)
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 118, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def page() -> str:
-    few = " then ".join(f"`{n}`" for n in FEW["cuda"].order)
     cpu, cuda = (", ".join(f"`{n}`" for n in names) for names in PREFERENCE.values())
+    few = FEW["cuda"]
+    taken = (
+        "An op whose caller names no backend takes the first that can run here. On a CPU that is "
+        f"the first of {cpu}. On a GPU it is the first of {cuda}, with two exceptions. The norms "
+        f"and `qk_norm_rope` on at most {FEW_ROWS} rows without gradients take {_then(few.order)} "
+        f"({few.grounds}). `attention` decides by the call:"
+    )
+    bits, groups = (" or ".join(map(str, x)) for x in (BITS, GROUP_SIZES))
+    forms = (
+        f"- `linear` takes a plain weight, `Affine` ({bits} bits, groups of {groups} columns) or "
+        "`Packed12` (bfloat16 alone). A compressed weight takes no gradient; what it is multiplied "
+        f"by does. Up to {MAX_ROWS} rows go through a streaming kernel, more through torch's "
+        "product."
+    )
     head = ["op", "backend", "device", *map(_name, DTYPES), "backward"]
     return f"""{HEAD}
 {table(head, rows())}
@@ -89,10 +113,7 @@ between them (a weight made dense block by block, the gradient of a row of logit
 
 ## Limits
 
-- `linear` takes a plain weight, `Affine` ({" or ".join(map(str, BITS))} bits, groups of
-  {" or ".join(map(str, GROUP_SIZES))} columns) or `Packed12` (bfloat16 alone). A compressed weight
-  takes no gradient; what it is multiplied by does. Up to {MAX_ROWS} rows go through a streaming
-  kernel, more through torch's product.
+{_wrapped(forms, "  ")}
 - `decode_step` takes up to {MAX_ROWS} sequences, the same forms of weights, and has no backward.
 - `attention` by `triton` takes heads of up to {TRITON_HEAD_DIM}.
 - No op has a derivative of a derivative, or forward-mode derivatives.
@@ -101,10 +122,7 @@ between them (a weight made dense block by block, the gradient of a row of logit
 
 ## Which backend an op takes
 
-An op whose caller names no backend takes the first that can run here. On a CPU that is the first of
-{cpu}. On a GPU it is the first of {cuda}, with two exceptions.
-The norms and `qk_norm_rope` on at most {FEW_ROWS} rows without gradients take {few}
-({FEW["cuda"].grounds}). `attention` decides by the call:
+{_wrapped(taken)}
 
 {_choices()}
 """
