@@ -292,6 +292,8 @@ CODE = [
     *(p for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()),
     *sorted((ROOT / "tests").rglob("*.py")),
     *sorted((ROOT / "benchmarks").rglob("*.py")),
+    *sorted((ROOT / "docs").rglob("*.py")),
+    *sorted((ROOT / "examples").rglob("*.py")),
 ]
 
 

@@ -1,0 +1,56 @@
+"""Every example runs at its smallest, as a user starts it, and says what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What each one prints, and only if what it shows has worked.
+SAYS = {
+    "accelerate_and_verify": "greedy tokens equal in every row",
+    "compare_kernels": "reference ",
+    "generate_text": "accelerated (elmkernels model): 2 layers",
+    "one_op": "documents stay apart: True",
+    "quantize_and_compare": "packed12 logits move by 0.00%, the likeliest token stays for 100%",
+    "train_tiny": "step 4: loss",
+}
+
+
+def run(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        timeout=600,
+    )
+
+
+def test_every_example_has_a_line_here():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(SAYS)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_example(name, tmp_path):
+    if name == "generate_text":
+        pytest.importorskip("tokenizers")
+    done = run(name, tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert SAYS[name] in done.stdout.decode("utf-8", "replace")
+    assert not any(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_an_example_takes_a_checkpoint(folder, tmp_path):
+    """A folder of the reader's own, with what the model says verified on it."""
+    done = run("accelerate_and_verify", tmp_path, "--checkpoint", str(folder), "--tokens", "8")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"ok ") > 10
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_stay_short(path):
+    assert 20 <= len(path.read_text().splitlines()) <= 60
