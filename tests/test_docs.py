@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from elmkernels import __version__
 from elmkernels.cli.main import main
 from elmkernels.openelm import OpenELM, OpenELMConfig
 from elmkernels.training.data.tokenizers import save as save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
+PAGES = sorted(ROOT.glob("docs/*.md"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 RUN = [README, ROOT / "docs/getting-started.md"]  # whose Python blocks are one program each
 TOP = ("benchmarks", "csrc", "docs", "elmkernels", "examples", "tests")
 
@@ -52,6 +54,12 @@ def test_the_readme_is_short_and_has_the_two_commands():
     first = {what: next(x for x in lines if what in x) for what in ("&& elmkernels", "&& python")}
     assert first["&& elmkernels"] == f"{install} . && elmkernels"
     assert first["&& python"] == f"{install} '.[test]' && python -m pytest"
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{__version__}]\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f'\nversion = "{__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 def slugs(path: Path) -> set[str]:

@@ -41,9 +41,6 @@ def mib(x: float) -> str:
     return f"{x / 2**20:.0f}"
 
 
-# The main job, training steps, generation ---------------------------------------------------------
-
-
 def _main_tasks(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for dtype, found in results(name)["dtypes"].items():
         for task in found["speed"]:
@@ -136,9 +133,6 @@ def generation(*names: str) -> str:
     return table(head, rows)
 
 
-# Ops ----------------------------------------------------------------------------------------------
-
-
 def _ratio(record: dict[str, Any], baseline: str) -> float | None:
     found = either(record, BASELINES).get(baseline)
     return found and found["median"] / record["time"]["median"]
@@ -215,9 +209,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: attention("attention-cpu"),
     "ops": lambda: ops("ops-cpu"),
 }
-
-
-# The README's six ---------------------------------------------------------------------------------
 
 
 def _linked(name: str) -> str:
