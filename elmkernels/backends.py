@@ -110,6 +110,18 @@ def _detect() -> dict[str, Backend]:
 BACKENDS: dict[str, Backend] = _detect()
 
 
+class Traits(NamedTuple):
+    """How models choose the backend of an op.
+
+    by_rows: few rows may take another than many. falls_back: if the backend that is named for a
+    model lacks the op, another one takes its place. whole_model: it runs a decoder, not a module.
+    """
+
+    by_rows: bool = False
+    falls_back: bool = False
+    whole_model: bool = False
+
+
 class Preference(NamedTuple):
     """Backends in order, and on what grounds."""
 
@@ -125,10 +137,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 # The libraries of csrc/cpu: what is written for one is compiled for all.
 CPU = tuple(_INSTRUCTION_SETS)
-# Of few rows the time is what the launch costs, of many the memory: the ops in BY_ROWS take
-# another order for up to FEW_ROWS rows on the devices of FEW. Gradients have none: a training step
-# has more rows than these.
-BY_ROWS = ("rms_norm", "add_rms_norm", "qk_norm_rope")
+# Of few rows the time is what the launch costs, of many the memory: ops `by_rows` take another
+# order for up to FEW_ROWS rows on the devices of FEW. Gradients have none: a training step has more
+# rows than these.
 FEW_ROWS = 16
 FEW: dict[str, Preference] = {
     "cuda": Preference(
@@ -143,6 +154,7 @@ _CHOICE: dict[tuple[str, str, str | None], str] = {}
 # What `define` was told of each op: its raw kernels' suffixes, its backends, its own orders.
 _OPS: dict[str, tuple[str, ...]] = {}
 _HAVE: dict[str, tuple[str, ...]] = {}
+_TRAITS: dict[str, "Traits"] = {}
 _ORDER: dict[tuple[str, str], tuple[str, ...]] = {}
 
 # Backends that are torch's own operations, not raw kernels.
@@ -164,10 +176,16 @@ def declared(op: str) -> tuple[str, ...]:
     return _OPS[op]
 
 
+def traits(op: str) -> Traits:
+    """How models choose the backend of an op."""
+    return _TRAITS.get(op, Traits())
+
+
 def define(
     op: str,
     backends: tuple[str, ...],
     order: dict[str, tuple[str, ...]] | None = None,
+    traits: Traits | None = None,
     **kernels: tuple[str, Callable] | tuple[str, Callable, tuple[str, ...]],
 ) -> None:
     """Declare an op's raw kernels for every backend that has them.
@@ -176,10 +194,11 @@ def define(
         op: its name.
         backends: those that have it, the reference aside.
         order: {device type: backends}, best first, where that isn't PREFERENCE.
+        traits: how models choose its backend, where that isn't the usual.
         kernels: {suffix: (schema, fake)}, and the backends that have it if some of the op's don't:
             `optional_kernel` says so to their callers.
     """
-    _OPS[op], _HAVE[op] = tuple(kernels), backends
+    _OPS[op], _HAVE[op], _TRAITS[op] = tuple(kernels), backends, traits or Traits()
     _ORDER.update({(op, device): names for device, names in (order or {}).items()})
     for backend in BACKENDS.values():
         if backend.name in COMPOSED or not implements(backend.name, op):

@@ -12,7 +12,6 @@ import torch
 
 from .backends import (
     BACKENDS,
-    BY_ROWS,
     COMPOSED,
     FEW,
     FEW_ROWS,
@@ -23,13 +22,12 @@ from .backends import (
     defined,
     implements,
     preferred,
+    traits,
     usable,
 )
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and what Triton compiles for
 _COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH in the driver's cuda.h
-# The ops whose backend, if it is named for a model, never falls back to another.
-NEVER_FALL_BACK = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,18 @@ class BackendChoice:
     why: dict[str, Reason]
 
 
+def never_fall_back() -> tuple[str, ...]:
+    """The ops whose backend, if it is named for a model, is that one or an error."""
+    return tuple(op for op in defined() if not traits(op).falls_back)
+
+
 def backend_choices(device: torch.device, asked: str | None = None) -> dict[str, BackendChoice]:
     """{op: which backend it takes in a model on a device}, of all ops that have kernels.
 
     Args:
         device: what the model is on. Of a GPU its compute capability counts, not its type alone.
         asked: the backend that is asked for. An op that it has no kernels for takes the best other
-            one, unless it is one of NEVER_FALL_BACK. None: the best of the device for each op.
+            one, if it `falls_back`. None: the best of the device for each op.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -180,7 +183,7 @@ def backend_choices(device: torch.device, asked: str | None = None) -> dict[str,
         >>> backend_choices(torch.device("cpu"))["swiglu"].resolved
         'avx512'
     """
-    for op in NEVER_FALL_BACK:
+    for op in never_fall_back():
         choose(op, device.type, asked)
     missing = missing_backends(device)
     if asked is not None and missing[asked]:
@@ -188,8 +191,7 @@ def backend_choices(device: torch.device, asked: str | None = None) -> dict[str,
         raise RuntimeError(
             f"backend {asked!r} can't run on {device}: {missing[asked]}; what works there: {works}"
         )
-    ops = dict.fromkeys((*NEVER_FALL_BACK, *defined()))
-    return {op: _choice(op, device.type, asked, missing) for op in ops}
+    return {op: _choice(op, device.type, asked, missing) for op in defined()}
 
 
 def _choice(
@@ -210,7 +212,7 @@ def _choice(
 
 def _resolved(op: str, kind: str, named: str | None) -> str:
     many = choose(op, kind, named)
-    if op not in BY_ROWS or kind not in FEW:
+    if not traits(op).by_rows or kind not in FEW:
         return many
     few = choose(op, kind, named, FEW[kind].order)
     return many if few == many else f"{few} up to {FEW_ROWS} rows, then {many}"

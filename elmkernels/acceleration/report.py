@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..backends import PREFERENCE, Reason
+from ..backends import PREFERENCE, Reason, traits
 from ..devices import BackendChoice
 from . import projections
 from .projections import Plan
@@ -76,7 +76,7 @@ class Report:
 def fallbacks(device: torch.device, choices: dict[str, BackendChoice]) -> list[str]:
     """Which backends a GPU can't run, why, and what each op that has them takes instead."""
     # How a model is decoded is told by its decode modes.
-    choices = {op: choice for op, choice in choices.items() if op != "decode_step"}
+    choices = {op: choice for op, choice in choices.items() if not traits(op).whole_model}
     lines = []
     for name in PREFERENCE[device.type]:
         instead: dict[str, list[str]] = {}

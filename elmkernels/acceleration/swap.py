@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Reason, missing_kernels
-from ..devices import NEVER_FALL_BACK, BackendChoice, backend_choices
+from ..devices import BackendChoice, backend_choices, never_fall_back
 from ..openelm.compressed import Compressed, weight_of
 from ..openelm.layers import LogitsHead
 from ..openelm.loss import LossHead
@@ -198,7 +198,7 @@ class _Swap:
 def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
     """Of a model in which all modules are in place."""
     choices, plan, foreign = swap.choices, swap.plan, swap.convention.foreign
-    backends = {op: choices[op].resolved for op in NEVER_FALL_BACK}
+    backends = {op: choices[op].resolved for op in never_fall_back()}
     report = Report(swap.convention.name, backends, dict(swap.counts), swap.left, plan)
     report.attention = choices["attention"].resolved
     if "loss_head" in swap.originals:

@@ -79,7 +79,7 @@ def _products(
     turned = weight.t().contiguous()
     found: dict[str, Callable[[], object]] = {
         "matmul": lambda: x @ turned,
-        "linear": lambda: F.linear(x, weight),
+        "F.linear": lambda: F.linear(x, weight),
     }
     if device.type == "cpu" and projections.onednn_takes(dtype):
         prepacked = projections.prepacked_copy(weight)

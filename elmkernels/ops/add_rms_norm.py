@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import CPU, REFERENCE, define, kernel
+from ..backends import CPU, REFERENCE, Traits, define, kernel
 from ..checks import floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_weight
 from ._rows_choice import rows_backend
@@ -18,6 +18,7 @@ from ._rows_choice import rows_backend
 define(
     "add_rms_norm",
     backends=(*CPU, "cuda", "triton"),
+    traits=Traits(by_rows=True),
     fwd=(
         "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
         lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),

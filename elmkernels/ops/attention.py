@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, define, kernel
+from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ._attention_choice import attention_backend, kind_of
 from ._sdpa import by_sdpa
@@ -24,6 +24,7 @@ _SIGHT = "Tensor? key_mask, Tensor? offsets, Tensor? cu_seqlens, float scale"
 define(
     "attention",
     backends=(*CPU, "triton", SDPA),
+    traits=Traits(falls_back=True),
     order={"cuda": (SDPA, "triton")},  # of a prompt; for other calls see _attention_choice
     fwd=(
         f"({_INPUTS}, {_SIGHT}) -> (Tensor, Tensor)",

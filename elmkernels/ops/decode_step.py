@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import CPU, REFERENCE, choose, define, kernel
+from ..backends import CPU, REFERENCE, Traits, choose, define, kernel
 from ..checks import fail, integers, tensor, within
 from ..weights.checks import check_decoder_weights
 from ..weights.formats import Arena, DecoderWeights, Weight, form_of
@@ -28,6 +28,7 @@ define(
     # The CUDA one is the only one on a GPU and so what is taken there; it has not been measured
     # on one.
     backends=(*CPU, "cuda"),
+    traits=Traits(falls_back=True, whole_model=True),
     fwd=(
         "(Tensor table, Tensor tokens, Tensor positions, Tensor(a!) arena, Tensor offsets, "
         "Tensor rope_table, int max_length, int vocab_size, bool gated, float eps, int model_dim, "

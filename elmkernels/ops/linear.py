@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..backends import CPU, REFERENCE, choose, define, kernel, optional_kernel
+from ..backends import CPU, REFERENCE, Traits, choose, define, kernel, optional_kernel
 from ..checks import fail, floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_norm
 from ..weights.checks import check_weight
@@ -41,6 +41,7 @@ def _fused_fake(x: Tensor, data: Tensor, *rest) -> Tensor:
 define(
     "linear",
     backends=(*CPU, "triton"),
+    traits=Traits(falls_back=True),
     fwd=(
         f"(Tensor x, {_PARTS}, int bits) -> Tensor",
         lambda x, data, *_: x.new_empty((*x.shape[:-1], data.shape[0])),

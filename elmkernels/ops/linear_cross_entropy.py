@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import CPU, REFERENCE, choose, define
+from ..backends import CPU, REFERENCE, Traits, choose, define
 from ..checks import fail, floating, integers
 from ._chunked_loss import check_targets, joined, run
 
 define(
     "linear_cross_entropy",
     backends=(*CPU, "triton"),
+    traits=Traits(falls_back=True),
     rows=(
         "(Tensor(a!) logits, Tensor targets, Tensor? dloss, int ignore_index, float z_loss, "
         "float label_smoothing, bool grad) -> Tensor",

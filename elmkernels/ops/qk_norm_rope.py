@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backends import CPU, REFERENCE, define, kernel
+from ..backends import CPU, REFERENCE, Traits, define, kernel
 from ..checks import broadcastable, fail, floating, integers, last_dim_contiguous, positive, within
 from ..checks import shape as check_shape
 from ..checks import weight as check_weight
@@ -39,6 +39,7 @@ def _fake_bwd(dq, dk, dv, qkv, q_weight, k_weight, positions, rope_table, eps):
 define(
     "qk_norm_rope",
     backends=(*CPU, "cuda", "triton"),
+    traits=Traits(by_rows=True),
     fwd=(
         f"({_INPUTS}) -> (Tensor, Tensor)",
         lambda qkv, qw, kw, positions, table, q_heads, kv_heads, eps: (
