@@ -24,10 +24,10 @@ def afresh():
 
 def test_the_fastest_products_are_chosen(monkeypatch):
     """Of every routine and shape, whichever does most a second."""
-    seconds = {"matmul": 0.004, "linear": 0.002, "prepacked": 0.001}
+    seconds = {"matmul": 0.004, "F.linear": 0.002, "prepacked": 0.001}
 
     def products(shape, dtype, device):
-        names = seconds if shape == (128, 1024, 512) else {"matmul": 1, "linear": 1}
+        names = seconds if shape == (128, 1024, 512) else {"matmul": 1, "F.linear": 1}
         cost = {n: s if names is seconds else 0.02 for n, s in seconds.items() if n in names}
         return {n: lambda s=s: time.sleep(s) for n, s in cost.items()}
 
@@ -41,10 +41,10 @@ def test_the_fastest_products_are_chosen(monkeypatch):
 def test_every_routine_multiplies_alike(dtype):
     torch.manual_seed(0)
     products = ceilings._products((48, 32, 64), dtype, CPU)
-    assert {"matmul", "linear"} <= set(products) <= {"matmul", "linear", "prepacked"}
+    assert {"matmul", "F.linear"} <= set(products) <= {"matmul", "F.linear", "prepacked"}
     results = {name: call().float() for name, call in products.items()}
     for result in results.values():
-        torch.testing.assert_close(result, results["linear"], rtol=0.02, atol=0.1)
+        torch.testing.assert_close(result, results["F.linear"], rtol=0.02, atol=0.1)
 
 
 def test_the_ceiling_of_a_dtype_is_positive(monkeypatch):
