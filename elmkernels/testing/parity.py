@@ -27,11 +27,12 @@ from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
 from ..weights.formats import Arena
 from .cases import CASES, OPS
+from .cases.attention import SPEC as ATTENTION
 from .cases.draw import Case, make
 
 EPS32 = torch.finfo(torch.float32).eps
 SLACK = 4.0
-ATTENTION_SLACK = SLACK * OPS["attention"].slack  # for models too, which attention is part of
+ATTENTION_SLACK = SLACK * ATTENTION.slack  # also of whole models, whose layers attend
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
