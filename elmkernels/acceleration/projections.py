@@ -270,8 +270,8 @@ def _fastest(seconds: dict[str, float]) -> str:
 def measure_plan(dtype: torch.dtype, prepacked: bool = False) -> Plan:
     """The fastest routine for each class of rows on this CPU, by timing a [4096, 1280] weight.
 
-    prepacked: also time weights in oneDNN's own layout. Takes about half a second. If oneDNN doesn't
-    take the dtype, everything is F.linear.
+    prepacked: also time weights in oneDNN's own layout. Takes about half a second. If oneDNN
+    doesn't take the dtype, everything is F.linear.
     """
     if not onednn_takes(dtype):
         return Plan()
