@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..bench import chart, generation
-from .console import OK, Output, Progress, WrongInput, checked, measure, note, plain
+from .console import OK, Output, Progress, WrongInput, measure, note, plain
 from .options import (
     DEFAULT_MODEL,
     add_backend,
@@ -22,6 +22,7 @@ from .options import (
     add_rounds,
     check_backend,
     chosen_model,
+    loaded_first,
     new_command,
     positive,
     some_of,
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = replace(sizes, **{name: n for name, n in given.items() if n is not None})
     name, weights, load = chosen_model(args, device, args.seed)
     todo = generation.Race(
-        lambda dtype: checked(load, dtype),
+        load,
         name,
         weights,
         tuple(args.formats or generation.FORMATS),
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         raise WrongInput(
             f"--no-compile has no effect: nothing is compiled beside {', '.join(todo.formats)}"
         )
+    todo = replace(todo, load=loaded_first(load, todo.groups[0].dtype))
     output = Output(args.out, charts=True)
     results = {"elmkernels": __version__, **generation.start(todo)}
     progress = Progress(todo.stages)

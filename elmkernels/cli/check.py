@@ -4,11 +4,9 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from .. import __version__
 from ..bench import chart, end_to_end
-from .console import FAILED, OK, Output, Progress, WrongInput, checked, measure, plain
+from .console import FAILED, OK, Output, Progress, WrongInput, measure, plain
 from .options import (
     DEFAULT_MODEL,
     add_backend,
@@ -23,6 +21,7 @@ from .options import (
     chosen_model,
     dtypes_of,
     find_device,
+    loaded_first,
     new_command,
 )
 
@@ -67,14 +66,8 @@ def run(args: argparse.Namespace) -> int:
     sizes = replace(sizes, rounds=args.rounds or sizes.rounds)
     dtypes = dtypes_of(args, ("bf16", "fp32") if device.type == "cpu" else ("bf16",))
     name, weights, load = chosen_model(args, device, args.seed)
-    # Loaded before anything is written or said, since this finds what is wrong with a checkpoint.
-    loaded = {dtypes[0]: checked(load, dtypes[0])}
-
-    def take(dtype: torch.dtype) -> Any:
-        return loaded.pop(dtype) if dtype in loaded else checked(load, dtype)
-
     todo = end_to_end.Job(
-        take,
+        loaded_first(load, dtypes[0]),
         name,
         weights,
         dtypes,

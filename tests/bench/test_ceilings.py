@@ -6,10 +6,19 @@ import time
 import pytest
 import torch
 
-from elmkernels.bench import ceilings, end_to_end, generation_figures, machine, roofline
+from elmkernels import OpenELMConfig
+from elmkernels.bench import (
+    ceilings,
+    end_to_end,
+    generation_figures,
+    machine,
+    roofline,
+    training_step,
+)
 from elmkernels.bench.runners import EAGER, OURS, Task
 from elmkernels.cli import ops
 from elmkernels.cli.main import main
+from elmkernels.gpu_check import check, report
 
 CPU = torch.device("cpu")
 
@@ -120,6 +129,38 @@ def test_busy_is_half_a_thread_a_processor(monkeypatch, load, said):
 def test_a_load_that_is_not_known_is_not_busy(monkeypatch):
     monkeypatch.delattr(machine.os, "getloadavg")
     assert machine.load() is None and machine.busy() is None
+
+
+def test_every_measurement_names_a_busy_machine(monkeypatch):
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
+    config = OpenELMConfig.from_name("OpenELM-270M")
+    job = end_to_end.Job(lambda dtype: None, "any", "none", (torch.float32,), CPU, end_to_end.QUICK)
+    found = end_to_end.start(job)
+    assert "busy: a load of 1000.0" in found["busy"]
+    assert end_to_end._headline(job, config, found).endswith(found["busy"])
+    assert "busy" in training_step.start(training_step.StepRace(config))["busy"]
+    rehearsal = check.start(check.Check(CPU, 60.0, True))
+    assert f"**{rehearsal['busy']}**" in report.summary(rehearsal)
+    rehearsal["busy"] = found["busy"] = None
+    assert "busy" not in report.summary(rehearsal)
+    assert "busy" not in end_to_end._headline(job, config, found)
+
+
+def test_bench_train_says_it_before_the_figures(monkeypatch):
+    """Emitted first, whatever the parity after it comes to."""
+
+    class Stop(Exception):
+        pass
+
+    def stage(text: str) -> None:
+        raise Stop
+
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
+    race, texts = training_step.StepRace(OpenELMConfig.from_name("OpenELM-270M")), []
+    monkeypatch.setattr(training_step, "_ids", lambda race: None)
+    with pytest.raises(Stop):
+        training_step.run(race, training_step.start(race), stage, texts.append)
+    assert len(texts) == 1 and "busy: a load of 1000.0" in texts[0]
 
 
 def test_bench_ops_names_a_busy_machine(capsys, monkeypatch):
