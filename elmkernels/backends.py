@@ -1,7 +1,7 @@
 """Dispatch: which backends exist, why one can't run here, and which an op takes.
 
-Two tables of preference depend on a call's tensors and stand beside the ops: `FEW` is read by
-ops/_rows_choice, attention has one of its own in ops/_attention_choice. What a very GPU can run is
+What depends on a call's tensors is chosen beside the ops: by the number of rows (FEW) in
+ops/_rows_choice, by the kind of attention in ops/_attention_choice. What a very GPU can run is
 asked outside of dispatch, by `devices.backend_choices`.
 
 A backend is a name, its devices, and the reason why it can't run here, if it can't. Every raw
@@ -80,6 +80,26 @@ def _triton_lacks(interpreted: bool) -> str | None:
     return None if interpreted else _cuda_lacks()
 
 
+class Preference(NamedTuple):
+    """Backends in order, and on what grounds."""
+
+    order: tuple[str, ...]
+    grounds: str
+
+
+# Of few rows the time is what the launch costs, of many the memory: the ops in BY_ROWS take
+# another order for up to FEW_ROWS rows on the devices of FEW. Gradients have none: a training step
+# has more rows than these.
+BY_ROWS = ("rms_norm", "add_rms_norm", "qk_norm_rope")
+FEW_ROWS = 16
+FEW: dict[str, Preference] = {
+    "cuda": Preference(
+        ("cuda", "triton"),
+        "reasoned, not measured: a Triton launch costs tens of us of host time, a C++ one about 5; "
+        "inside a CUDA graph they are equal",
+    )
+}
+
 # In order of preference: {library: (what the processor needs, torch.cpu's function that knows)}.
 _INSTRUCTION_SETS = {
     "avx512_bf16": ("AVX-512 with bfloat16", "_is_avx512_bf16_supported"),
@@ -109,34 +129,15 @@ def _detect() -> dict[str, Backend]:
 
 BACKENDS: dict[str, Backend] = _detect()
 
-
-class Preference(NamedTuple):
-    """Backends in order, and on what grounds."""
-
-    order: tuple[str, ...]
-    grounds: str
-
-
 # Backends in order of preference for each device. The CUDA C++ kernels and the Triton ones have
-# not been measured against each other on a GPU yet; Triton's are for many rows, so they go first.
+# not been measured against each other on a GPU yet; Triton's are for many rows, so they go first
+# (few rows: FEW).
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": (*_INSTRUCTION_SETS, SDPA),
     "cuda": ("triton", "cuda", SDPA),
 }
 # Where an op's order is another: attention of a prompt; for other calls see ops/_attention_choice.
 OF_AN_OP: dict[tuple[str, str], tuple[str, ...]] = {("attention", "cuda"): (SDPA, "triton")}
-# Of few rows the time is what the launch costs, of many the memory: the ops in BY_ROWS take
-# another order for up to FEW_ROWS rows on the devices of FEW. Gradients have none: a training step
-# has more rows than these.
-BY_ROWS = ("rms_norm", "add_rms_norm", "qk_norm_rope")
-FEW_ROWS = 16
-FEW: dict[str, Preference] = {
-    "cuda": Preference(
-        ("cuda", "triton"),
-        "reasoned, not measured: a Triton launch costs tens of us of host time, a C++ one about 5; "
-        "inside a CUDA graph they are equal",
-    )
-}
 
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _CHOICE: dict[tuple[str, str, str | None], str] = {}
@@ -211,16 +212,10 @@ def _late(op: str, name: str) -> Callable:
     return launch
 
 
-def preferred(op: str, device: str) -> list[str]:
-    """The backends, besides the reference, that have an op on a device type, best first; able to
-    run here or not.
-    """
-    return [n for n in OF_AN_OP.get((op, device), PREFERENCE[device]) if implements(n, op)]
-
-
 def usable(op: str, device: str) -> list[str]:
-    """Those of the preferred ones that can run here."""
-    return [n for n in preferred(op, device) if BACKENDS[n].missing is None]
+    """The backends, besides the reference, that an op may take on a device type, best first."""
+    names = OF_AN_OP.get((op, device), PREFERENCE[device])
+    return [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
 
 
 def missing_kernels(device: str) -> str | None:

@@ -16,13 +16,13 @@ from .backends import (
     COMPOSED,
     FEW,
     FEW_ROWS,
+    PREFERENCE,
     REFERENCE,
     Reason,
     build_report,
     choose,
     defined,
     implements,
-    preferred,
     usable,
 )
 
@@ -200,7 +200,9 @@ def _choice(
         if asked == REFERENCE or implements(asked, op):
             return BackendChoice(op, asked, _resolved(op, kind, asked), why)
         why[asked] = f"it has no kernels for {op}"
-    why |= {name: reason for name in preferred(op, kind) if (reason := missing[name])}
+    for name in PREFERENCE[kind]:
+        if implements(name, op) and (reason := missing[name]):
+            why[name] = reason
     # Dispatch knows the type of a device: it is overruled if it could take what this one can't run.
     names, named = usable(op, kind), None
     if any(missing[name] for name in names):

@@ -56,7 +56,7 @@ class Plan:
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T by oneDNN; weight [n, k] in any strides, or a `prepacked_copy`."""
+    """x @ weight.T by oneDNN; weight [n, k] in any strides, or prepacked by `prepack`."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -73,7 +73,7 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return True
 
 
-def prepacked_copy(weight: Tensor) -> Tensor:
+def prepack(weight: Tensor) -> Tensor:
     """A copy of weight [n, k] in oneDNN's blocked layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
@@ -216,7 +216,7 @@ class Products:
         version = 0 if weight.is_inference() else weight._version
         state = (weight.data_ptr(), version, weight.dtype, weight.shape)
         if state != self._prepacked_of:
-            self._prepacked = prepacked_copy(weight)
+            self._prepacked = prepack(weight)
             self._prepacked_of = state
         return self._prepacked
 
@@ -267,18 +267,18 @@ def _fastest(seconds: dict[str, float]) -> str:
 
 
 @cache
-def measure_plan(dtype: torch.dtype, prepack: bool = False) -> Plan:
+def measure_plan(dtype: torch.dtype, prepacked: bool = False) -> Plan:
     """The fastest routine for each class of rows on this CPU, by timing a [4096, 1280] weight.
 
-    Takes about half a second, once a process: what was fastest then is kept. If oneDNN doesn't take
-    the dtype, everything is F.linear.
+    prepacked: also time weights in oneDNN's own layout. Takes about half a second. If oneDNN
+    doesn't take the dtype, everything is F.linear.
     """
     if not onednn_takes(dtype):
         return Plan()
     generator = torch.Generator().manual_seed(0)
     # Four weights in turn, so that a single row reads from memory as it does in a model.
     weights = [torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype) for _ in range(4)]
-    prepacks = [prepacked_copy(w) for w in weights] if prepack else []
+    prepacks = [prepack(w) for w in weights] if prepacked else []
     turn = [0]
 
     def take(candidates: list[Tensor]) -> Tensor:
@@ -291,7 +291,7 @@ def measure_plan(dtype: torch.dtype, prepack: bool = False) -> Plan:
         if rows == 1:
             fns[MV] = lambda: mv(x, take(weights))
         fns[ONEDNN] = lambda: onednn(x, take(weights))
-        if prepack:
+        if prepacked:
             fns[PREPACKED] = lambda: onednn(x, take(prepacks))
         return fns
 

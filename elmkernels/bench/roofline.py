@@ -107,7 +107,7 @@ def _product_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Pr
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     ways: dict[str, Callable[[], object]] = {"matmul": lambda: a @ b}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        prepacked = projections.prepacked_copy(b)
+        prepacked = projections.prepack(b)
         ways["prepacked"] = lambda: projections.onednn(a, prepacked)
     return {name: (way, 2.0 * n**3) for name, way in ways.items()}
 
