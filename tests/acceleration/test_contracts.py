@@ -2,6 +2,8 @@
 it stays accelerated, as it was.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.golden import load_tiny
@@ -10,7 +12,7 @@ from torch import nn
 from elmkernels import OpenELM, accelerate, backends, pack, quantize, restore, unpack
 from elmkernels.acceleration import swap
 from elmkernels.acceleration.projections import LINEAR, MV, ONEDNN, PREPACKED, Plan
-from elmkernels.backends import choose
+from elmkernels.backends import BACKENDS, choose
 from elmkernels.openelm.compressed import Compressed, CompressedLinear
 from elmkernels.openelm.surgery import mark_of
 
@@ -146,12 +148,24 @@ def test_a_conversion_keeps_what_accelerate_was_given(monkeypatch, conversion, p
 
 
 def test_a_report_names_kernels_that_are_missing(monkeypatch):
-    """A machine without any, and one whose processor lacks all but the last instruction set."""
-    assert backends.missing_kernels("cpu") is None, "these tests run where there are kernels"
-    report = accelerate(model_of())
-    assert report.missing is None and "no compiled kernels" not in str(report)
     reason = "no compiled kernels: not built; reinstall with: pip install elmkernels"
     monkeypatch.setattr(swap, "missing_kernels", lambda device: reason)
     report = accelerate(model_of())
     assert report.missing == reason and str(report).splitlines()[0] == reason
     assert accelerate(model_of(), backend="reference").missing is None
+    monkeypatch.setattr(swap, "missing_kernels", lambda device: None)
+    report = accelerate(model_of())
+    assert report.missing is None and str(report).startswith("accelerated (elmkernels model)")
+
+
+def test_kernels_are_missing_if_no_backend_of_the_device_is_there(monkeypatch):
+    """Of a CPU the least demanding library's reason is told, of a GPU each one's."""
+    ours = [b for b in BACKENDS.values() if b.name not in backends.COMPOSED]
+    for b in ours:
+        monkeypatch.setitem(BACKENDS, b.name, replace(b, missing=f"no {b.name} here"))
+    assert backends.missing_kernels("cpu") == "no compiled kernels: no avx2 here"
+    on_gpu = backends.missing_kernels("cuda")
+    assert on_gpu == "no compiled kernels: no triton here; no cuda here"
+    for name in ("avx512", "triton"):
+        monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], missing=None))
+    assert backends.missing_kernels("cpu") is backends.missing_kernels("cuda") is None

@@ -68,6 +68,45 @@ def accelerated() -> tuple[OpenELM, Report]:
     return model, accelerate(model)
 
 
+def named(**asked) -> dict[str, str | None]:
+    return {op: c.named for op, c in devices.backend_choices(GPU, **asked).items()}
+
+
+def test_one_call_chooses_for_every_op(stand_in):
+    stand_in()
+    choices = devices.backend_choices(GPU)
+    assert set(choices) == set(backends.defined())
+    assert all(c.named is None and not c.why and c.op == op for op, c in choices.items())
+    assert choices["rms_norm"].resolved == f"cuda up to {backends.FEW_ROWS} rows, then triton"
+    assert choices["attention"].resolved == "sdpa" and choices["decode_step"].resolved == "cuda"
+
+
+def test_an_op_that_the_asked_backend_lacks_takes_the_best_other(stand_in):
+    stand_in()
+    found = devices.backend_choices(GPU, "triton")
+    assert {c.named for op, c in found.items() if op != "decode_step"} == {"triton"}
+    step = found["decode_step"]
+    assert step.named is None and step.resolved == "cuda"
+    assert step.why == {"triton": "it has no kernels for decode_step"}
+    assert set(named(asked="reference").values()) == {"reference"}
+    with pytest.raises(RuntimeError, match="backend 'cuda' has no kernels for swiglu"):
+        devices.backend_choices(GPU, "cuda")
+    with pytest.raises(ValueError, match="backend must be one of .*, got 'mkl'"):
+        devices.backend_choices(GPU, "mkl")
+    with pytest.raises(RuntimeError, match="runs on cpu or cuda, got a tensor on mps"):
+        devices.backend_choices(torch.device("mps"))
+
+
+def test_what_this_gpu_cannot_run_is_overruled_with_the_reason(stand_in):
+    stand_in(capability=(12, 0))
+    found = devices.backend_choices(GPU)
+    assert found["rms_norm"].named == "triton" and found["swiglu"].named is None
+    assert found["decode_step"].named == "reference"
+    assert found["rms_norm"].why.keys() == found["decode_step"].why.keys() == {"cuda"}
+    assert "built for sm_80, sm_90, sm_100" in found["decode_step"].why["cuda"]
+    assert not found["swiglu"].why and not found["attention"].why
+
+
 def test_where_all_fits_every_call_decides(stand_in):
     stand_in()
     model, report = accelerated()
