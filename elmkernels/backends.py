@@ -7,16 +7,16 @@ once, at import; after that dispatch only reads dicts, which `torch.compile` can
 
 import importlib
 import importlib.util
-import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
-PACKAGE = Path(__file__).parent
+from . import libraries
+from .libraries import build_report as build_report
+
 REFERENCE = "reference"
 SDPA = "sdpa"  # attention by torch's own scaled_dot_product_attention
 
@@ -28,28 +28,6 @@ class Backend:
     name: str
     devices: tuple[str, ...]
     missing: str | None = None
-
-
-def build_report() -> dict[str, str]:
-    """What the installation built: {library: "built" or the reason why not}."""
-    path = PACKAGE / "build_report.json"
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text())
-
-
-def _load_library(name: str, unsupported: str | None) -> str | None:
-    """Load the compiled library of one backend; returns why it is missing, or None."""
-    if unsupported:
-        return unsupported
-    path = PACKAGE / f"_{name}.so"
-    if not path.is_file():
-        return build_report().get(name, "not built; reinstall to build it")
-    try:
-        torch.ops.load_library(path)
-    except (OSError, RuntimeError) as error:
-        return f"{path.name} can't be loaded: {error}"
-    return None
 
 
 def _cpu_lacks(capability: str, flag: str) -> str | None:
@@ -81,7 +59,7 @@ _INSTRUCTION_SETS = {
 
 
 def _cpu_backend(name: str, capability: str, flag: str) -> Backend:
-    return Backend(name, ("cpu",), _load_library(name, _cpu_lacks(capability, flag)))
+    return Backend(name, ("cpu",), _cpu_lacks(capability, flag) or libraries.load(name))
 
 
 def _detect() -> dict[str, Backend]:
@@ -89,7 +67,7 @@ def _detect() -> dict[str, Backend]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     found = (
         *(_cpu_backend(name, *row) for name, row in _INSTRUCTION_SETS.items()),
-        Backend("cuda", ("cuda",), _load_library("cuda", _cuda_lacks())),
+        Backend("cuda", ("cuda",), _cuda_lacks() or libraries.load("cuda")),
         Backend(
             "triton", ("cuda", "cpu") if interpreted else ("cuda",), _triton_lacks(interpreted)
         ),
@@ -137,6 +115,8 @@ SOME_HAVE: dict[str, tuple[str, ...]] = {
 }
 # Backends that are torch's own operations, not raw kernels.
 COMPOSED = (SDPA, REFERENCE)
+# Backends whose kernels are in a library that was compiled when elmkernels was installed.
+COMPILED = (*_INSTRUCTION_SETS, "cuda")
 
 
 def implements(backend: str, op: str) -> bool:
@@ -157,7 +137,7 @@ def declared(op: str) -> tuple[str, ...]:
 def define(op: str, **kernels: tuple[str, Callable]) -> None:
     """Declare an op's raw kernels, {suffix: (schema, fake)}, for every backend that has them."""
     _OPS[op] = tuple(kernels)
-    for backend in BACKENDS.values():
+    for backend in tuple(BACKENDS.values()):
         if backend.name in COMPOSED or not implements(backend.name, op):
             continue
         for suffix, (schema, fake) in kernels.items():
@@ -172,7 +152,20 @@ def define(op: str, **kernels: tuple[str, Callable]) -> None:
                     torch.library.impl(qualified, device, _late(op, name))
             namespace = getattr(torch.ops, f"elmkernels_{backend.name}")
             _KERNELS[name, backend.name] = getattr(namespace, name).default
+            if backend.name in COMPILED and backend.missing is None:
+                _withdraw_if(backend.name, libraries.lacks(backend.name, name, backend.devices[0]))
     _decide(op)
+
+
+def _withdraw_if(name: str, missing: str | None) -> None:
+    """A library that lacks a kernel it should have is of another version: nothing of it is used."""
+    backend = BACKENDS[name]
+    if missing is None or backend.missing is not None:
+        return
+    BACKENDS[name] = replace(backend, missing=missing)
+    _CHOICE.clear()
+    for op in _OPS:
+        _decide(op)
 
 
 def _late(op: str, name: str) -> Callable:
@@ -188,6 +181,22 @@ def usable(op: str, device: str) -> list[str]:
     """The backends, besides the reference, that an op may take on a device type, best first."""
     names = OF_AN_OP.get((op, device), PREFERENCE[device])
     return [n for n in names if BACKENDS[n].missing is None and implements(n, op)]
+
+
+def missing_kernels(device: str) -> str | None:
+    """Why none of our kernels runs on a device type ("cpu", "cuda") and, if an installation can
+    mend it, the command; None if there are some.
+
+    Models and ops then run as the reference does, and a measurement would compare it with itself.
+    """
+    if device not in PREFERENCE:
+        raise ValueError(f"device must be {' or '.join(PREFERENCE)}, got {device!r}")
+    found = [BACKENDS[name].missing for name in PREFERENCE[device] if name not in COMPOSED]
+    if None in found:
+        return None
+    # A processor that lacks AVX2 lacks the others too; one that has it needs its library alone.
+    reasons = found[-1:] if device == "cpu" else dict.fromkeys(found)
+    return f"no compiled kernels: {'; '.join(reasons)}"
 
 
 def _decide(op: str) -> None:
