@@ -1,5 +1,13 @@
 """elmkernels: Apple's OpenELM language models on fused kernels, proved against the reference."""
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    needs = "elmkernels needs torch >= 2.10, which is not installed: pip install torch"
+    raise ImportError(needs, name="torch") from None
+
 from . import ops, reference
 from .acceleration.projections import Plan
 from .acceleration.swap import accelerate, restore

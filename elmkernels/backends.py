@@ -11,17 +11,17 @@ once, at import; after that dispatch only reads dicts, which `torch.compile` can
 
 import importlib
 import importlib.util
-import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
 
 import torch
 
-PACKAGE = Path(__file__).parent
+from . import libraries
+from .libraries import build_report as build_report
+
 REFERENCE = "reference"
 SDPA = "sdpa"  # attention by torch's own scaled_dot_product_attention
 # Why something can't be had, in words. What looks for one returns `Reason | None`, is called
@@ -36,28 +36,6 @@ class Backend:
     name: str
     devices: tuple[str, ...]
     missing: Reason | None = None
-
-
-def build_report() -> dict[str, str]:
-    """What the installation built: {library: "built" or the reason why not}."""
-    path = PACKAGE / "build_report.json"
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text())
-
-
-def _load_library(name: str, unsupported: str | None) -> str | None:
-    """Load the compiled library of one backend; returns why it is missing, or None."""
-    if unsupported:
-        return unsupported
-    path = PACKAGE / f"_{name}.so"
-    if not path.is_file():
-        return build_report().get(name, "not built; reinstall to build it")
-    try:
-        torch.ops.load_library(path)
-    except (OSError, RuntimeError) as error:
-        return f"{path.name} can't be loaded: {error}"
-    return None
 
 
 def _cpu_lacks(capability: str, flag: str) -> str | None:
@@ -89,7 +67,7 @@ _INSTRUCTION_SETS = {
 
 
 def _cpu_backend(name: str, capability: str, flag: str) -> Backend:
-    return Backend(name, ("cpu",), _load_library(name, _cpu_lacks(capability, flag)))
+    return Backend(name, ("cpu",), _cpu_lacks(capability, flag) or libraries.load(name))
 
 
 def _detect() -> dict[str, Backend]:
@@ -97,7 +75,7 @@ def _detect() -> dict[str, Backend]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     found = (
         *(_cpu_backend(name, *row) for name, row in _INSTRUCTION_SETS.items()),
-        Backend("cuda", ("cuda",), _load_library("cuda", _cuda_lacks())),
+        Backend("cuda", ("cuda",), _cuda_lacks() or libraries.load("cuda")),
         Backend(
             "triton", ("cuda", "cpu") if interpreted else ("cuda",), _triton_lacks(interpreted)
         ),
@@ -159,6 +137,8 @@ _ORDER: dict[tuple[str, str], tuple[str, ...]] = {}
 
 # Backends that are torch's own operations, not raw kernels.
 COMPOSED = (SDPA, REFERENCE)
+# Backends whose kernels are in a library that was compiled when elmkernels was installed.
+COMPILED = (*_INSTRUCTION_SETS, "cuda")
 
 
 def implements(backend: str, op: str) -> bool:
@@ -200,7 +180,7 @@ def define(
     """
     _OPS[op], _HAVE[op], _TRAITS[op] = tuple(kernels), backends, traits or Traits()
     _ORDER.update({(op, device): names for device, names in (order or {}).items()})
-    for backend in BACKENDS.values():
+    for backend in tuple(BACKENDS.values()):
         if backend.name in COMPOSED or not implements(backend.name, op):
             continue
         for suffix, (schema, fake, *some) in kernels.items():
@@ -215,7 +195,20 @@ def define(
                     torch.library.impl(qualified, device, _late(op, name))
             namespace = getattr(torch.ops, f"elmkernels_{backend.name}")
             _KERNELS[name, backend.name] = getattr(namespace, name).default
+            if backend.name in COMPILED and backend.missing is None:
+                _withdraw_if(backend.name, libraries.lacks(backend.name, name, backend.devices[0]))
     _decide(op)
+
+
+def _withdraw_if(name: str, missing: str | None) -> None:
+    """A library that lacks a kernel it should have is of another version: nothing of it is used."""
+    backend = BACKENDS[name]
+    if missing is None or backend.missing is not None:
+        return
+    BACKENDS[name] = replace(backend, missing=missing)
+    _CHOICE.clear()
+    for op in _OPS:
+        _decide(op)
 
 
 def _late(op: str, name: str) -> Callable:
@@ -245,6 +238,8 @@ def missing_kernels(device: str) -> str | None:
 
     Models and ops then run as the reference does, and a measurement would compare it with itself.
     """
+    if device not in PREFERENCE:
+        raise ValueError(f"device must be {' or '.join(PREFERENCE)}, got {device!r}")
     found = [BACKENDS[name].missing for name in PREFERENCE[device] if name not in COMPOSED]
     if None in found:
         return None

@@ -26,7 +26,8 @@ ACCELERATED = {"openelm", "acceleration"} | KERNELS
 GENERATING = {"generation", "compression"} | ACCELERATED
 MEASURING = {"testing", "bench"} | GENERATING
 MAY_IMPORT: dict[str, set[str]] = {
-    "backends": set(),
+    "libraries": set(),
+    "backends": {"libraries"},
     "devices": {"backends"},
     "checks": set(),
     "weights": {"checks"},
@@ -156,7 +157,9 @@ def test_the_package_holds_the_rooms_and_no_other():
     folders = {p.parent.relative_to(PACKAGE).parts[0] for p in SOURCES if p.parent != PACKAGE}
     assert folders == ROOM_NAMES
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
-    assert files == {"__init__.py", "__main__.py", "backends.py", "checks.py", "devices.py"}
+    assert files == {
+        "__init__.py", "__main__.py", "backends.py", "checks.py", "devices.py", "libraries.py",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("top", ["elmkernels", "csrc", "tests", "benchmarks"])
