@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import chart
-from ..openelm.progress import elapsed_and_left
+from ..openelm.progress import elapsed_and_left, seconds_left
 from ..openelm.storage import replacing
 
 OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 # What loading, choosing and checking raise for wrong input.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
-TICK = 1.0  # seconds between two paintings of the line on a terminal
+# Seconds between two paintings of the line on a terminal: if nothing new is said, and if much is.
+TICK, LEAST = 1.0, 0.1
 
 
 class WrongInput(Exception):
@@ -49,7 +50,9 @@ class Progress:
 
     def __init__(self, total: int, lines: bool = True) -> None:
         self.total, self.lines, self.count, self.text = total, lines, 0, ""
-        self.start = time.monotonic()
+        self.start = self.stage_start = time.monotonic()
+        self._left: float | None = None  # as it was when the stage began
+        self._painted = -LEAST
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._live = sys.stderr is not None and sys.stderr.isatty()
         if self._live:
@@ -58,10 +61,12 @@ class Progress:
     def __call__(self, text: str) -> None:
         """Say what comes next."""
         with self._lock:
+            self.stage_start = time.monotonic()
+            self._left = seconds_left(self.stage_start - self.start, self.count, self.total)
             self.count, self.text = self.count + 1, text
-            if self._live:
+            if self._live and self.stage_start - self._painted >= LEAST:
                 self._paint()
-            elif self.lines:
+            elif self.lines and not self._live:
                 print(self._line(), file=sys.stderr, flush=True)
 
     def print(self, text: str) -> None:
@@ -77,8 +82,11 @@ class Progress:
             self._clear()
 
     def _line(self) -> str:
-        done = max(0, self.count - 1)
-        spent = elapsed_and_left(time.monotonic() - self.start, done, self.total)
+        now = time.monotonic()
+        left = self._left
+        if left is not None:
+            left = max(0.0, left - (now - self.stage_start))
+        spent = elapsed_and_left(now - self.start, left)
         return f"[{min(self.count, self.total)}/{self.total}] {self.text} ({spent})"
 
     def _tick(self) -> None:
@@ -88,20 +96,21 @@ class Progress:
                     self._paint()
 
     def _paint(self) -> None:
-        width = os.get_terminal_size(sys.stderr.fileno()).columns if self._has_size() else 80
-        print(f"\r\x1b[K{self._line()[: width - 1]}", end="", file=sys.stderr, flush=True)
+        self._painted = time.monotonic()
+        line = self._line()[: _columns() - 1]  # a longer one would wrap, and stay
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
     def _clear(self) -> None:
         if self._live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    @staticmethod
-    def _has_size() -> bool:
-        try:
-            os.get_terminal_size(sys.stderr.fileno())
-        except (OSError, ValueError, AttributeError):
-            return False
-        return True
+
+def _columns() -> int:
+    """The width of the terminal that stderr is; 80 if that isn't known."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 80
 
 
 def plain(x: Any) -> Any:

@@ -5,12 +5,14 @@ import time
 from collections.abc import Iterable, Iterator
 
 
-def elapsed_and_left(seconds: float, done: int, total: int) -> str:
-    """How long it took so far and, once something is done, about how long the rest will take."""
-    if not done:
-        return _clock(seconds)
-    left = seconds / done * max(0, total - done)
-    return f"{_clock(seconds)}, about {_clock(left)} left"
+def seconds_left(seconds: float, done: int, total: int) -> float | None:
+    """About how long the rest will take, as what is done took `seconds`; None before that."""
+    return seconds / done * max(0, total - done) if done else None
+
+
+def elapsed_and_left(seconds: float, left: float | None) -> str:
+    """How long it took so far, and about how long the rest will take if that is known."""
+    return _clock(seconds) + ("" if left is None else f", about {_clock(left)} left")
 
 
 def _clock(seconds: float) -> str:
@@ -31,7 +33,8 @@ def progress(items: Iterable[str], what: str) -> Iterator[str]:
     except ImportError:
         start = time.monotonic()
         for i, item in enumerate(items):
-            spent = elapsed_and_left(time.monotonic() - start, i, len(items))
+            seconds = time.monotonic() - start
+            spent = elapsed_and_left(seconds, seconds_left(seconds, i, len(items)))
             count = f"{what}: {i + 1}/{len(items)} ({spent})"
             print(f"\r\x1b[K{count}", end="", file=sys.stderr, flush=True)
             yield item

@@ -11,7 +11,7 @@ import pytest
 from elmkernels.bench import chart
 from elmkernels.cli import console
 from elmkernels.cli.console import Output, Progress, WrongInput
-from elmkernels.openelm.progress import elapsed_and_left
+from elmkernels.openelm.progress import elapsed_and_left, seconds_left
 
 
 class Terminal(io.StringIO):
@@ -31,7 +31,7 @@ class Terminal(io.StringIO):
     ],
 )
 def test_elapsed_and_left(arguments, text):
-    assert elapsed_and_left(*arguments) == text
+    assert elapsed_and_left(arguments[0], seconds_left(*arguments)) == text
 
 
 def test_a_line_for_each_stage(capsys, monkeypatch):
@@ -77,6 +77,34 @@ def test_the_line_of_a_terminal_lives(monkeypatch):
     assert text.endswith("\r\x1b[K") and "\n" not in text
     time.sleep(0.05)
     assert terminal.getvalue() == text
+
+
+def test_what_is_left_is_counted_down_while_a_stage_takes_its_time(monkeypatch):
+    now, terminal = [0.0], Terminal()
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress(3)
+    progress("one")
+    now[0] = 20.0
+    progress("two")
+    now[0] = 29.0
+    assert progress._line() == "[2/3] two (0:29, about 0:31 left)"
+    now[0] = 99.0
+    assert progress._line() == "[2/3] two (1:39, about 0:00 left)"
+    progress.close()
+
+
+def test_many_stages_a_second_are_not_all_painted(monkeypatch):
+    now, terminal = [0.0], Terminal()
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console, "TICK", 1e6)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress(1000)
+    for i in range(1000):
+        now[0] = i / 1000
+        progress("token")
+    progress.close()
+    assert 5 <= terminal.getvalue().count("token") <= 11
 
 
 def test_a_line_of_a_terminal_is_not_wider(monkeypatch):

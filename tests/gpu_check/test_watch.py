@@ -24,7 +24,7 @@ PROGRAM = """
 import os, sys, time
 from dataclasses import replace
 import torch
-from elmkernels.__main__ import main
+from elmkernels.cli.main import main
 from elmkernels.gpu_check import check as gpu_check
 from elmkernels.gpu_check import generation_units as gpu_generation
 torch.set_num_threads(1)
@@ -86,8 +86,8 @@ def test_ctrl_c_ends_a_worker_and_keeps_what_there_is(tmp_path):
     worker = program("time.sleep(600)", 600)
     code = f"""
 import sys
-from elmkernels.__main__ import main
-from elmkernels.commands import gpu_check
+from elmkernels.cli.main import main
+from elmkernels.cli import gpu_check
 gpu_check.PROGRAM = {worker!r}
 sys.exit(main(sys.argv[1:]))
 """
@@ -104,7 +104,7 @@ sys.exit(main(sys.argv[1:]))
     assert process.returncode == 130
     found = units_of(out)
     assert found["complete"] is False and found["tiny float32"]["state"] == "interrupted"
-    assert "Stopped early" in (out / "summary.md").read_text() and "summary.md" in stdout
+    assert "Stopped early" in (out / "summary.md").read_text() and "# GPU check" in stdout
 
 
 def sleeper(results: dict, seconds: float) -> Worker:
