@@ -46,9 +46,9 @@ class TorchBaselineRunner(Runner):
     def run(self, task: Task) -> Run:
         """Compiled for the shapes of this task alone, when it is called first."""
         prompts, length = task.prompts, task.prompts.shape[1]
-        torch = TorchBaseline(self.model, prompts.shape[0], room_for(task, self.model))
+        baseline = TorchBaseline(self.model, prompts.shape[0], room_for(task, self.model))
         positions = torch.arange(length, device=prompts.device)
-        call = self._compiled(torch)
+        call = self._compiled(baseline)
 
         @torch.inference_mode()
         def prefill() -> list[list[int]]:
@@ -57,7 +57,7 @@ class TorchBaselineRunner(Runner):
         if not task.steps:
             return prefill
         with torch.inference_mode():
-            first = torch(prompts, positions).argmax(-1)
+            first = baseline(prompts, positions).argmax(-1)
 
         @torch.inference_mode()
         def decode() -> list[list[int]]:
@@ -75,10 +75,10 @@ class TorchBaselineRunner(Runner):
             torch.compiler.cudagraph_mark_step_begin()
         return call(tokens[:, None], at, seen).argmax(-1)
 
-    def _compiled(self, torch: TorchBaseline) -> Callable:
+    def _compiled(self, baseline: TorchBaseline) -> Callable:
         if self.options is None:
-            return torch
-        return torch.compile(torch, fullgraph=True, dynamic=False, **self.options)
+            return baseline
+        return torch.compile(baseline, fullgraph=True, dynamic=False, **self.options)
 
 
 def with_sdpa(model: OpenELM) -> OpenELM:
