@@ -330,6 +330,15 @@ def test_modules_are_described_and_validate_by_raising(path):
             assert not (broad and all(isinstance(s, ast.Pass) for s in node.body)), node.lineno
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_a_reason_why_not_is_called_missing(path):
+    """Conditions then read forwards: `if reason := missing(...)`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.returns is not None:
+            if ast.unparse(node.returns) in ("Reason | None", "dict[str, Reason | None]"):
+                assert re.fullmatch(r"_?missing(_\w+)?|modes_of", node.name), node.name
+
+
 def test_environment_variables_are_read_in_two_places_only():
     """Triton's own switch in backends; the toolchain's in setup.py. None is ours."""
     reading = {relative(p) for p in SOURCES if re.search(r"\benviron\b|\bgetenv\b", p.read_text())}

@@ -20,8 +20,7 @@ from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
 from ..compression.quantization import quantize
-from ..generation.session import greedy
-from ..generation.step import next_logits
+from ..generation.step import greedy, next_logits
 from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded

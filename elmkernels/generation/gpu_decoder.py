@@ -1,13 +1,14 @@
-"""Decoding on a GPU that is never waited for: tokens are chosen there, and read some steps later.
+"""GPU decoding without host synchronization: tokens are sampled on the device and read back a few
+steps late.
 
 A step is one launch for the host, in one of two modes:
 
     one-launch   `ops.decode_step`: the whole decoder is one kernel, whatever the rows hold
-    graph        the model's own layers, captured for every bucket of the cache (see `graph`)
+    graph        the model's own layers, captured for every bucket of the cache (see `cuda_graph`)
 
-both followed by the choice of the tokens, in one CUDA graph. Where both are possible they are timed
-on the session's own state and the faster one is taken, for each bucket. What neither can do is done
-by calls, with the same numbers on the device.
+both followed by the choice of the tokens, in one CUDA graph. If both are possible they are timed on
+the session's own state and the faster one is taken, for each bucket. What neither can do is done by
+calls, with the same numbers on the device.
 
 Everything that changes from step to step lies at fixed addresses: tokens, lengths, the numbers that
 are drawn from, and the tokens chosen so far, which a second stream copies to the host.
@@ -25,6 +26,7 @@ from torch import Tensor
 from .. import ops
 from ..acceleration.decode_modes import CALLS, DECODE_MODES, GRAPH, ONE_LAUNCH, missing
 from ..acceleration.decoder_weights import snapshot_of
+from ..backends import Reason
 from ..checks import one_line
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
@@ -44,11 +46,10 @@ _MEASURED: WeakKeyDictionary[DecoderWeights, dict[tuple[int, int], str]] = WeakK
 
 class Decoder:
     """The steps of one cache. mode: one of DECODE_MODES, None for the fastest; captured: False
-    runs the same
-    steps call by call, on any device.
+    runs the same steps call by call, on any device.
 
-    Raises RuntimeError for a named mode that this model, batch or device can't be decoded in, and
-    where its capture fails; ValueError for a name that is no mode.
+    Raises RuntimeError for a named mode that this model, batch or device can't be decoded in, or
+    whose capture fails; ValueError for a name that is no mode.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Decoder:
             )
         self.model, self.cache, self.mode, self.captured = model, cache, mode, captured
         self._known: Any = None
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, Reason] = {}
         self._examine()
         batch, room = cache.batch, cache.max_length + 1
         integers = {"dtype": torch.int64, "device": device}
@@ -98,7 +99,7 @@ class Decoder:
     def _cannot(self, mode: str) -> str:
         others = [other for other in DECODE_MODES if other not in self.refused]
         works = " and ".join(repr(other) for other in others)
-        return f"decoding by {mode!r} can't be had: {self.refused[mode]}; {works} can"
+        return f"decoding by {mode!r} is not possible: {self.refused[mode]}; {works} is"
 
     def _sampler(self, sampling: Sampling) -> Sampler:
         """One with room for as many choices as the cache has tokens."""
@@ -136,8 +137,8 @@ class Decoder:
 
     @torch.inference_mode()
     def next_tokens(self) -> list[int]:
-        """The next token of each row, -1 where it was to be drawn from NaN; the cache then holds
-        the ones before it.
+        """The next token of each row, -1 if it was to be drawn from NaN; the cache then holds the
+        ones before it.
         """
         while self._launched < min(self._steps, self._read + AHEAD):
             self._launch()
@@ -236,7 +237,7 @@ class Decoder:
         backend, greedy = given_backend(self.model, "decode_step"), self.sampler.greedy
 
         def one_launch() -> None:
-            # The kernel itself can choose the largest, and put it where the next step finds it.
+            # The kernel itself chooses the largest, and puts it there for the next step.
             chosen = self.tokens if greedy else None
             logits = ops.decode_step(*place, chosen=chosen, backend=backend)
             self.lengths.add_(1)
@@ -268,7 +269,7 @@ class Decoder:
         return [known] if known in left else left
 
     def _made(self, mode: str, bucket: int) -> Callable[[], None] | None:
-        """The replay of a step, captured where it isn't yet; None where that fails."""
+        """The replay of a step, captured if it isn't yet; None if that fails."""
         key = mode, None if mode == ONE_LAUNCH else bucket
         return self._kept(key, mode, lambda: self._body(mode, bucket))
 

@@ -41,7 +41,7 @@ def _short(value: object) -> str:
 
 
 def check_lengths(ids: list[list[int]], max_new_tokens: int, limit: int, what: str) -> None:
-    """Raise ValueError where a prompt and what is to follow don't fit `limit` tokens."""
+    """Raise ValueError if a prompt and what is to follow don't fit `limit` tokens."""
     if not is_integer(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens!r}")
     for b, prompt in enumerate(ids):

@@ -1,6 +1,6 @@
 """Choosing the next token from logits [rows, vocab_size], in this order:
 
-    repetition penalty   logit / penalty where it is positive, else logit * penalty, for every token
+    repetition penalty   logit / penalty if it is positive, else logit * penalty, for every token
                          that the row holds already
     temperature          logits / temperature; 0 takes the largest and nothing below applies
     top_k                the k largest remain, and what ties with the last of them
@@ -54,8 +54,8 @@ class Sampling:
             )
 
     def generators(self, rows: int) -> list[torch.Generator]:
-        """One for each row, on the CPU. Raises where seed is neither None, an integer nor one
-        integer a row.
+        """One for each row, on the CPU. Raises ValueError for a seed that is neither None, an
+        integer nor one integer a row.
         """
         seeds = self.seed
         if seeds is None:
@@ -120,12 +120,12 @@ class Sampler:
             self.seen.copy_(other.seen)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]: -1 where they
-        were to be drawn from NaN.
+        """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]: -1 if they were
+        to be drawn from NaN.
         """
         s = self.sampling
         if self.seen is not None:
-            logits = penalise(logits.float(), self.seen, s.repetition_penalty)
+            logits = penalize(logits.float(), self.seen, s.repetition_penalty)
         if self.uniforms is None:
             tokens = logits.argmax(-1)
         else:
@@ -137,14 +137,14 @@ class Sampler:
         return tokens
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """logits [rows, vocab_size] made less likely (penalty > 1) where seen is True."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def warp(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """logits [rows, vocab_size] -> float32, divided by the temperature, up to a constant a row,
-    and -inf where top_k and top_p leave nothing.
+    and -inf for what top_k and top_p leave out.
     """
     logits = logits.float()
     # The largest is 0 first, so that no temperature is too small: 0 / t is 0, the rest -> -inf.
@@ -167,7 +167,7 @@ def _top_p(logits: Tensor, p: float) -> Tensor:
         sums = largest.cumsum(-1)
         if n == vocab_size or bool((sums[:, -1] >= p).all()):
             break
-    # A token remains where those before it don't reach p: the first one always.
+    # A token remains if those before it don't reach p: the first one always.
     before = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), dim=-1)
     kept = logits.gather(1, tokens).masked_fill(before >= p, -math.inf)
     return torch.full_like(logits, -math.inf).scatter_(1, tokens, kept)
@@ -175,7 +175,7 @@ def _top_p(logits: Tensor, p: float) -> Tensor:
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token a row of logits [rows, vocab_size] by its softmax: the first whose cumulated
-    probability exceeds uniform, float64 [rows] in [0, 1), times their sum. -1 where that is NaN.
+    probability exceeds uniform, float64 [rows] in [0, 1), times their sum; -1 if that is NaN.
     """
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     total = sums[:, -1]

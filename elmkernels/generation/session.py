@@ -1,4 +1,4 @@
-"""Generating tokens: `generate` gives results, `stream` tokens as they come, `greedy` a tensor.
+"""Generating tokens: `generate` gives results, `stream` tokens as they come.
 
 A prompt goes through the model in chunks, so that its activations never take more memory than a
 chunk's, then every step decodes one token a row: by `step.next_logits`, or on a GPU by a
@@ -42,11 +42,25 @@ class Row:
 class Session:
     """A cache for `batch` rows, and the ids in it: ids[b][: cache.rows[b]].
 
-    max_length: the most tokens a row can hold, rope_max_length if None. It belongs to the weights
-    that filled it: `reset()` where they change. decoding: "one-launch", "graph" or "calls" (see
-    `decoding`), None for the fastest; a CPU has "calls" alone. What a session has captured serves
-    all its generations, so on a GPU keep one.
-    Raises what `KVCache` and `decoding.Decoder` raise.
+    The cache belongs to the weights that filled it: `reset()` if they change. What a session has
+    captured serves all its generations, so on a GPU keep one.
+
+    Args:
+        model: the model, accelerated or not.
+        batch: rows that are generated together.
+        max_length: the most tokens a row can hold; None for the model's rope_max_length.
+        decode_mode: "one-launch", "graph" or "calls" (see `gpu_decoder`), None for the fastest; a
+            CPU has "calls" alone.
+
+    Raises:
+        ValueError: batch, max_length or decode_mode is out of its range.
+        MemoryError: the cache doesn't fit.
+        RuntimeError: the model can't be decoded in the named mode here, with the reason.
+
+    Example:
+        >>> session = Session(model)
+        >>> row, = session.generate([[1, 2, 3]], 20)
+        >>> row, = session.generate([[1, 2, 3, *row.tokens, 4]], 20)  # only the new id is read
     """
 
     def __init__(
@@ -108,8 +122,8 @@ class Session:
         return self._current
 
     def begin(self, prompts: Sequence[list[int]]) -> list[int]:
-        """Go back to the longest common prefix of each row with its prompt, less one token where
-        it is the whole prompt, as logits come from passes alone. Returns the tokens kept.
+        """Go back to the longest common prefix of each row with its prompt, less one token if it
+        is the whole prompt, as logits come from passes alone. Returns the tokens kept.
         """
         kept = []
         for held, ids, prompt in zip(self.cache.rows, self.ids, prompts, strict=True):
@@ -155,10 +169,12 @@ class Session:
 
 
 class Stream(Iterator[list[int | None]]):
-    """The steps of one generation: each gives a token a row, None where the row has ended.
+    """The steps of one generation: each gives a token a row, None for a row that has ended.
 
-    rows: what was generated so far. interrupted: whether a KeyboardInterrupt ended it; that one is
-    not raised again. reused: the tokens of each prompt that the session held already.
+    Attributes:
+        rows: what was generated so far.
+        interrupted: whether a KeyboardInterrupt ended it; that one is not raised again.
+        reused: the tokens of each prompt that the session held already.
     """
 
     def __init__(
@@ -211,7 +227,7 @@ class Stream(Iterator[list[int | None]]):
 
     @property
     def decode_mode(self) -> str:
-        """How it was decoded so far: the names of `decoding.DECODE_MODES`."""
+        """How it was decoded so far: names of `decode_modes.DECODE_MODES`."""
         if self._decoder is None:
             return CALLS
         return ", ".join(sorted(set(self._decoder.taken.values()))) or CALLS
@@ -276,8 +292,22 @@ def stream(
     decode_mode: str | None = None,
     **options: Any,
 ) -> Stream:
-    """`generate` step by step: an iterator of list[int | None], a token for each row that goes
-    on; its `rows` are what `generate` returns.
+    """`generate` step by step.
+
+    Args:
+        model, prompts, max_new_tokens, decode_mode: as `generate` takes them.
+        options: the other arguments of `generate`.
+
+    Returns:
+        A Stream: an iterator of list[int | None], a token for each row that goes on. Its `rows` are
+        what `generate` returns.
+
+    Raises:
+        TypeError, ValueError: as `generate` does.
+
+    Example:
+        >>> for token, in stream(model, [[1, 2, 3]], 20):
+        ...     print(token)
     """
     ids = prompt_ids(prompts, model.config.vocab_size)
     limit = model.config.rope_max_length
@@ -301,14 +331,32 @@ def generate(
     chunk: int = CHUNK,
     decode_mode: str | None = None,
 ) -> list[Row]:
-    """Up to max_new_tokens tokens after each prompt: integers [batch, length], or a list of lists
-    of ids, which may differ in length (none empty).
+    """Tokens after each of some prompts. An interruption (Ctrl-C) returns what there is by then.
 
-    temperature to seed: see `sampling`; a temperature of 0 takes the most likely token, and row b
-    of a batch draws from seed + b (or seed[b]), whatever the rows beside it. chunk: tokens of the
-    prompt in one pass. decoding: see `Session`. An interruption returns what was generated by then.
-    Raises ValueError or TypeError, before anything is run, for arguments out of their range and
-    for prompts that don't fit rope_max_length with what is to follow.
+    Args:
+        model: the model, accelerated or not.
+        prompts: integers [batch, length], or a list of lists of ids, which may differ in length
+            (none empty).
+        max_new_tokens: the most tokens after each prompt.
+        temperature: what the logits are divided by; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens; None for all.
+        top_p: draw from the most likely tokens that together have this probability; None for all.
+        repetition_penalty: what the logits of tokens that a row holds are divided by.
+        seed: of what is drawn: row b draws from seed + b (or seed[b]), whatever the rows beside it.
+        stop_tokens: ids that end a row; they are not among its tokens.
+        chunk: tokens of a prompt that go through the model in one pass.
+        decode_mode: see `Session`.
+
+    Returns:
+        A Row for each prompt: its tokens, and why it ended.
+
+    Raises:
+        TypeError, ValueError: before anything is run, for arguments out of their range and for
+            prompts that don't fit rope_max_length with what is to follow.
+
+    Example:
+        >>> row, = elmkernels.generate(model, [[1, 2, 3]], 20, temperature=0.8, seed=0)
+        >>> row.tokens, row.finish_reason
     """
     run = stream(
         model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -318,44 +366,3 @@ def generate(
     for _ in run:
         pass
     return run.rows
-
-
-@torch.inference_mode()
-def greedy(
-    model: OpenELM,
-    input_ids: Tensor,
-    steps: int,
-    attention_mask: Tensor | None = None,
-    max_length: int | None = None,
-) -> Tensor:
-    """input_ids [batch, length], padded on the left where attention_mask is 0 -> the `steps` most
-    likely next tokens, int64 [batch, steps]. max_length: the cache's size, prompt + steps if None.
-    No step waits for the one before on a GPU: nothing is read back.
-    """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids must be [batch, length] with length > 0, got {list(input_ids.shape)}"
-        )
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
-    batch, length = input_ids.shape
-    cache = KVCache(
-        model.config,
-        batch,
-        length + steps if max_length is None else max_length,
-        dtype=model.activation_dtype,
-        device=input_ids.device,
-    )
-    tokens = input_ids.new_empty((batch, steps), dtype=torch.int64)
-    if not steps:
-        return tokens
-    chosen = model(input_ids, attention_mask, cache, logits_to_keep=1)[:, -1].argmax(-1)
-    tokens[:, 0] = chosen
-    for step in range(1, steps):
-        if attention_mask is None:
-            logits = next_logits(model, chosen, cache)
-        else:
-            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
-            logits = model(chosen[:, None], attention_mask, cache, logits_to_keep=1)[:, -1]
-        tokens[:, step] = chosen = logits.argmax(-1)
-    return tokens

@@ -1,5 +1,6 @@
 """One step of decoding, one token a row: by `ops.decode_step` if the model is accelerated (or holds
 compressed weights) and nothing hangs on its modules that the op would skip; else by the model.
+`greedy` does nothing but steps.
 """
 
 import torch
@@ -14,8 +15,22 @@ from ..ops.decode_step import MAX_BATCH
 
 
 def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
-    """One step of decoding: tokens int64 [batch], each after those its row of the cache holds ->
-    logits [batch, vocab_size]; the cache then holds one token more a row.
+    """One step of decoding; the cache then holds one token more a row.
+
+    Args:
+        model: the model, accelerated or not.
+        tokens: int64 [batch], each after those that its row of the cache holds.
+        cache: a KVCache of the same batch.
+
+    Returns:
+        logits [batch, vocab_size].
+
+    Raises:
+        ValueError: the cache is full, or is of another model.
+
+    Example:
+        >>> logits = next_logits(model, tokens, cache)
+        >>> tokens = logits.argmax(-1)
     """
     known = _in_one_call(model, tokens, cache)
     if known is None:
@@ -48,3 +63,58 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Snapshot | N
         return None
     wanted = known.compressed or is_accelerated(model)
     return known if wanted and known.dtypes == {cache.dtype} else None
+
+
+@torch.inference_mode()
+def greedy(
+    model: OpenELM,
+    input_ids: Tensor,
+    steps: int,
+    attention_mask: Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """The most likely next tokens. On a GPU no step waits for the one before: nothing is read back.
+
+    Args:
+        model: the model, accelerated or not.
+        input_ids: integers [batch, length], length > 0.
+        steps: how many tokens.
+        attention_mask: [batch, length], 0 for padding, which is on the left; None for none.
+        max_length: the cache's size; None for the prompt and the steps.
+
+    Returns:
+        int64 [batch, steps].
+
+    Raises:
+        ValueError: input_ids or steps is out of its range.
+
+    Example:
+        >>> greedy(model, torch.tensor([[1, 2, 3]]), 20)
+    """
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must be [batch, length] with length > 0, got {list(input_ids.shape)}"
+        )
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    batch, length = input_ids.shape
+    cache = KVCache(
+        model.config,
+        batch,
+        length + steps if max_length is None else max_length,
+        dtype=model.activation_dtype,
+        device=input_ids.device,
+    )
+    tokens = input_ids.new_empty((batch, steps), dtype=torch.int64)
+    if not steps:
+        return tokens
+    chosen = model(input_ids, attention_mask, cache, logits_to_keep=1)[:, -1].argmax(-1)
+    tokens[:, 0] = chosen
+    for step in range(1, steps):
+        if attention_mask is None:
+            logits = next_logits(model, chosen, cache)
+        else:
+            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
+            logits = model(chosen[:, None], attention_mask, cache, logits_to_keep=1)[:, -1]
+        tokens[:, step] = chosen = logits.argmax(-1)
+    return tokens

@@ -14,7 +14,7 @@ from ..acceleration.decode_modes import GRAPH, ONE_LAUNCH
 from ..acceleration.decoder_weights import decoder_weights_of
 from ..backends import REFERENCE, choose
 from ..bench.runners import Task
-from ..generation.session import greedy
+from ..generation.step import greedy
 from ..openelm.cache import KVCache
 from ..testing.model_parity import ModelParity, check_model, compare_tokens
 from .models import LIMIT, MODE_LIMIT, Models

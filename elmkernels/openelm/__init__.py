@@ -22,7 +22,7 @@ _ELSEWHERE = {
     "Stream": "generation.session",
     "accelerate": "acceleration.swap",
     "generate": "generation.session",
-    "greedy": "generation.session",
+    "greedy": "generation.step",
     "next_logits": "generation.step",
     "pack": "compression.packing",
     "quantize": "compression.quantization",

@@ -38,8 +38,7 @@ import torch
 from torch import Tensor
 
 from ..acceleration.projections import LINEAR, Plan
-from ..generation.session import greedy
-from ..generation.step import next_logits
+from ..generation.step import greedy, next_logits
 from ..openelm.cache import KVCache
 from ..openelm.config import OpenELMConfig
 from ..openelm.loss import next_tokens

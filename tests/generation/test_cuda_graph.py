@@ -10,7 +10,7 @@ from elmkernels.bench.torch_baseline import TorchBaseline
 from elmkernels.generation.cuda_graph import Window, bucket_of, step, width_of
 from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.generation.sampling import Sampler, Sampling
-from elmkernels.generation.session import greedy
+from elmkernels.generation.step import greedy
 from elmkernels.gpu_check.model_units import agreement
 from elmkernels.gpu_check.models import TINY
 from elmkernels.gpu_check.runners import DecoderRunner, TorchBaselineRunner, room_for
@@ -112,7 +112,7 @@ def test_widths():
 
 
 @pytest.mark.parametrize("options", [None, {"backend": "eager"}], ids=["eager", "compiled"])
-def test_the_fair_rival_decodes_the_same_tokens(model, prompts, expected, options):
+def test_the_torch_baseline_decodes_the_same_tokens(model, prompts, expected, options):
     task = Task("decode", prompts, STEPS - 1)
     torch.compiler.reset()
     run = TorchBaselineRunner(model, options).run(task)

@@ -163,7 +163,8 @@ def test_a_capture_that_fails(model, device, monkeypatch, failing):
     assert session.decoder().taken == {200: left[0] if left else CALLS}
     assert set(session.decoder().refused) == failing
     named = sorted(failing)[0]
-    with pytest.raises(RuntimeError, match=f"{named}.* can't be had: its capture failed: no mem"):
+    message = f"{named}.* is not possible: its capture failed: no mem"
+    with pytest.raises(RuntimeError, match=message):
         rows_of(model, [[1, 2, 3]], 6, named)
 
 
@@ -254,7 +255,7 @@ def test_what_cannot_be_had(model):
     handle = model.layers[0].register_forward_hook(lambda *_: None)
     cache = KVCache(CONFIG, 1, 20)
     assert "layers.0 has hooks" in missing(GRAPH, model, cache)
-    with pytest.raises(RuntimeError, match="'graph' can't be had: .*hooks.*; 'calls' can"):
+    with pytest.raises(RuntimeError, match="'graph' is not possible: .*hooks.*; 'calls' is"):
         Decoder(model, cache, GRAPH, captured=False)
     handle.remove()
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from elmkernels.generation.sampling import Sampler, Sampling, draw, penalise, warp
+from elmkernels.generation.sampling import Sampler, Sampling, draw, penalize, warp
 
 VOCAB = 700  # more than the candidates that top_p looks at first
 
@@ -61,7 +61,7 @@ def test_top_k_keeps_ties_and_top_p_keeps_one():
 def test_penalty():
     logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
     seen = torch.tensor([[True, True, False, False]])
-    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
+    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
     sampler = Sampler(Sampling(repetition_penalty=1e9), [[2]], 4, torch.device("cpu"), 9)
     # Each choice is held from then on, and no choice comes twice while another is left.
     chosen = [sampler(torch.tensor([[4.0, 3.0, 5.0, 2.0]])).item() for _ in range(3)]
