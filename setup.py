@@ -125,7 +125,7 @@ class BuildKernels(build_ext):
             driver, flags = [cxx], [*CPU_FLAGS, *INSTRUCTION_SETS[name]]
             sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
         flags += [TARGET, f"-DELMKERNELS_BACKEND=elmkernels_{name}"]
-        flags += ["-isystem", str(torch / "include")]
+        flags += [f"-I{ROOT / 'csrc'}", "-isystem", str(torch / "include")]
         objects = [work / f"{name}_{source.stem}.o" for source in sources]
         commands = [
             [*driver, *flags, "-c", str(source), "-o", str(obj)]
