@@ -1,39 +1,39 @@
 // Attention of one new token a sequence, as one phase of decode_step: QK norm, RoPE, the write to
-// the cache, and softmax over the cache in items of kKeys keys. Whichever block ends an item last
-// merges those of its head, in the order of their keys.
+// the cache, and softmax over the cache in items of kKeys keys. The block that ends the last item
+// of a head merges all of that head, in the order of their keys.
 #pragma once
 
-#include "decode_project.cuh"
+#include "cuda/decode/step.cuh"
 
 namespace decode {
 
-// An item and what it works on.
+// What one item works on.
 template <class T>
-struct Job {
+struct AttendItem {
   const T *q_norm, *k_norm, *projected;  // the last: the row of q | k | v
-  T *new_keys, *new_values;              // the new token's places, null where another item has them
+  T *new_keys, *new_values;              // the new token's places; null if another item has them
   const T *keys, *values;                // the first of its keys and values
   const float* rotation;
   T* out;                           // [group, head_dim]
   float* partials;                  // of the group's first query head, for its first split
   int partial_step, split, splits;  // floats from a query head to the next
-  int group, count, head_dim;       // keys
+  int group, count, head_dim;       // `count` keys
   int q_row, k_row, v_row;          // in heads
   float eps;
 };
 
-// What an item has in shared memory.
+// An item in shared memory.
 template <class T>
-struct Bench {
-  Job<T>* job;
+struct AttendShared {
+  AttendItem<T>* item;
   float *raw, *queries;         // [group + 2, head_dim] as projected; [group, head_dim] rotated
   float *scores, *tops, *sums;  // [group, kKeys], [group], [group]
   float* totals;                // [value_parts, kHeads, head_dim]
 
-  DECODE_DEVICE explicit Bench(uint8_t* shared) {
-    static_assert(sizeof(Job<T>) <= kTaskBytes);
-    job = reinterpret_cast<Job<T>*>(shared);
-    const int group = job->group, d = job->head_dim;
+  DEVICE_INLINE explicit AttendShared(uint8_t* shared) {
+    static_assert(sizeof(AttendItem<T>) <= kTaskBytes);
+    item = reinterpret_cast<AttendItem<T>*>(shared);
+    const int group = item->group, d = item->head_dim;
     raw = reinterpret_cast<float*>(shared + kTaskBytes);
     queries = raw + (group + 2) * d;
     scores = queries + group * d;
@@ -44,17 +44,17 @@ struct Bench {
 };
 
 template <class T>
-DECODE_DEVICE int64_t keys_of(const Step<T>& s, int row) {
+DEVICE_INLINE int64_t keys_of(const Step<T>& s, int row) {
   return s.in_range(row) ? s.positions[row] + 1 : 0;
 }
 
-// The i-th item of a layer, sequence after sequence; false where there are no more.
+// The i-th item of a layer, sequence after sequence; false if there are no more.
 template <class T>
-DECODE_DEVICE bool item_at(const Step<T>& s, int64_t kv_heads, int64_t i, Item& item) {
+DEVICE_INLINE bool item_at(const Step<T>& s, int64_t kv_heads, int64_t i, ItemIndex& index) {
   for (int row = 0; row < s.batch; ++row) {
     const int64_t keys = keys_of(s, row), splits = splits_of(keys);
     if (i < kv_heads * splits) {
-      item = {row, i / splits, i % splits, splits, keys};
+      index = {row, i / splits, i % splits, splits, keys};
       return true;
     }
     i -= kv_heads * splits;
@@ -64,9 +64,9 @@ DECODE_DEVICE bool item_at(const Step<T>& s, int64_t kv_heads, int64_t i, Item& 
 
 // One head through its norm and the rotation: out(c, value) for all its columns.
 template <class T, class Out>
-DECODE_DEVICE void rotate_head(Warp warp, const float* x, const T* weight, const Job<T>& job,
-                               Out&& out) {
-  const int d = job.head_dim, half = d / 2;
+DEVICE_INLINE void rotate_head(Warp warp, const float* x, const T* weight,
+                               const AttendItem<T>& item, Out&& out) {
+  const int d = item.head_dim, half = d / 2;
   PerLane<Floats<1>> squares;
   warp.each([&](int lane) {
     float sum = 0.0f;
@@ -75,14 +75,14 @@ DECODE_DEVICE void rotate_head(Warp warp, const float* x, const T* weight, const
   });
   warp.template sum<kLanes>(squares);
   warp.each([&](int lane) {
-    const float rstd = 1.0f / sqrtf(squares[lane].v[0] / static_cast<float>(d) + job.eps);
+    const float rstd = 1.0f / sqrtf(squares[lane].v[0] / static_cast<float>(d) + item.eps);
     for (int c = lane; c < half; c += kLanes) {
       float a = x[c], b = x[half + c];
       if (weight != nullptr) {
         a = rounded<T>(rounded<T>(a * rstd) * wide(weight[c]));
         b = rounded<T>(rounded<T>(b * rstd) * wide(weight[half + c]));
       }
-      const float cos = job.rotation[c], sin = job.rotation[half + c];
+      const float cos = item.rotation[c], sin = item.rotation[half + c];
       out(c, narrow<T>(a * cos - b * sin));
       out(half + c, narrow<T>(b * cos + a * sin));
     }
@@ -91,28 +91,28 @@ DECODE_DEVICE void rotate_head(Warp warp, const float* x, const T* weight, const
 
 // Queries to shared memory; with the new token's own keys, those and its values to the cache.
 template <class T>
-DECODE_CALL void prepare(Block block) {
-  const Bench<T> bench(block.shared());
-  const Job<T>& job = *bench.job;
-  const int d = job.head_dim, group = job.group;
-  const int rows = group + (job.new_keys != nullptr ? 2 : 0);
+DEVICE_CALL void prepare(Block block) {
+  const AttendShared<T> shared(block.shared());
+  const AttendItem<T>& item = *shared.item;
+  const int d = item.head_dim, group = item.group;
+  const int rows = group + (item.new_keys != nullptr ? 2 : 0);
   block.threads([&](int thread) {
     for (int i = thread; i < rows * d; i += kBlock) {
-      const int r = i / d, head = r < group ? job.q_row + r : r == group ? job.k_row : job.v_row;
-      bench.raw[i] = wide(fresh(job.projected + static_cast<int64_t>(head) * d + i % d));
+      const int r = i / d, head = r < group ? item.q_row + r : r == group ? item.k_row : item.v_row;
+      shared.raw[i] = wide(fresh(item.projected + static_cast<int64_t>(head) * d + i % d));
     }
   });
   block.warps([&](Warp warp) {
     for (int r = warp.index; r < rows; r += kWarps) {
-      const float* x = bench.raw + r * d;
+      const float* x = shared.raw + r * d;
       if (r < group) {
-        float* to = bench.queries + r * d;
-        rotate_head(warp, x, job.q_norm, job, [&](int c, T y) { to[c] = wide(y); });
+        float* to = shared.queries + r * d;
+        rotate_head(warp, x, item.q_norm, item, [&](int c, T y) { to[c] = wide(y); });
       } else if (r == group) {
-        rotate_head(warp, x, job.k_norm, job, [&](int c, T y) { job.new_keys[c] = y; });
+        rotate_head(warp, x, item.k_norm, item, [&](int c, T y) { item.new_keys[c] = y; });
       } else {
         warp.each([&](int lane) {
-          for (int c = lane; c < d; c += kLanes) job.new_values[c] = narrow<T>(x[c]);
+          for (int c = lane; c < d; c += kLanes) item.new_values[c] = narrow<T>(x[c]);
         });
       }
     }
@@ -121,17 +121,17 @@ DECODE_CALL void prepare(Block block) {
 
 // Scores of the item's keys, times log2(e): some lanes to every key.
 template <class T>
-DECODE_CALL void score(Block block) {
+DEVICE_CALL void score(Block block) {
   constexpr int kParts = kLanes * kWarps / kKeys;
   constexpr float kLog2e = 1.44269504088896340736f;
-  const Bench<T> bench(block.shared());
-  const int d = bench.job->head_dim, group = bench.job->group, count = bench.job->count;
-  const T* keys = bench.job->keys;
+  const AttendShared<T> shared(block.shared());
+  const int d = shared.item->head_dim, group = shared.item->group, count = shared.item->count;
+  const T* keys = shared.item->keys;
   const float scale = kLog2e / sqrtf(static_cast<float>(d));
   block.warps([&](Warp warp) {
     for (int g0 = 0; g0 < group; g0 += kHeads) {
       PerLane<Floats<kHeads>> dots;
-      const float* queries = bench.queries + g0 * d;
+      const float* queries = shared.queries + g0 * d;
       const int heads = group - g0;
       warp.each([&](int lane) {
         const int j = warp.index * (kLanes / kParts) + lane / kParts;
@@ -155,7 +155,7 @@ DECODE_CALL void score(Block block) {
 #pragma unroll
         for (int g = 0; g < kHeads; ++g)
           if (g < heads)
-            bench.scores[(g0 + g) * kKeys + j] = j < count ? dots[lane].v[g] * scale : -INFINITY;
+            shared.scores[(g0 + g) * kKeys + j] = j < count ? dots[lane].v[g] * scale : -INFINITY;
       });
     }
   });
@@ -163,11 +163,11 @@ DECODE_CALL void score(Block block) {
 
 // Scores to probabilities 2^(score - top), with the top and the sum of each query head.
 template <class T>
-DECODE_CALL void softmax(Block block) {
-  const Bench<T> bench(block.shared());
+DEVICE_CALL void softmax(Block block) {
+  const AttendShared<T> shared(block.shared());
   block.warps([&](Warp warp) {
-    for (int g = warp.index; g < bench.job->group; g += kWarps) {
-      float* p = bench.scores + g * kKeys;
+    for (int g = warp.index; g < shared.item->group; g += kWarps) {
+      float* p = shared.scores + g * kKeys;
       PerLane<Floats<1>> top, sum;
       warp.each([&](int lane) { top[lane].v[0] = fmaxf(p[lane], p[lane + kLanes]); });
       warp.maximum(top);
@@ -179,8 +179,8 @@ DECODE_CALL void softmax(Block block) {
       warp.template sum<kLanes>(sum);
       warp.each([&](int lane) {
         if (lane != 0) return;
-        bench.tops[g] = top[lane].v[0];
-        bench.sums[g] = sum[lane].v[0];
+        shared.tops[g] = top[lane].v[0];
+        shared.sums[g] = sum[lane].v[0];
       });
     }
   });
@@ -188,12 +188,12 @@ DECODE_CALL void softmax(Block block) {
 
 // Probabilities times values for query heads [g0, g0 + kHeads): some keys to every thread.
 template <class T>
-DECODE_CALL void sum_values(Block block, int g0) {
-  const Bench<T> bench(block.shared());
-  const int d = bench.job->head_dim, parts = static_cast<int>(value_parts(d));
-  const int heads = bench.job->group - g0, count = bench.job->count;
-  const T* values = bench.job->values;
-  const float* scores = bench.scores + g0 * kKeys;
+DEVICE_CALL void sum_values(Block block, int g0) {
+  const AttendShared<T> shared(block.shared());
+  const int d = shared.item->head_dim, parts = static_cast<int>(value_parts(d));
+  const int heads = shared.item->group - g0, count = shared.item->count;
+  const T* values = shared.item->values;
+  const float* scores = shared.scores + g0 * kKeys;
   block.threads([&](int thread) {
     for (int i = thread; i < parts * d; i += kBlock) {
       const int part = i / d, c = i % d;
@@ -206,47 +206,47 @@ DECODE_CALL void sum_values(Block block, int g0) {
           if (g < heads) total.v[g] = fmaf(scores[g * kKeys + j], x, total.v[g]);
       }
 #pragma unroll
-      for (int g = 0; g < kHeads; ++g) bench.totals[(part * kHeads + g) * d + c] = total.v[g];
+      for (int g = 0; g < kHeads; ++g) shared.totals[(part * kHeads + g) * d + c] = total.v[g];
     }
   });
 }
 
-// Their sums over the threads: the result where this item has all keys, else a partial one.
+// Their sums over the threads: the result if this item has all keys, else a partial one.
 template <class T>
-DECODE_CALL void hand_over(Block block, int g0) {
-  const Bench<T> bench(block.shared());
-  const Job<T>& job = *bench.job;
-  const int d = job.head_dim, parts = static_cast<int>(value_parts(d));
-  const int heads = job.group - g0 < kHeads ? job.group - g0 : kHeads;
+DEVICE_CALL void hand_over(Block block, int g0) {
+  const AttendShared<T> shared(block.shared());
+  const AttendItem<T>& item = *shared.item;
+  const int d = item.head_dim, parts = static_cast<int>(value_parts(d));
+  const int heads = item.group - g0 < kHeads ? item.group - g0 : kHeads;
   block.threads([&](int thread) {
     for (int i = thread; i < heads * d; i += kBlock) {
       const int g = i / d, c = i % d, head = g0 + g;
       float total = 0.0f;
-      for (int part = 0; part < parts; ++part) total += bench.totals[(part * kHeads + g) * d + c];
-      if (job.splits == 1) {
-        job.out[head * d + c] = narrow<T>(total / bench.sums[head]);
+      for (int part = 0; part < parts; ++part) total += shared.totals[(part * kHeads + g) * d + c];
+      if (item.splits == 1) {
+        item.out[head * d + c] = narrow<T>(total / shared.sums[head]);
         continue;
       }
       float* to =
-          job.partials + static_cast<int64_t>(head) * job.partial_step + job.split * (d + 2);
+          item.partials + static_cast<int64_t>(head) * item.partial_step + item.split * (d + 2);
       to[c] = total;
       if (c != 0) continue;
-      to[d] = bench.tops[head];
-      to[d + 1] = bench.sums[head];
+      to[d] = shared.tops[head];
+      to[d + 1] = shared.sums[head];
     }
   });
 }
 
 // The partial results of one head's items, all of which are there.
 template <class T>
-DECODE_CALL void merge(Block block) {
-  const Bench<T> bench(block.shared());
-  const Job<T>& job = *bench.job;
-  const int d = job.head_dim, splits = job.splits;
+DEVICE_CALL void merge(Block block) {
+  const AttendShared<T> shared(block.shared());
+  const AttendItem<T>& item = *shared.item;
+  const int d = item.head_dim, splits = item.splits;
   block.threads([&](int thread) {
-    for (int i = thread; i < job.group * d; i += kBlock) {
+    for (int i = thread; i < item.group * d; i += kBlock) {
       const int head = i / d, c = i % d;
-      const float* from = job.partials + static_cast<int64_t>(head) * job.partial_step;
+      const float* from = item.partials + static_cast<int64_t>(head) * item.partial_step;
       float top = -INFINITY, total = 0.0f, sum = 0.0f;
 #pragma unroll 4
       for (int split = 0; split < splits; ++split)
@@ -258,65 +258,66 @@ DECODE_CALL void merge(Block block) {
         total = fmaf(fresh(one + c), shrink, total);
         sum = fmaf(fresh(one + d + 1), shrink, sum);
       }
-      job.out[i] = narrow<T>(total / sum);
+      item.out[i] = narrow<T>(total / sum);
     }
   });
 }
 
 template <class T>
-DECODE_DEVICE Job<T> job_of(const Step<T>& s, int layer, const Item& item) {
-  const int64_t* rest = s.fields(layer) + 4 * kWeightFields;
-  const int64_t q_heads = rest[4], kv_heads = rest[5], d = s.head_dim;
-  const int64_t group = q_heads / kv_heads, position = item.keys - 1, first = item.split * kKeys;
+DEVICE_INLINE AttendItem<T> attend_item(const Step<T>& s, int layer, const ItemIndex& at) {
+  const int64_t* f = s.fields(layer);
+  const int64_t q_heads = f[kQHeads], kv_heads = f[kKvHeads], d = s.head_dim;
+  const int64_t group = q_heads / kv_heads, position = at.keys - 1, first = at.split * kKeys;
   const auto cached = [&](int64_t offset) {
-    return s.arena + cache_at(offset, item.row, kv_heads, item.head, s.max_length, d);
+    return s.arena + cache_at(offset, at.row, kv_heads, at.head, s.max_length, d);
   };
   T *keys = cached(s.offsets[layer][0]), *values = cached(s.offsets[layer][1]);
-  const bool writes = item.split == item.splits - 1;
-  const int64_t q_head = item.head * group, splits = splits_of(s.max_length);
-  Job<T> job;
-  job.q_norm = reinterpret_cast<const T*>(rest[1]);
-  job.k_norm = reinterpret_cast<const T*>(rest[2]);
-  job.projected = s.qkv() + item.row * s.qkv_width;
-  job.new_keys = writes ? keys + position * d : nullptr;
-  job.new_values = values + position * d;
-  job.keys = keys + first * d;
-  job.values = values + first * d;
-  job.rotation = s.rope_table + position * d;
-  job.out = s.attended() + item.row * s.qkv_width + q_head * d;
-  job.partials = s.partials() + partial_at(item.row, q_heads, q_head, splits, 0, d);
-  job.partial_step = static_cast<int>(splits * (d + 2));
-  job.split = static_cast<int>(item.split);
-  job.splits = static_cast<int>(item.splits);
-  job.group = static_cast<int>(group);
-  job.count = static_cast<int>(smallest(kKeys, item.keys - first));
-  job.head_dim = static_cast<int>(d);
-  job.q_row = static_cast<int>(q_head);
-  job.k_row = static_cast<int>(q_heads + item.head);
-  job.v_row = static_cast<int>(q_heads + kv_heads + item.head);
-  job.eps = s.eps;
-  return job;
+  const bool writes = at.split == at.splits - 1;
+  const int64_t q_head = at.head * group, splits = splits_of(s.max_length);
+  AttendItem<T> item;
+  item.q_norm = reinterpret_cast<const T*>(f[kQNorm]);
+  item.k_norm = reinterpret_cast<const T*>(f[kKNorm]);
+  item.projected = s.qkv() + at.row * s.qkv_width;
+  item.new_keys = writes ? keys + position * d : nullptr;
+  item.new_values = values + position * d;
+  item.keys = keys + first * d;
+  item.values = values + first * d;
+  item.rotation = s.rope_table + position * d;
+  item.out = s.attended() + at.row * s.qkv_width + q_head * d;
+  item.partials = s.partials() + partial_at(at.row, q_heads, q_head, splits, 0, d);
+  item.partial_step = static_cast<int>(splits * (d + 2));
+  item.split = static_cast<int>(at.split);
+  item.splits = static_cast<int>(at.splits);
+  item.group = static_cast<int>(group);
+  item.count = static_cast<int>(smallest(kKeys, at.keys - first));
+  item.head_dim = static_cast<int>(d);
+  item.q_row = static_cast<int>(q_head);
+  item.k_row = static_cast<int>(q_heads + at.head);
+  item.v_row = static_cast<int>(q_heads + kv_heads + at.head);
+  item.eps = s.eps;
+  return item;
 }
 
 template <class T>
-DECODE_CALL void attend(Block block, const Step<T>& s, int layer) {
-  const int64_t kv_heads = s.fields(layer)[4 * kWeightFields + 5];
-  Item item;
-  for (int64_t i = block.index; item_at(s, kv_heads, i, item); i += s.grid) {
+DEVICE_CALL void attend(Block block, const Step<T>& s, int layer) {
+  const int64_t kv_heads = s.fields(layer)[kKvHeads];
+  ItemIndex at;
+  for (int64_t i = block.index; item_at(s, kv_heads, i, at); i += s.grid) {
     block.threads([&](int thread) {
-      if (thread == 0) *reinterpret_cast<Job<T>*>(block.shared()) = job_of(s, layer, item);
+      if (thread == 0)
+        *reinterpret_cast<AttendItem<T>*>(block.shared()) = attend_item(s, layer, at);
     });
     prepare<T>(block);
     score<T>(block);
     softmax<T>(block);
-    const int group = reinterpret_cast<const Job<T>*>(block.shared())->group;
+    const int group = reinterpret_cast<const AttendItem<T>*>(block.shared())->group;
     for (int g0 = 0; g0 < group; g0 += kHeads) {
       sum_values<T>(block, g0);
       hand_over<T>(block, g0);
     }
-    if (item.splits == 1) continue;
-    uint32_t* finished = s.finished() + item.row * kv_heads + item.head;
-    if (block.last_of(finished, static_cast<uint32_t>(item.splits))) merge<T>(block);
+    if (at.splits == 1) continue;
+    uint32_t* finished = s.finished() + at.row * kv_heads + at.head;
+    if (block.last_of(finished, static_cast<uint32_t>(at.splits))) merge<T>(block);
   }
 }
 
