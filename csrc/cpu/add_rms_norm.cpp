@@ -1,7 +1,7 @@
 // add_rms_norm: 4 n elements moved a row forward (x, residual, sum, normed), 4 n backward
 // (dnormed, dsum, sum, dx).
-#include "norm.h"
-#include "op.h"
+#include "cpu/norm.h"
+#include "cpu/op.h"
 
 namespace {
 
@@ -9,16 +9,16 @@ std::tuple<Tensor, Tensor> add_rms_norm_fwd(const Tensor& x, const Tensor& resid
                                             const Tensor& weight, double eps) {
   Tensor normed = output_like(x);
   Tensor total = output_like(x);
-  const Tensor w = packed(weight);
+  const Tensor w = as_contiguous(weight);
   with_dtypes(x, w, [&](auto t, auto u) {
     using T = decltype(t);
     using W = decltype(u);
-    const Rows<const T> a(x), b(residual);
-    const int64_t n = a.width;
+    const Rows a(x), b(residual);
+    const int64_t n = width_of(x);
     parallel_rows(a.count, 2 * n, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const T* left = a[r];
-        const T* right = b[r];
+        const T* left = a.at<T>(r);
+        const T* right = b.at<T>(r);
         T* out = data<T>(total) + r * n;
         float sums[1];
         sweep_sums(n, sums, [&](int64_t i, auto part, Vec* acc) {
@@ -37,17 +37,17 @@ std::tuple<Tensor, Tensor> add_rms_norm_bwd(const Tensor& dnormed, std::optional
                                             const Tensor& sum, const Tensor& weight, double eps) {
   Tensor dx = output_like(sum);
   Tensor dweight = output_like(weight);
-  const Tensor w = packed(weight);
+  const Tensor w = as_contiguous(weight);
   with_dtypes(sum, w, [&](auto t, auto u) {
     using T = decltype(t);
     using W = decltype(u);
-    const Rows<const T> in(sum), grad(dnormed), direct(dsum ? *dsum : dnormed);
-    const int64_t n = in.width;
+    const Rows in(sum), grad(dnormed), direct(dsum ? *dsum : dnormed);
+    const int64_t n = width_of(sum);
     RowSum total(in.count, n);
     total.run(n, [&](int64_t begin, int64_t end, float* partial) {
       for (int64_t r = begin; r < end; ++r)
-        norm_row_backward<T, W>(grad[r], dsum ? direct[r] : nullptr, in[r], data<const W>(w),
-                                data<T>(dx) + r * n, partial, n, eps);
+        norm_row_backward<T, W>(grad.at<T>(r), dsum ? direct.at<T>(r) : nullptr, in.at<T>(r),
+                                data<const W>(w), data<T>(dx) + r * n, partial, n, eps);
     });
     total.write(data<W>(dweight), 0, n);
   });

@@ -1,39 +1,18 @@
 // decode_step: one token of each sequence through a whole decoder, in one parallel region.
 //
-// Every weight is read once, whatever the batch; that is the floor, and the rest hides behind it.
-// A layer is five stages with a barrier after each: qkv_proj, attention (with QK norm, RoPE and the
-// cache write), out_proj, proj_1 with its gate, proj_2. Each member of the team owns a share of the
-// rows of each weight, and normalises the whole (short) input by itself, which is cheaper than one
+// Every weight is read once, whatever the batch. That is the floor, and the rest hides behind it. A
+// layer is five stages with a barrier after each: qkv_proj, attention (with QK norm, RoPE and the
+// cache write), out_proj, proj_1 with its gate, proj_2. Each thread of the team has a share of the
+// rows of each weight. It normalizes the whole (short) input by itself, which is cheaper than one
 // more barrier.
-#include "attend.h"
-#include "dense.h"
-#include "op.h"
-#include "rope.h"
-#include "stream.h"
-#include "team.h"
+#include "cpu/attention/attend.h"
+#include "cpu/op.h"
+#include "cpu/rope.h"
+#include "cpu/thread_team.h"
+#include "cpu/weights/dense.h"
+#include "cpu/weights/stream.h"
 
 namespace {
-
-// The columns of a weight in the table that elmkernels/ops/decode_step.py makes.
-constexpr int64_t kWeightFields = 13;
-
-Weight weight_from(const int64_t* f) {
-  Weight w{};
-  w.form = static_cast<Form>(f[0]);
-  w.n = f[1];
-  w.k = f[2];
-  w.row_bytes = f[3];
-  w.data = reinterpret_cast<const uint8_t*>(f[4]);
-  w.element = static_cast<Element>(f[5]);
-  w.scales = reinterpret_cast<const uint8_t*>(f[6]);
-  w.biases = reinterpret_cast<const uint8_t*>(f[7]);
-  w.group = f[8];
-  w.exponents = reinterpret_cast<const uint8_t*>(f[9]);
-  w.escape_starts = reinterpret_cast<const int32_t*>(f[10]);
-  w.escape_columns = reinterpret_cast<const int32_t*>(f[11]);
-  w.escape_values = reinterpret_cast<const uint16_t*>(f[12]);
-  return w;
-}
 
 template <class T>
 struct Layer {
@@ -54,24 +33,23 @@ struct Decoder {
   float eps;
 
   Decoder(const Tensor& table, const Tensor& arena, const Tensor& offsets) {
-    const int64_t count = table.size(0) - 1, width = table.size(1);
+    const int64_t count = table.size(0) - 1;
     const int64_t* row = data<const int64_t>(table);
     const int64_t* at = data<const int64_t>(offsets);
-    const auto pointer = [](int64_t x) { return reinterpret_cast<const T*>(x); };
-    for (int64_t i = 0; i < count; ++i, row += width, at += 2) {
-      const int64_t* rest = row + 4 * kWeightFields;
-      layers.push_back({weight_from(row), weight_from(row + kWeightFields),
-                        weight_from(row + 2 * kWeightFields), weight_from(row + 3 * kWeightFields),
-                        pointer(rest[0]), pointer(rest[1]), pointer(rest[2]), pointer(rest[3]),
-                        rest[4], rest[5], data<T>(arena) + at[0], data<T>(arena) + at[1]});
-    }
-    embedding = weight_from(row);
-    head = weight_from(row + kWeightFields);
-    norm = pointer(row[4 * kWeightFields]);
+    const auto norm_at = [](int64_t field) { return reinterpret_cast<const T*>(field); };
+    for (int64_t i = 0; i < count; ++i, row += kLayerFields, at += 2)
+      layers.push_back({weight_from(row + kQkvProj), weight_from(row + kOutProj),
+                        weight_from(row + kProj1), weight_from(row + kProj2),
+                        norm_at(row[kAttnNorm]), norm_at(row[kQNorm]), norm_at(row[kKNorm]),
+                        norm_at(row[kFfnNorm]), row[kQHeads], row[kKvHeads], data<T>(arena) + at[0],
+                        data<T>(arena) + at[1]});
+    embedding = weight_from(row + kEmbedding);
+    head = weight_from(row + kHead);
+    norm = norm_at(row[kLastNorm]);
   }
 };
 
-// What the members of the team share: one row for each sequence.
+// What the threads of the team share: one row for each sequence.
 template <class T>
 struct State {
   int64_t batch, qkv_width, ffn, q_width = 0;  // of the widest layers
@@ -102,7 +80,7 @@ struct Best {
   }
 };
 
-// What one member needs for itself. Nothing is allocated inside the parallel region.
+// What one thread needs for itself. Nothing is allocated inside the parallel region.
 template <class T>
 struct Scratch {
   int batch;  // as compiled
@@ -136,12 +114,12 @@ struct Scratch {
 template <class T>
 class Step {
  public:
-  Step(const Decoder<T>& decoder, State<T>& state, Scratch<T>& own, Member member,
+  Step(const Decoder<T>& decoder, State<T>& state, Scratch<T>& own, TeamThread thread,
        const int64_t* positions, T* logits, bool chooses)
       : decoder_(decoder),
         state_(state),
         own_(own),
-        member_(member),
+        thread_(thread),
         positions_(positions),
         logits_(logits),
         chooses_(chooses) {}
@@ -152,18 +130,18 @@ class Step {
       rows(layer.qkv_proj, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
         rounded(sums, count, state_.qkv.data() + b * state_.qkv_width + r);
       });
-      member_.wait();
+      thread_.wait();
       attend(layer);
-      member_.wait();
+      thread_.wait();
       arrange_rows(state_.attended.data(), state_.q_width, layer.out_proj);
       add_to_hidden(layer.out_proj);
-      member_.wait();
+      thread_.wait();
       arrange_normed(layer.ffn_norm, layer.proj_1);
       feed_forward(layer.proj_1);
-      member_.wait();
+      thread_.wait();
       arrange_rows(state_.gated.data(), state_.ffn, layer.proj_2);
       add_to_hidden(layer.proj_2);
-      member_.wait();
+      thread_.wait();
     }
     arrange_normed(decoder_.norm, decoder_.head);
     rows(decoder_.head, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
@@ -177,7 +155,7 @@ class Step {
     sweep(count, [&](int64_t i, auto part) { store(out + i, load(sums + i, part), part); });
   }
 
-  // About a nanosecond a token of the vocabulary, where reading its row takes tens.
+  // About a nanosecond a token of the vocabulary; reading its row takes tens.
   void choose(int64_t b, int64_t first, int64_t count, const float* sums) {
     float logits[kBlock];
     sweep(count, [&](int64_t i, auto part) {
@@ -203,12 +181,12 @@ class Step {
     stream<T>(w, own_.batch, own_.activations.rows.data(), begin, end, out, kBlock);
   }
 
-  // done(b, first row, rows, sums) for this member's share of a weight's rows.
+  // done(b, first row, rows, sums) for this thread's share of a weight's rows.
   template <class Done>
   void rows(const Weight& w, Done&& done) {
-    const int64_t end = member_.last(w.n);
-    for (int64_t r = member_.first(w.n); r < end; r += kBlock) {
-      const int64_t count = std::min(kBlock, end - r);
+    const Range mine = thread_.share(w.n);
+    for (int64_t r = mine.first; r < mine.last; r += kBlock) {
+      const int64_t count = std::min(kBlock, mine.last - r);
       sums_of(w, r, r + count, own_.sums.data());
       for (int64_t b = 0; b < state_.batch; ++b) done(b, r, count, own_.sums.data() + b * kBlock);
     }
@@ -224,9 +202,10 @@ class Step {
   }
 
   void feed_forward(const Weight& w) {
-    const int64_t ffn = decoder_.gated ? w.n / 2 : w.n, end = member_.last(ffn);
-    for (int64_t r = member_.first(ffn); r < end; r += kBlock) {
-      const int64_t count = std::min(kBlock, end - r);
+    const int64_t ffn = decoder_.gated ? w.n / 2 : w.n;
+    const Range mine = thread_.share(ffn);
+    for (int64_t r = mine.first; r < mine.last; r += kBlock) {
+      const int64_t count = std::min(kBlock, mine.last - r);
       // Blocks of rows, so that gate and up are two long streams and not two short ones.
       sums_of(w, r, r + count, own_.sums.data());
       if (decoder_.gated) sums_of(w, ffn + r, ffn + r + count, own_.more_sums.data());
@@ -242,12 +221,13 @@ class Step {
     }
   }
 
-  // QK norm, RoPE, the cache write and attention of this member's share of key/value heads.
+  // QK norm, RoPE, the cache write and attention of this thread's share of key/value heads.
   void attend(const Layer<T>& layer) {
-    const int64_t heads = state_.batch * layer.kv_heads, d = decoder_.head_dim;
-    for (int64_t i = member_.first(heads); i < member_.last(heads); ++i)
-      with_half(
-          d, [&](auto half) { attend_head(layer, i / layer.kv_heads, i % layer.kv_heads, half); });
+    const Range mine = thread_.share(state_.batch * layer.kv_heads);
+    with_half(decoder_.head_dim, [&](auto half) {
+      for (int64_t i = mine.first; i < mine.last; ++i)
+        attend_head(layer, i / layer.kv_heads, i % layer.kv_heads, half);
+    });
   }
 
   template <class Half>
@@ -267,14 +247,21 @@ class Step {
       head_forward(qkv + (head * group + g) * d, layer.q_norm, rotation, queries + g * d, half,
                    decoder_.eps);
     T* out = state_.attended.data() + b * state_.q_width + head * group * d;
-    attend_token(queries, group, d, keys, d, values, d, position + 1, d,
-                 1.0f / std::sqrt(static_cast<float>(d)), out, d, own_.attention.data());
+    const Tile<T> tile{{queries, group, 0, d},
+                       group,
+                       {keys, d, nullptr},
+                       {values, d, nullptr},
+                       {position, group, nullptr},
+                       d,
+                       1.0f / std::sqrt(static_cast<float>(d)),
+                       true};
+    attend_tile(tile, {out, group, 0, d}, {nullptr, group, 0, 0}, own_.attention.data());
   }
 
   const Decoder<T>& decoder_;
   State<T>& state_;
   Scratch<T>& own_;
-  const Member member_;
+  const TeamThread thread_;
   const int64_t* positions_;
   T* logits_;
   const bool chooses_;
@@ -290,8 +277,7 @@ void check_within(const char* name, const Tensor& index, int64_t limit, const ch
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
                        Tensor arena, const Tensor& offsets, const Tensor& rope_table,
                        int64_t max_length, int64_t vocab_size, bool gated, double eps,
-                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim,
-                       std::optional<Tensor> chosen) {
+                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim, Optional chosen) {
   const int64_t batch = tokens.size(0);
   Tensor logits = output(arena, {batch, vocab_size});
   with_dtype(arena, [&](auto t) {
@@ -314,14 +300,14 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     std::vector<Scratch<T>> scratch;
     scratch.reserve(threads);
     for (int i = 0; i < threads; ++i) scratch.emplace_back(decoder, state);
-    with_team(threads, [&](Member member) {
-      Step<T>(decoder, state, scratch[member.index], member, data<const int64_t>(positions),
+    with_thread_team(threads, [&](TeamThread thread) {
+      Step<T>(decoder, state, scratch[thread.thread_num], thread, data<const int64_t>(positions),
               data<T>(logits), chosen.has_value())
           .run();
     });
     if (!chosen) return;
     for (int64_t b = 0; b < batch; ++b) {
-      Best best;  // members have their shares in turn
+      Best best;  // threads have their shares in turn
       for (const Scratch<T>& own : scratch) best.meet(own.best[b].logit, own.best[b].token);
       data<int64_t>(*chosen)[b] = best.token;
     }

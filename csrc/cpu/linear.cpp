@@ -1,63 +1,66 @@
 // linear: few rows of activations against a weight in any form, whose bytes are read once; and the
 // dense matrix that a compressed weight stands for.
-#include "dense.h"
-#include "op.h"
-#include "stream.h"
+#include "cpu/op.h"
+#include "cpu/weights/dense.h"
+#include "cpu/weights/stream.h"
 
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 Element element_of(const Tensor& x) {
-  switch (dtype_of(x)) {
+  switch (x.scalar_type()) {
     case ScalarType::BFloat16: return Element::BFloat16;
     case ScalarType::Half: return Element::Half;
     default: return Element::Float;
   }
 }
 
-// The parts of a weight as elmkernels/ops/linear.py passes them: `bits` is 0 for a plain tensor,
-// 8 or 4 for an affine one and 12 for a packed one; rows of `data` may have any stride.
-Weight weight_of(const Tensor& data, const Optional& scales, const Optional& biases,
-                 const Optional& exponents, const Optional& starts, const Optional& columns,
-                 const Optional& values, int64_t k, int64_t bits) {
-  Weight w{};
-  w.n = data.size(0);
-  w.k = k;
-  w.data = static_cast<const uint8_t*>(data.data_ptr());
-  if (bits == 0) {
-    w.form = static_cast<Form>(element_of(data));
-    w.row_bytes = data.stride(0) * (w.form == Form::Float ? 4 : 2);
-  } else if (bits == 12) {
-    w.form = Form::Packed;
-    w.row_bytes = data.stride(0);
-    w.exponents = ::data<const uint8_t>(*exponents);
-    w.escape_starts = ::data<const int32_t>(*starts);
-    w.escape_columns = ::data<const int32_t>(*columns);
-    w.escape_values = ::data<const uint16_t>(*values);
-  } else {
-    w.form = bits == 8 ? Form::Affine8 : Form::Affine4;
-    w.row_bytes = data.stride(0) * 4;
-    w.element = element_of(*scales);
-    w.scales = ::data<const uint8_t>(*scales);
-    w.biases = ::data<const uint8_t>(*biases);
-    w.group = k / scales->size(1);
+// A weight's tensors and its bits, as elmkernels' `parts` gives them to the ops that take one
+// weight: `bits` is 0 for a plain tensor, 8 or 4 for an affine form, 12 for packed12. Rows of
+// `data` may have any stride.
+struct WeightParts {
+  const Tensor& data;
+  const Optional &scales, &biases, &exponents, &escape_starts, &escape_columns, &escape_values;
+  int64_t bits;
+
+  Weight weight(int64_t k) const {
+    Weight w{};
+    w.n = data.size(0);
+    w.k = k;
+    w.data = ::data<const uint8_t>(data);
+    if (bits == 0) {
+      w.form = static_cast<Form>(element_of(data));
+      w.row_bytes = data.stride(0) * (w.form == Form::Float ? 4 : 2);
+    } else if (bits == 12) {
+      w.form = Form::Packed12;
+      w.row_bytes = data.stride(0);
+      w.exponents = ::data<const uint8_t>(*exponents);
+      w.escape_starts = ::data<const int32_t>(*escape_starts);
+      w.escape_columns = ::data<const int32_t>(*escape_columns);
+      w.escape_values = ::data<const uint16_t>(*escape_values);
+    } else {
+      w.form = bits == 8 ? Form::Affine8 : Form::Affine4;
+      w.row_bytes = data.stride(0) * 4;
+      w.element = element_of(*scales);
+      w.scales = ::data<const uint8_t>(*scales);
+      w.biases = ::data<const uint8_t>(*biases);
+      w.group = k / scales->size(1);
+    }
+    return w;
   }
-  return w;
-}
+};
 
 Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional biases,
                   Optional exponents, Optional starts, Optional columns, Optional values,
                   int64_t bits) {
-  const Rows<const uint8_t> shape(x);  // only its counts are used
-  const int64_t batch = shape.count, k = shape.width;
-  const Weight w = weight_of(data, scales, biases, exponents, starts, columns, values, k, bits);
+  const Rows in(x);
+  const int64_t batch = in.count, k = width_of(x);
+  const Weight w =
+      WeightParts{data, scales, biases, exponents, starts, columns, values, bits}.weight(k);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = w.n;
   Tensor y = output(x, sizes);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
-    const Rows<const T> in(x);
     T* out = ::data<T>(y);
     parallel_rows(w.n, k, [&](int64_t begin, int64_t end) {
       Activations room(kMaxBatch, w);
@@ -65,7 +68,7 @@ Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional
         const int64_t count = std::min<int64_t>(kMaxBatch, batch - first);
         const int compiled = compiled_batch(count);
         for (int64_t b = 0; b < compiled; ++b)
-          arrange(w, in[first + std::min(b, count - 1)], room.rows[b]);
+          arrange(w, in.at<T>(first + std::min(b, count - 1)), room.rows[b]);
         constexpr int64_t block = 256;  // rows whose floats wait in L1 for their rounding
         float sums[kMaxBatch * block];
         for (int64_t r = begin; r < end; r += block) {
@@ -82,11 +85,12 @@ Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional
   return y;
 }
 
-// Rows [begin, end) as `like`'s dtype; a packed weight is always bfloat16.
+// Rows [begin, end) in `like`'s dtype, which is bfloat16 for packed12.
 Tensor linear_dense(const Tensor& like, const Tensor& data, Optional scales, Optional biases,
                     Optional exponents, Optional starts, Optional columns, Optional values,
                     int64_t bits, int64_t k, int64_t begin, int64_t end) {
-  const Weight w = weight_of(data, scales, biases, exponents, starts, columns, values, k, bits);
+  const Weight w =
+      WeightParts{data, scales, biases, exponents, starts, columns, values, bits}.weight(k);
   Tensor y = output(like, {end - begin, k});
   with_dtype(like, [&](auto t) {
     using T = decltype(t);

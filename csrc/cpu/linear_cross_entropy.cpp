@@ -5,11 +5,10 @@
 #include <cmath>
 #include <limits>
 
-#include "op.h"
+#include "cpu/op.h"
+#include "cpu/simd/exponentials.h"
 
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 2048;  // elements whose maximum is known before they are summed: in L1
 constexpr float kLog2E = 1.44269504f;
@@ -20,8 +19,8 @@ struct Options {
   float z_loss, smoothing;
 };
 
-// max = the largest x, sum = sum e^(x - max), offsets = sum (x - max): nothing is lost where all
-// the logits share an offset, however large.
+// max = the largest x, sum = sum e^(x - max), offsets = sum (x - max): nothing is lost if all
+// logits share an offset, however large.
 struct Softmax {
   float max, sum, offsets;
 };
@@ -123,9 +122,8 @@ Tensor linear_cross_entropy_rows(Tensor logits, const Tensor& targets, Optional 
   return losses;
 }
 
-// total = total + scale share, or scale share alone where it is fresh, rounded once: one pass over
-// both, where torch first writes the share anew in total's dtype. Rows of matrices, total's too,
-// may lie apart.
+// total = total + scale share, or scale share alone if `fresh`, rounded once. It is one pass over
+// both; torch would first write the share anew in total's dtype. The rows of both may lie apart.
 void linear_cross_entropy_add(const Tensor& total, const Tensor& share, Optional scale,
                               bool fresh) {
   const int64_t rows = total.size(0), n = total.size(1);

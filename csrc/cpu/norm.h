@@ -1,9 +1,9 @@
-// One row through RMSNorm, forward and backward, for every op that normalises.
+// One row through RMSNorm, forward and backward.
 #pragma once
 
 #include <cmath>
 
-#include "vec.h"
+#include "cpu/simd/vec.h"
 
 inline float rstd_of(float sum_of_squares, int64_t n, float eps) {
   return 1.0f / std::sqrt(sum_of_squares / static_cast<float>(n) + eps);

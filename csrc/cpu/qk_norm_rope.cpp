@@ -1,12 +1,9 @@
 // qk_norm_rope: forward moves the q and k columns of qkv once in and once out (and v, with a
-// cache); backward reads qkv, dq, dk, dv and writes dqkv. A token's rotation is loaded once for its
-// heads.
-#include "op.h"
-#include "rope.h"
+// cache); backward reads qkv, dq, dk, dv and writes dqkv. A token's heads share its rotation.
+#include "cpu/op.h"
+#include "cpu/rope.h"
 
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // A tensor [batch, length, heads, head_dim] or [batch, length, width] addressed by token.
 template <class T>
@@ -15,7 +12,7 @@ struct Tokens {
   int64_t length, batch_stride, length_stride, head_stride;
 
   explicit Tokens(const Tensor& x)
-      : data(static_cast<T*>(x.data_ptr())),
+      : data(::data<T>(x)),
         length(x.size(1)),
         batch_stride(x.stride(0)),
         length_stride(x.stride(1)),
@@ -26,7 +23,7 @@ struct Tokens {
   }
 };
 
-// Everything the kernels know of one layer: head counts, weights, rotation, normalisation.
+// What the kernels read of one layer: head counts, weights, rotations.
 template <class T, class W>
 struct Layer {
   int64_t q_heads, kv_heads, head_dim;
@@ -38,6 +35,15 @@ struct Layer {
   const float* rotation(int64_t token) const { return table + *positions[token] * head_dim; }
 };
 
+// The same as the op gets it.
+struct LayerInputs {
+  const Tensor& qkv;
+  const Optional &q_weight, &k_weight;
+  const Tensor &positions, &table;
+  int64_t q_heads, kv_heads;
+  double eps;
+};
+
 void check_index(const char* name, const Tensor& index, int64_t limit, const char* what) {
   const Tokens<const int64_t> at(index);
   for (int64_t i = 0, n = index.numel(); i < n; ++i)
@@ -45,10 +51,19 @@ void check_index(const char* name, const Tensor& index, int64_t limit, const cha
                     "), got ", *at[i]);
 }
 
-// dx for one head, and dweight += du round(z); `du` is scratch of head_dim floats.
+// One head in the backward.
+template <class T>
+struct HeadGradient {
+  const T *dy, *x;
+  const float* rotation;
+  T* dx;
+};
+
+// dx of the head, and dweight += du round(z); `du` is scratch of head_dim floats.
 template <class T, class W>
-inline void head_backward(const T* dy, const T* x, const W* weight, const float* rotation, T* dx,
-                          float* du, float* dweight, int64_t half, float eps) {
+inline void head_backward(const HeadGradient<T>& head, const W* weight, float* du, float* dweight,
+                          int64_t half, float eps) {
+  const auto [dy, x, rotation, dx] = head;
   sweep(half, [&](int64_t i, auto part) {
     const Vec cos = load(rotation + i, part), sin = load(rotation + half + i, part);
     const Vec a = load(dy + i, part), b = load(dy + half + i, part);
@@ -78,25 +93,24 @@ inline void head_backward(const T* dy, const T* x, const W* weight, const float*
   });
 }
 
-// fn(Layer<T, W>, half) with half a compile-time constant for head_dim 64 and 128.
+// fn(Layer<T, W>, half); half is a compile-time constant for head_dim 64 and 128.
 template <class Fn>
-void with_layer(const Tensor& qkv, const Optional& q_weight, const Optional& k_weight,
-                const Tensor& positions, const Tensor& table, int64_t q_heads, int64_t kv_heads,
-                double eps, Fn&& fn) {
-  check_index("positions", positions, table.size(0), "rope_table's length");
-  const Tensor rotations = packed(table);
-  const Tensor qw = q_weight ? packed(*q_weight) : qkv, kw = k_weight ? packed(*k_weight) : qkv;
-  with_dtypes(qkv, qw, [&](auto t, auto u) {
+void with_layer(const LayerInputs& in, Fn&& fn) {
+  check_index("positions", in.positions, in.table.size(0), "rope_table's length");
+  const Tensor table = as_contiguous(in.table);
+  const Tensor qw = in.q_weight ? as_contiguous(*in.q_weight) : in.qkv;
+  const Tensor kw = in.k_weight ? as_contiguous(*in.k_weight) : in.qkv;
+  with_dtypes(in.qkv, qw, [&](auto t, auto u) {
     using T = decltype(t);
     using W = decltype(u);
-    const Layer<T, W> layer{q_heads,
-                            kv_heads,
+    const Layer<T, W> layer{in.q_heads,
+                            in.kv_heads,
                             table.size(1),
-                            q_weight ? data<const W>(qw) : nullptr,
-                            k_weight ? data<const W>(kw) : nullptr,
-                            Tokens<const int64_t>(positions),
-                            data<const float>(rotations),
-                            static_cast<float>(eps)};
+                            in.q_weight ? data<const W>(qw) : nullptr,
+                            in.k_weight ? data<const W>(kw) : nullptr,
+                            Tokens<const int64_t>(in.positions),
+                            data<const float>(table),
+                            static_cast<float>(in.eps)};
     with_half(layer.head_dim, [&](auto half) { fn(layer, half); });
   });
 }
@@ -116,7 +130,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope_fwd(const Tensor& qkv, Optional q_weight
   const int64_t batch = qkv.size(0), length = qkv.size(1), head_dim = table.size(1);
   Tensor q = output(qkv, {batch, length, q_heads, head_dim});
   Tensor k = output(qkv, {batch, length, kv_heads, head_dim});
-  with_layer(qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+  with_layer({qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps},
              [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
                const Tokens<const T> in(qkv);
                const int64_t elements = (q_heads + kv_heads) * head_dim;
@@ -139,7 +153,7 @@ Tensor qk_norm_rope_cache(const Tensor& qkv, Optional q_weight, Optional k_weigh
   const int64_t batch = qkv.size(0), length = qkv.size(1), head_dim = table.size(1);
   check_index("slots", slots, k_cache.size(1), "the cache's length");
   Tensor q = output(qkv, {batch, length, q_heads, head_dim});
-  with_layer(qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+  with_layer({qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps},
              [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
                const Tokens<const T> in(qkv);
                const Tokens<const int64_t> slot(slots);
@@ -173,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(const Tensor& dq, const Tens
   Tensor dqkv = output_like(qkv);
   Tensor dq_weight = q_weight ? output_like(*q_weight) : output(qkv, {0});
   Tensor dk_weight = k_weight ? output_like(*k_weight) : output(qkv, {0});
-  with_layer(qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps,
+  with_layer({qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps},
              [&]<class T, class W>(const Layer<T, W>& layer, auto half) {
                const Tokens<const T> in(qkv), grad_q(dq), grad_k(dk), grad_v(dv);
                const int64_t width = (q_heads + 2 * kv_heads) * head_dim;
@@ -189,11 +203,11 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(const Tensor& dq, const Tens
                    const float* rotation = layer.rotation(t);
                    std::fill(token_sum, token_sum + 2 * head_dim, 0.0f);
                    for (int64_t h = 0; h < q_heads; ++h, x += head_dim, dx += head_dim)
-                     head_backward(grad_q[t] + h * grad_q.head_stride, x, layer.q_weight, rotation,
-                                   dx, du, token_sum, half, layer.eps);
+                     head_backward<T>({grad_q[t] + h * grad_q.head_stride, x, rotation, dx},
+                                      layer.q_weight, du, token_sum, half, layer.eps);
                    for (int64_t h = 0; h < kv_heads; ++h, x += head_dim, dx += head_dim)
-                     head_backward(grad_k[t] + h * grad_k.head_stride, x, layer.k_weight, rotation,
-                                   dx, du, token_sum + head_dim, half, layer.eps);
+                     head_backward<T>({grad_k[t] + h * grad_k.head_stride, x, rotation, dx},
+                                      layer.k_weight, du, token_sum + head_dim, half, layer.eps);
                    for (int64_t h = 0; h < kv_heads; ++h, dx += head_dim)
                      std::memcpy(dx, grad_v[t] + h * grad_v.head_stride, head_dim * sizeof(T));
                    sweep(2 * head_dim, [&](int64_t i, auto part) {

@@ -3,10 +3,10 @@
 
 #include <type_traits>
 
-#include "norm.h"
+#include "cpu/norm.h"
 
-// y = rotate(norm(x)) for one head; `weight` is null where q and k aren't normalised. A head of
-// whole vectors on both halves stays in registers from its load to its store.
+// y = rotate(norm(x)) for one head; `weight` is null if q and k aren't normalized. A head whose
+// halves are whole vectors (a constant `half`) stays in registers from its load to its store.
 template <class T, class W, class Half>
 inline void head_forward(const T* x, const W* weight, const float* rotation, T* y, Half half,
                          float eps) {
@@ -44,7 +44,7 @@ inline void head_forward(const T* x, const W* weight, const float* rotation, T* 
   }
 }
 
-// fn(half) with half a compile-time constant for head_dim 64 and 128.
+// fn(half); half is a compile-time constant for head_dim 64 and 128.
 template <class Fn>
 inline void with_half(int64_t head_dim, Fn&& fn) {
   switch (head_dim) {

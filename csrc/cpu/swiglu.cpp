@@ -1,5 +1,6 @@
 // swiglu: 3 n elements moved a row forward (gate, up, y), 5 n backward (dy, gate, up, dgate, dup).
-#include "op.h"
+#include "cpu/op.h"
+#include "cpu/simd/exponentials.h"
 
 namespace {
 
@@ -9,10 +10,10 @@ Tensor swiglu_fwd(const Tensor& gate_up) {
   Tensor y = output(gate_up, sizes);
   with_dtype(gate_up, [&](auto t) {
     using T = decltype(t);
-    const Rows<const T> in(gate_up);
+    const Rows in(gate_up);
     parallel_rows(in.count, 2 * n, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const T* gate = in[r];
+        const T* gate = in.at<T>(r);
         T* out = data<T>(y) + r * n;
         sweep(n, [&](int64_t i, auto part) {
           const Vec g = load(gate + i, part);
@@ -29,12 +30,12 @@ Tensor swiglu_bwd(const Tensor& dy, const Tensor& gate_up) {
   Tensor dgate_up = output_like(gate_up);
   with_dtype(gate_up, [&](auto t) {
     using T = decltype(t);
-    const Rows<const T> in(gate_up), grad(dy);
-    const int64_t n = in.width / 2;
+    const Rows in(gate_up), grad(dy);
+    const int64_t n = width_of(gate_up) / 2;
     parallel_rows(in.count, 3 * n, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const T* gate = in[r];
-        const T* d = grad[r];
+        const T* gate = in.at<T>(r);
+        const T* d = grad.at<T>(r);
         T* out = data<T>(dgate_up) + 2 * r * n;
         sweep(n, [&](int64_t i, auto part) {
           const Vec g = load(gate + i, part);

@@ -1,5 +1,5 @@
 // add_rms_norm on CUDA, for few rows: 4 n elements moved a row, forward and backward.
-#include "norm.cuh"
+#include "cuda/norm.cuh"
 
 namespace {
 
@@ -11,9 +11,8 @@ std::tuple<Tensor, Tensor> add_rms_norm_fwd(const Tensor& x, const Tensor& resid
   return {normed, total};
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm_bwd(const Tensor& dnormed,
-                                            const std::optional<Tensor>& dsum, const Tensor& total,
-                                            const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor> add_rms_norm_bwd(const Tensor& dnormed, const Optional& dsum,
+                                            const Tensor& total, const Tensor& weight, double eps) {
   if (dsum) return launch_norm_bwd<true>(dnormed, total, *dsum, weight, eps);
   return launch_norm_bwd<false>(dnormed, total, total, weight, eps);
 }

@@ -7,26 +7,26 @@
 // and 2,222 tokens/s. The cache adds 33 MB (270M) or 78 MB (1_1B) a sequence of 2048.
 //
 // A layer is five phases with a barrier after each: 81 barriers a token of 270M, 141 of 1_1B. At an
-// assumed 1 to 1.7 us each, with its phase's ramp, that is 81 to 138 us and 141 to 240 us. What
-// hides of it is what prefetch_task() asks for before each barrier, so that memory doesn't wait
-// with the blocks.
+// assumed 1 to 1.7 us each, with its phase's ramp, that is 81 to 138 us and 141 to 240 us. A part
+// of it is hidden: prefetch_task() asks for weights before each barrier, so that memory doesn't
+// wait with the blocks.
 //
 // Layer-wise scaling is in the table of layers (elmkernels/ops/decode_step.py), which lies on the
-// device; the schedule is arithmetic over it (decode_plan.cuh). Numbers are rounded where the
-// reference rounds: outputs of norms, projections, rotations, additions; the rest is float32.
-#include "decode_phases.cuh"
+// device. The schedule is arithmetic over it (decode/plan.cuh). Numbers are rounded where the
+// reference rounds: outputs of norms, projections, rotations, additions. The rest is float32.
+#include "cuda/decode/phases.cuh"
 
 namespace {
 
 using decode::Step;
 
 // A poll of the barrier is a way to the second-level cache and back, about half a microsecond: so
-// many are eight seconds at least, where a whole launch is milliseconds.
+// many are eight seconds at least. A whole launch takes milliseconds.
 constexpr uint32_t kPolls = 1u << 24;
 
 // All blocks arrive before any leaves. The count only grows: `target` is the grid times how often.
-// What never comes true ends the launch, so that the device is free again and its user is told.
-__device__ __forceinline__ void meet(uint32_t* arrived, uint32_t target) {
+// If it isn't reached the launch traps, so that the device is free again and its user is told.
+__device__ __forceinline__ void grid_barrier(uint32_t* arrived, uint32_t target) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(decode::kBlock, 1)
   const int phases = decode::phases_of(step.layers);
   for (int i = 0; i < phases; ++i) {
     if (i > 0)
-      meet(reinterpret_cast<uint32_t*>(step.scratch), static_cast<uint32_t>(i) * gridDim.x);
+      grid_barrier(reinterpret_cast<uint32_t*>(step.scratch), static_cast<uint32_t>(i) * gridDim.x);
     decode::run_phase<B>(block, step, i);
   }
 }
@@ -99,8 +99,7 @@ void launch(Step<T>& step, const Tensor& arena, cudaStream_t stream) {
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
                        Tensor arena, const Tensor& offsets, const Tensor& rope_table,
                        int64_t max_length, int64_t vocab_size, bool gated, double eps,
-                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim,
-                       std::optional<Tensor> chosen) {
+                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim, Optional chosen) {
   const int64_t batch = tokens.size(0), layers = table.size(0) - 1;
   const int64_t shape[] = {batch, vocab_size};
   Tensor logits = torch::stable::new_empty(arena, {shape, 2});
@@ -120,14 +119,14 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
                                  max_length, sizeof(T), step.grid);
     const int64_t size[] = {step.at.bytes};
     Tensor scratch = torch::stable::new_empty(arena, {size, 1}, ScalarType::Byte);
-    step.table = static_cast<const int64_t*>(table.data_ptr());
-    step.tokens = static_cast<const int64_t*>(tokens.data_ptr());
-    step.positions = static_cast<const int64_t*>(positions.data_ptr());
-    step.arena = static_cast<T*>(arena.data_ptr());
-    step.rope_table = static_cast<const float*>(rope_table.data_ptr());
-    step.logits = static_cast<T*>(logits.data_ptr());
-    step.chosen = chosen ? static_cast<int64_t*>(chosen->data_ptr()) : nullptr;
-    step.scratch = static_cast<uint8_t*>(scratch.data_ptr());
+    step.table = data<const int64_t>(table);
+    step.tokens = data<const int64_t>(tokens);
+    step.positions = data<const int64_t>(positions);
+    step.arena = data<T>(arena);
+    step.rope_table = data<const float>(rope_table);
+    step.logits = data<T>(logits);
+    step.chosen = chosen ? data<int64_t>(*chosen) : nullptr;
+    step.scratch = data<uint8_t>(scratch);
     step.rope_length = rope_table.size(0);
     step.max_length = max_length;
     step.dim = model_dim;
@@ -139,7 +138,7 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     step.batch = static_cast<int>(batch);
     step.gated = gated;
     step.eps = static_cast<float>(eps);
-    const int64_t* places = static_cast<const int64_t*>(offsets.data_ptr());
+    const int64_t* places = data<const int64_t>(offsets);
     std::copy(places, places + 2 * layers, &step.offsets[0][0]);
     launch(step, arena, stream_of(arena));
   });

@@ -4,13 +4,13 @@
 //   backward   z = x * rstd, dz = dy * weight:
 //              dx = rstd * (dz - z * mean(dz * z)) + extra,  dweight = sum of dy * round(z)
 //
-// They are for few rows, where the launch and the way through one row are the time: a thread has
-// one 16-byte pack of the row, its loads and the weight's are all under way before the one barrier,
-// and nothing is compiled at run time. Columns past a pack a thread (8192 of a half type, 4096 of
-// float forward; half of those backward) are read twice. Not measured on a GPU.
+// They are for few rows: the time is that of the launch and of the way through one row. A thread
+// has one 16-byte vector of the row. Its loads and the weight's are all under way before the one
+// barrier, and nothing is compiled at run time. Columns past one vector a thread (8192 of a half
+// type, 4096 of float forward; half of those backward) are read twice. Not measured on a GPU.
 #pragma once
 
-#include "partials.cuh"
+#include "cuda/partials.cuh"
 
 // A backward block of more would spill registers; the 1 in its bounds lets the compiler use 128.
 constexpr int kBackwardThreads = kMaxThreads / 2;
@@ -51,12 +51,17 @@ __device__ __forceinline__ float products(const float (&a)[N], const float (&b)[
   return sum;
 }
 
-// N: columns of a pack. ADD: there is a residual, and `total` receives the sum.
+struct Norm {
+  int64_t rows, n;
+  float eps;
+};
+
+// N: columns of a vector. ADD: there is a residual, and `total` receives the sum.
 template <class T, class W, int N, bool ADD>
 __global__ void __launch_bounds__(kMaxThreads)
-    norm_fwd(Rows x, Rows residual, const W* weight, T* y, T* total, int64_t rows, int64_t n,
-             float eps) {
-  __shared__ float2 shared[2][kWarp];
+    norm_fwd(Rows x, Rows residual, const W* weight, T* y, T* total, Norm norm) {
+  const auto [rows, n, eps] = norm;
+  __shared__ float2 shared[2][kLanes];
   const int64_t first = static_cast<int64_t>(threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
   int turn = 0;
@@ -89,11 +94,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// One pack's share of dx, and its term of dweight in `dw`.
+// One vector's share of dx, and its term of dweight in `dw`.
 template <class T, int N, bool EXTRA>
-__device__ __forceinline__ void norm_bwd_pack(T* dx, const T* extra, const float (&x)[N],
-                                              const float (&dy)[N], const float (&w)[N],
-                                              float (&dw)[N], float rstd, float mean) {
+__device__ __forceinline__ void norm_bwd_vector(T* dx, const T* extra, const float (&x)[N],
+                                                const float (&dy)[N], const float (&w)[N],
+                                                float (&dw)[N], float rstd, float mean) {
   float e[N], out[N];
   if constexpr (EXTRA) load(e, extra);
 #pragma unroll
@@ -109,9 +114,9 @@ __device__ __forceinline__ void norm_bwd_pack(T* dx, const T* extra, const float
 // Each block takes every gridDim.x-th row and leaves its sum of dweight in its row of `partial`.
 template <class T, class W, int N, bool EXTRA>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
-    norm_bwd(Rows dy, Rows x, Rows extra, const W* weight, T* dx, float* partial, int64_t rows,
-             int64_t n, float eps) {
-  __shared__ float2 shared[2][kWarp];
+    norm_bwd(Rows dy, Rows x, Rows extra, const W* weight, T* dx, float* partial, Norm norm) {
+  const auto [rows, n, eps] = norm;
+  __shared__ float2 shared[2][kLanes];
   const int64_t first = static_cast<int64_t>(threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
   partial += blockIdx.x * n;
@@ -144,7 +149,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     const float rstd = rsqrtf(sums.x / static_cast<float>(n) + eps);
     const float mean = sums.y * rstd / static_cast<float>(n);
     if (first < n) {
-      norm_bwd_pack<T, N, EXTRA>(out + first, more + first, a, g, w, kept_dw, rstd, mean);
+      norm_bwd_vector<T, N, EXTRA>(out + first, more + first, a, g, w, kept_dw, rstd, mean);
     }
     // Columns of wider rows: their sums live in `partial`, which no other thread touches.
 #pragma unroll 1
@@ -154,16 +159,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       load(a, in + c);
       load(g, grad + c);
       load(w, weight + c);
-      norm_bwd_pack<T, N, EXTRA>(out + c, more + c, a, g, w, dw, rstd, mean);
+      norm_bwd_vector<T, N, EXTRA>(out + c, more + c, a, g, w, dw, rstd, mean);
       store(partial + c, dw);
     }
   }
   if (first < n) store(partial + first, kept_dw);
 }
 
-// fn(N) with N columns to a pack: 16 bytes where n and every address divide, else one.
+// fn(N) with N columns to a vector: 16 bytes if n and every address divide by them, else one.
 template <class T, class Fn>
-void with_pack(bool whole, Fn&& fn) {
+void with_vector(bool whole, Fn&& fn) {
   if (whole) {
     fn(std::integral_constant<int, kBytes / sizeof(T)>{});
   } else {
@@ -171,10 +176,10 @@ void with_pack(bool whole, Fn&& fn) {
   }
 }
 
-inline bool whole_packs(int64_t n, int64_t element_size, const Tensor& weight,
-                        std::initializer_list<const Rows*> all) {
+inline bool whole_vectors(int64_t n, int64_t element_size, const Tensor& weight,
+                          std::initializer_list<const Rows*> all) {
   bool found = n * element_size % kBytes == 0 && aligned(weight);
-  for (const Rows* rows : all) found = found && rows->aligned(element_size, kBytes);
+  for (const Rows* rows : all) found = found && aligned(*rows, element_size, kBytes);
   return found;
 }
 
@@ -185,19 +190,19 @@ void launch_norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weig
   if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
-  const Tensor packed_weight = packed(weight);
-  const int64_t n = x.size(x.dim() - 1);
+  const Tensor contiguous_weight = as_contiguous(weight);
+  const int64_t n = width_of(x);
   const Rows in(x), in2(residual);
+  const Norm norm{in.count, n, static_cast<float>(eps)};
   const int64_t blocks = std::min<int64_t>(in.count, 1 << 30);
   with_dtypes(x, weight, [&](auto t, auto u) {
     using T = decltype(t);
     using W = decltype(u);
-    with_pack<T>(whole_packs(n, sizeof(T), packed_weight, {&in, &in2}), [&](auto size) {
+    with_vector<T>(whole_vectors(n, sizeof(T), contiguous_weight, {&in, &in2}), [&](auto size) {
       constexpr int N = decltype(size)::value;
       const int threads = threads_for((n + N - 1) / N, kMaxThreads);
       norm_fwd<T, W, N, ADD><<<blocks, threads, 0, stream>>>(
-          in, in2, static_cast<const W*>(packed_weight.data_ptr()), static_cast<T*>(y.data_ptr()),
-          static_cast<T*>(total.data_ptr()), in.count, n, static_cast<float>(eps));
+          in, in2, data<const W>(contiguous_weight), data<T>(y), data<T>(total), norm);
     });
   });
   check(cudaGetLastError(), "launching the norm");
@@ -212,25 +217,26 @@ std::tuple<Tensor, Tensor> launch_norm_bwd(const Tensor& dy, const Tensor& x, co
   Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
-  const Tensor packed_weight = packed(weight);
-  const int64_t n = x.size(x.dim() - 1);
+  const Tensor contiguous_weight = as_contiguous(weight);
+  const int64_t n = width_of(x);
   const Rows grad(dy), in(x), more(extra);
+  const Norm norm{in.count, n, static_cast<float>(eps)};
   // Reasoned: one or two blocks of 512 threads fill a multiprocessor's registers.
   const int64_t blocks = std::min<int64_t>(in.count, 2 * multiprocessors(x));
   const int64_t shape[] = {blocks, n};
   Tensor partial = torch::stable::new_empty(x, {shape, 2}, ScalarType::Float);
-  float* sums = static_cast<float*>(partial.data_ptr());
+  float* sums = data<float>(partial);
   with_dtypes(x, weight, [&](auto t, auto u) {
     using T = decltype(t);
     using W = decltype(u);
-    with_pack<T>(whole_packs(n, sizeof(T), packed_weight, {&grad, &in, &more}), [&](auto size) {
-      constexpr int N = decltype(size)::value;
-      const int threads = threads_for((n + N - 1) / N, kBackwardThreads);
-      norm_bwd<T, W, N, EXTRA><<<blocks, threads, 0, stream>>>(
-          grad, in, more, static_cast<const W*>(packed_weight.data_ptr()),
-          static_cast<T*>(dx.data_ptr()), sums, in.count, n, static_cast<float>(eps));
-    });
-    launch_sum(sums, static_cast<W*>(dweight.data_ptr()), blocks, n, stream);
+    with_vector<T>(whole_vectors(n, sizeof(T), contiguous_weight, {&grad, &in, &more}),
+                   [&](auto size) {
+                     constexpr int N = decltype(size)::value;
+                     const int threads = threads_for((n + N - 1) / N, kBackwardThreads);
+                     norm_bwd<T, W, N, EXTRA><<<blocks, threads, 0, stream>>>(
+                         grad, in, more, data<const W>(contiguous_weight), data<T>(dx), sums, norm);
+                   });
+    launch_sum(sums, data<W>(dweight), blocks, n, stream);
   });
   check(cudaGetLastError(), "launching the norm's backward");
   return {dx, dweight};

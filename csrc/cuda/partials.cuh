@@ -1,7 +1,7 @@
 // The sum of the partial results of a weight's gradient, in an order that is always the same.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 constexpr int kSumColumns = 32, kSumShares = 32;
 

@@ -1,5 +1,5 @@
 // rms_norm on CUDA, for few rows: 2 n elements moved a row forward, 3 n backward.
-#include "norm.cuh"
+#include "cuda/norm.cuh"
 
 namespace {
 

@@ -19,7 +19,7 @@ from .decoder_weights import snapshot_of
 
 ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"
 DECODE_MODES = (ONE_LAUNCH, GRAPH, CALLS)
-MOST_LAYERS = 128  # of csrc/cuda/decode_plan.cuh: their places in the cache are its parameters
+MOST_LAYERS = 128  # of csrc/cuda/decode/plan.cuh: their places in the cache are its parameters
 _KERNEL = "cuda"  # the backend that has decode_step on a GPU
 
 

@@ -41,9 +41,8 @@ define(
 
 
 def _fields(weight: Weight) -> list[int]:
-    """A weight as csrc/cpu/decode_step.cpp and csrc/cuda/decode_plan.cuh read it: form, n, k,
-    bytes a row, data; element type, scales, biases, group; exponents, escapes' starts, columns,
-    values.
+    """A weight as csrc/shared/weight_table.h reads it: form, n, k, bytes a row, data; element type,
+    scales, biases, group; exponents, escapes' starts, columns, values.
     """
     data, *rest, bits = form_of(weight).parts()
     n, k = weight.shape

@@ -264,6 +264,6 @@ def test_info_shows_every_gpu_and_what_fits_it(stand_in, monkeypatch, capsys, fo
 
 
 def test_the_most_layers_are_those_of_the_kernel():
-    plan = Path(__file__).parents[2] / "csrc" / "cuda" / "decode_plan.cuh"
+    plan = Path(__file__).parents[2] / "csrc" / "cuda" / "decode" / "plan.cuh"
     found = re.search(r"kMaxLayers = (\d+);", plan.read_text())
     assert found and int(found[1]) == MOST_LAYERS

@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "decode_phases.cuh"
+#include "cuda/decode/phases.cuh"
 
 namespace {
 
@@ -65,7 +65,7 @@ int run(const Call& c) {
   std::mt19937 random(static_cast<unsigned>(c.seed));
   const auto run_block = [&](int index, int phase) {
     shared.assign(bytes + kLine, 0xff);
-    Block block{index, shared.data(), c.order == 1 || (c.order == 2 && random() % 2)};
+    Block block{index, kBlock, shared.data(), c.order == 1 || (c.order == 2 && random() % 2)};
     run_phase<B>(block, s, phase);
     return std::all_of(shared.begin() + bytes, shared.end(), [](uint8_t x) { return x == 0xff; });
   };

@@ -3,7 +3,7 @@
 #include <random>
 #include <vector>
 
-#include "heads.cuh"
+#include "cuda/heads.cuh"
 
 namespace {
 
@@ -14,7 +14,7 @@ struct Where {
   int64_t batch, token, head;
 
   template <class T>
-  Places<T> of() const {
+  Strided<T> of() const {
     return {static_cast<T*>(data), batch, token, head};
   }
 };

@@ -54,7 +54,7 @@ def test_compiles_for_every_architecture_without_spills(source, nvcc, tmp_path):
         nvcc, "-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall", "-DUSE_CUDA",
         "--threads=0", STABLE_ABI, "-DELMKERNELS_BACKEND=elmkernels_cuda",
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
-        "-isystem", str(Path(torch.__file__).parent / "include"),
+        f"-I{ROOT / 'csrc'}", "-isystem", str(Path(torch.__file__).parent / "include"),
         "-c", str(source), "-o", str(built),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""CUDA sources compiled for the host, by a C++ file of this folder that calls them."""
+"""CUDA sources compiled for the host, by a C++ file of this folder that calls them. simt_host.h is
+included before anything else: it stands in for a GPU."""
 
 import ctypes
 import shutil
@@ -10,6 +11,7 @@ import torch
 
 from . import ROOT
 
+FOLDER = ROOT / "tests" / "cuda"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -21,8 +23,8 @@ def compiled(name: str, folder: Path) -> ctypes.CDLL:
     built = folder / f"{name}.so"
     command = [
         cxx, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{ROOT / 'csrc' / 'cuda'}",
-        str(ROOT / "tests" / "cuda" / f"{name}.cpp"), "-o", str(built),
+        "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}",
+        "-include", str(FOLDER / "simt_host.h"), str(FOLDER / f"{name}.cpp"), "-o", str(built),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,37 +1,14 @@
-// A weight matrix [n, k] in any of its forms (elmkernels/formats.py), and the arrangement of an
-// activation row that each form's product wants.
+// Rows of activations, arranged for the product with a weight in one of its forms.
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
-#include "words.h"
-
-// As elmkernels/ops/linear.py numbers them.
-enum class Form : int64_t { Float, BFloat16, Half, Affine8, Affine4, Packed };
-enum class Element : int64_t { Float, BFloat16, Half };
-
-struct Weight {
-  Form form;
-  int64_t n, k;
-  int64_t row_bytes;
-  const uint8_t* data;
-  Element element;  // of scales and biases
-  const uint8_t *scales, *biases;
-  int64_t group;
-  const uint8_t* exponents;
-  const int32_t *escape_starts, *escape_columns;
-  const uint16_t* escape_values;
-
-  const uint8_t* row(int64_t r) const { return data + r * row_bytes; }
-  int64_t groups() const { return k / group; }
-  bool affine() const { return form == Form::Affine8 || form == Form::Affine4; }
-};
-
-constexpr int64_t kSegmentColumns = 128, kSegmentBytes = 192;
+#include "cpu/scratch.h"
+#include "cpu/simd/unpack.h"
+#include "shared/ranges.h"
+#include "shared/weight_table.h"
 
 // fn(T{}) for the element type of scales and biases.
 template <class Fn>
@@ -43,18 +20,18 @@ inline void with_element(Element element, Fn&& fn) {
   }
 }
 
-// What the pairs of a Words meet in a product with activations of type T.
+// What Bf16Pairs meet in a product with activations of type T.
 #if defined(__AVX512BF16__)
 template <class T>
-using Lanes = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
+using Arranged = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
 #else
 template <class T>
-using Lanes = float;
+using Arranged = float;
 #endif
 
 // A row of activations is padded with zeros to a multiple of this many columns.
 constexpr int64_t kPadding = 128;
-inline int64_t padded(int64_t k) { return (k + kPadding - 1) / kPadding * kPadding; }
+inline int64_t padded(int64_t k) { return round_up(k, kPadding); }
 
 inline float widened(float x) { return x; }
 inline float widened(bf16 x) {
@@ -65,8 +42,8 @@ inline float widened(bf16 x) {
 }
 inline float widened(fp16 x) { return _cvtsh_ss(x.bits); }
 
-// One row of activations, arranged for one form. `values` holds padded(k) floats, or as many
-// bfloat16 in the same place; `sums` the sum of each group of an affine form.
+// One row of activations. `values` holds padded(k) floats, or as many bfloat16 in the same place;
+// `sums` holds the sum of each group of an affine form.
 struct Activation {
   float* values;
   float* sums;
@@ -77,30 +54,24 @@ struct Activation {
 class Activations {
  public:
   Activations(int64_t batch, int64_t k, int64_t groups) {
-    const int64_t row = padded(k) + (groups + 15) / 16 * 16;
-    floats_.reset(
-        static_cast<float*>(std::aligned_alloc(64, std::max<int64_t>(1, batch) * row * 4)));
+    const int64_t row = padded(k) + round_up(groups, 16);
+    floats_ = floats(std::max<int64_t>(1, batch) * row);
     for (int64_t b = 0; b < batch; ++b)
       rows.push_back({floats_.get() + b * row, floats_.get() + b * row + padded(k)});
   }
   Activations(int64_t batch, const Weight& w)
       : Activations(batch, w.k, w.affine() ? w.groups() : 0) {}
 
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float[], Free> floats_;
-
- public:
   std::vector<Activation> rows;
+
+ private:
+  std::unique_ptr<float[], Free> floats_;
 };
 
-// A Words of pairs meets bfloat16 lanes in their own order, but floats of its even lanes first,
-// then of its odd ones. The nibbles of lane l
-// are of the columns 4 l, 4 l + 1, ..., and its bytes of 2 l, 2 l + 1: a run of lanes for each.
+// For bfloat16 weights. Bf16Pairs meet bfloat16 in their own order, but floats of the even lanes
+// first, then those of the odd ones.
 template <class T, class P>
-inline void place_pairs(const T* x, int64_t k, P* out) {
+inline void arrange_pairs(const T* x, int64_t k, P* out) {
   constexpr int64_t half = Vec::size;
   std::memset(out, 0, padded(k) * sizeof(P));
   if constexpr (std::is_same_v<P, T> && !std::is_same_v<P, float>) {
@@ -115,9 +86,11 @@ inline void place_pairs(const T* x, int64_t k, P* out) {
     for (int64_t i = 0; c + i < k; ++i) out[c + i / 2 + i % 2 * half] = widened(x[c + i]);
   }
 }
+// For codes. The 4 nibbles of 16-bit lane l are those of the columns 4 l, 4 l + 1, ..., its 2 bytes
+// those of 2 l, 2 l + 1: each of the `Runs` phases of a load of codes meets a run of lanes.
 template <int Runs, class T, class P>
-inline void place_dealt(const T* x, int64_t k, P* out) {
-  constexpr int64_t lanes = Words::size, block = Runs * lanes;
+inline void arrange_deinterleaved(const T* x, int64_t k, P* out) {
+  constexpr int64_t lanes = Bf16Pairs::size, block = Runs * lanes;
   std::memset(out, 0, padded(k) * sizeof(P));
   for (int64_t c = 0; c < k; c += block) {
     T part[block] = {};  // a whole block, whatever is left of the row
@@ -128,7 +101,7 @@ inline void place_dealt(const T* x, int64_t k, P* out) {
       from = part;
     }
     if constexpr (std::is_same_v<P, T> && !std::is_same_v<P, float>) {
-      deal<Runs>(from, out + c);
+      deinterleave<Runs>(from, out + c);
     } else {
       for (int64_t run = 0; run < Runs; ++run)
         for (int64_t i = 0; i < Vec::size; ++i) {
@@ -141,11 +114,11 @@ inline void place_dealt(const T* x, int64_t k, P* out) {
 
 template <class T>
 inline void arrange(const Weight& w, const T* x, Activation& to) {
-  Lanes<T>* lanes = reinterpret_cast<Lanes<T>*>(to.values);
+  auto* values = reinterpret_cast<Arranged<T>*>(to.values);
   switch (w.form) {
     case Form::Affine8:
-      if constexpr (std::is_same_v<Lanes<T>, bf16>) {
-        place_dealt<2>(x, w.k, lanes);
+      if constexpr (std::is_same_v<Arranged<T>, bf16>) {
+        arrange_deinterleaved<2>(x, w.k, values);
         break;
       }
       [[fallthrough]];
@@ -154,9 +127,9 @@ inline void arrange(const Weight& w, const T* x, Activation& to) {
       std::memset(to.values, 0, padded(w.k) * sizeof(float));
       sweep(w.k, [&](int64_t i, auto part) { store(to.values + i, load(x + i, part), part); });
       break;
-    case Form::Affine4: place_dealt<4>(x, w.k, lanes); break;
+    case Form::Affine4: arrange_deinterleaved<4>(x, w.k, values); break;
     case Form::BFloat16:
-    case Form::Packed: place_pairs(x, w.k, lanes); break;
+    case Form::Packed12: arrange_pairs(x, w.k, values); break;
   }
   if (!w.affine()) return;
   for (int64_t g = 0; g < w.groups(); ++g) {

@@ -2,14 +2,15 @@
 // first: that is the kernel's barrier.
 #pragma once
 
-#include "decode_attend.cuh"
+#include "cuda/decode/attend.cuh"
+#include "cuda/decode/project.cuh"
 
 namespace decode {
 
 // The embedding's rows, dense, as the first hidden numbers.
 template <class T>
-DECODE_CALL void embed(Block block, const Step<T>& s) {
-  const Weight w = weight_at(s.fields(s.layers));
+DEVICE_CALL void embed(Block block, const Step<T>& s) {
+  const Weight w = weight_from(s.fields(s.layers) + kEmbedding);
   for (int64_t row = block.index; row < s.batch; row += s.grid) {
     T* to = s.hidden() + row * s.dim;
     const bool known = s.in_range(static_cast<int>(row));
@@ -18,7 +19,7 @@ DECODE_CALL void embed(Block block, const Step<T>& s) {
       for (int64_t c = thread; c < s.dim; c += kBlock)
         to[c] = narrow<T>(known ? dense_at(w, token, c) : NAN);
     });
-    if (w.form != Form::Packed || !known) continue;
+    if (w.form != Form::Packed12 || !known) continue;
     block.threads([&](int thread) {
       const int32_t last = w.escape_starts[token + 1];
       for (int32_t e = w.escape_starts[token] + thread; e < last; e += kBlock)
@@ -31,7 +32,7 @@ DECODE_CALL void embed(Block block, const Step<T>& s) {
 // The likeliest token of each sequence: each block's own, then those of all by the block that comes
 // last. That one is behind every block's reads of tokens, which may be overwritten from then on.
 template <class T>
-DECODE_CALL void choose(Block block, const Step<T>& s) {
+DEVICE_CALL void choose(Block block, const Step<T>& s) {
   const Range mine = share(s.vocab_size, block.index, s.grid);
   block.warps([&](Warp warp) {
     for (int row = warp.index; row < s.batch; row += kWarps) {
@@ -68,7 +69,7 @@ DECODE_CALL void choose(Block block, const Step<T>& s) {
 }
 
 template <int B, class T>
-DECODE_DEVICE void run_phase(Block& block, const Step<T>& s, int index) {
+DEVICE_INLINE void run_phase(Block& block, const Step<T>& s, int index) {
   const Phase phase = phase_at(index, s.layers);
   const int layer = phase == Phase::Head ? s.layers : layer_at(index);
   if (phase == Phase::Embed) {

@@ -1,5 +1,5 @@
-// What decode_lanes.cuh needs of a GPU, on a host: dtypes as bits, and a block whose threads run
-// one after the other. Only the check of the kernel without a GPU includes it.
+// A stand-in for a GPU: what csrc/cuda/simt.cuh needs, on a host. Half types are bits, and a
+// block's threads run one after the other. The compiler includes it first (on_host.py).
 #pragma once
 
 #include <algorithm>
@@ -8,16 +8,12 @@
 #include <cstring>
 #include <utility>
 
-#include "decode_plan.cuh"
+#include "cuda/warp.h"
+#include "shared/dtypes.h"
 
-namespace decode {
+#define SIMT_ON_HOST
 
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  uint16_t bits;
-};
+namespace simt {
 
 inline float float_of(uint32_t bits) {
   float x;
@@ -69,22 +65,22 @@ inline float rounded(float x) {
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline float twice_rounded(float a, float b, float c) { return a * b + c; }
 
-// Whether a number of neighbours was taken at once from where a GPU can't.
+// Whether neighbours were loaded or stored at once at an address that a GPU can't do it at.
 inline bool misaligned = false;
 template <int N, class T>
 inline void note(const T* p) {
   misaligned |= reinterpret_cast<uintptr_t>(p) % std::min<size_t>(16, N * sizeof(T)) != 0;
 }
 template <class T, int N>
-struct Pack {
+struct Vector {
   T v[N];
 };
 template <int N, class T>
-inline Pack<T, N> pack_at(const T* from) {
+inline Vector<T, N> vector_at(const T* from) {
   note<N>(from);
-  Pack<T, N> pack;
-  std::copy(from, from + N, pack.v);
-  return pack;
+  Vector<T, N> vector;
+  std::copy(from, from + N, vector.v);
+  return vector;
 }
 template <int N, class T>
 inline void load(float (&out)[N], const T* from) {
@@ -104,7 +100,7 @@ template <int N>
 inline void load_once(uint32_t (&w)[N], const uint8_t* from) {
   std::memcpy(w, from, sizeof(w));
 }
-// Reading it shows an address outside of a weight, under a checker of addresses at least.
+// It reads the byte, so that a checker of addresses shows one outside of a weight.
 inline void prefetch(const void* p) { (void)*static_cast<const volatile uint8_t*>(p); }
 
 template <class X>
@@ -112,9 +108,6 @@ struct PerLane {
   X all[kLanes];
   X& operator[](int lane) { return all[lane]; }
 };
-
-template <int N>
-struct Floats;
 
 struct Warp {
   int index;
@@ -148,7 +141,7 @@ struct Warp {
 };
 
 struct Block {
-  int index;
+  int index, size;  // its threads
   uint8_t* memory;
   bool reversed = false;  // threads and warps run from the last to the first
 
@@ -156,11 +149,12 @@ struct Block {
 
   template <class Fn>
   void threads(Fn&& fn) {
-    for (int i = 0; i < kBlock; ++i) fn(reversed ? kBlock - 1 - i : i);
+    for (int i = 0; i < size; ++i) fn(reversed ? size - 1 - i : i);
   }
   template <class Fn>
   void warps(Fn&& fn) {
-    for (int i = 0; i < kWarps; ++i) fn(Warp{reversed ? kWarps - 1 - i : i});
+    const int warps = size / kLanes;
+    for (int i = 0; i < warps; ++i) fn(Warp{reversed ? warps - 1 - i : i});
   }
   bool last_of(uint32_t* count, uint32_t expected) {
     const bool last = ++*count == expected;
@@ -169,4 +163,4 @@ struct Block {
   }
 };
 
-}  // namespace decode
+}  // namespace simt

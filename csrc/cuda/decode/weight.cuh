@@ -1,53 +1,52 @@
-// A weight in any of its forms (elmkernels/formats.py) as chunks of 16 or 24 bytes a lane: loading
-// them, and the runs of neighbouring columns that they stand for.
+// A weight in any of its forms as chunks of 16 or 24 bytes a lane: loading them, and the runs of
+// neighbouring columns that they stand for.
 #pragma once
 
-#include "decode_lanes.cuh"
+#include "cuda/decode/plan.cuh"
+#include "cuda/simt.cuh"
 
 namespace decode {
 
-DECODE_DEVICE float element_at(const uint8_t* data, int64_t i, Element element) {
+using namespace simt;
+
+DEVICE_INLINE float element_at(const uint8_t* data, int64_t i, Element element) {
   if (element == Element::Float) return reinterpret_cast<const float*>(data)[i];
   const uint16_t bits = reinterpret_cast<const uint16_t*>(data)[i];
   return element == Element::BFloat16 ? float_of(static_cast<uint32_t>(bits) << 16) : half_of(bits);
 }
 
-// The bits of a packed weight's exponents are looked up in shared memory; a code of 15 is an
-// escape, whose place in its chunk counts as zero.
-constexpr uint32_t kEscape = 15;
-
-// The words of a chunk are its bytes, and behind those of an affine one scale and bias. `run` is
+// The words of a chunk are its bytes; of an affine form scale and bias come behind them. `run` is
 // how many neighbouring columns one unpack() gives, `depth` how many chunks a lane loads before it
 // needs the first of them: as many as its registers hold twice.
 template <Form F>
 struct Chunk {
   static constexpr bool affine = F == Form::Affine8 || F == Form::Affine4;
-  static constexpr int words = affine || F == Form::Packed ? 6 : 4;
+  static constexpr int words = affine || F == Form::Packed12 ? 6 : 4;
   static constexpr int columns = chunk_columns(F);
   static constexpr int run = F == Form::Float ? 4 : 8;
   static constexpr int runs = columns / run;
   static constexpr int depth = words == 4 ? 6 : 3;
-  static constexpr int run_step = F == Form::Packed ? 64 : run;
+  static constexpr int run_step = F == Form::Packed12 ? 64 : run;
   uint32_t w[words];
 };
 
 // How a weight's rows can be read: whole chunks as single loads, or byte by byte.
-DECODE_DEVICE bool is_aligned(const Weight& w) {
-  const int64_t bytes = w.form == Form::Packed ? 8 : 16;
+DEVICE_INLINE bool is_aligned(const Weight& w) {
+  const int64_t bytes = w.form == Form::Packed12 ? 8 : 16;
   return (reinterpret_cast<uintptr_t>(w.data) | static_cast<uintptr_t>(w.row_bytes)) % bytes == 0;
 }
 
 template <Form F>
-DECODE_DEVICE void load_chunk(Chunk<F>& chunk, const Weight& w, bool aligned, int64_t row,
+DEVICE_INLINE void load_chunk(Chunk<F>& chunk, const Weight& w, bool aligned, int64_t row,
                               int64_t unit, int lane) {
   const int64_t column = chunk_column(F, unit, lane);
-  const uint8_t* data = w.data + row * w.row_bytes;
+  const uint8_t* data = w.row(row);
 #pragma unroll
   for (int i = 0; i < Chunk<F>::words; ++i) chunk.w[i] = 0;
-  if constexpr (F == Form::Packed) {
+  if constexpr (F == Form::Packed12) {
     // Of a short last segment all bytes are there.
     if (column / kSegmentColumns * kSegmentColumns < w.k) {
-      data += packed_byte(unit, lane);
+      data += packed12_byte(unit, lane);
 #pragma unroll
       for (int part = 0; part < 3; ++part) {
         uint32_t two[2];
@@ -84,9 +83,10 @@ DECODE_DEVICE void load_chunk(Chunk<F>& chunk, const Weight& w, bool aligned, in
   }
 }
 
-// The weights of run `r` of a chunk.
+// The weights of run `r` of a chunk. The bits of packed12's exponents are looked up in shared
+// memory; an escape counts as zero.
 template <Form F, int N>
-DECODE_DEVICE void unpack(const Chunk<F>& chunk, int r, const uint32_t* exponents,
+DEVICE_INLINE void unpack(const Chunk<F>& chunk, int r, const uint32_t* exponents,
                           float (&out)[N]) {
   if constexpr (F == Form::Float) {
 #pragma unroll
@@ -99,7 +99,7 @@ DECODE_DEVICE void unpack(const Chunk<F>& chunk, int r, const uint32_t* exponent
       out[2 * i + 1] =
           F == Form::BFloat16 ? bf16_high(pair) : half_of(static_cast<uint16_t>(pair >> 16));
     }
-  } else if constexpr (F == Form::Packed) {
+  } else if constexpr (F == Form::Packed12) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const uint32_t kept = chunk.w[2 * r + i / 4] >> 8 * (i % 4);
@@ -124,13 +124,13 @@ DECODE_DEVICE void unpack(const Chunk<F>& chunk, int r, const uint32_t* exponent
 
 // One column of a row, as the reference makes a weight dense: rounded to T by the caller. Escapes
 // are not in it.
-DECODE_DEVICE float dense_at(const Weight& w, int64_t row, int64_t column) {
-  const uint8_t* data = w.data + row * w.row_bytes;
+DEVICE_INLINE float dense_at(const Weight& w, int64_t row, int64_t column) {
+  const uint8_t* data = w.row(row);
   switch (w.form) {
     case Form::Float: return element_at(data, column, Element::Float);
     case Form::BFloat16: return element_at(data, column, Element::BFloat16);
     case Form::Half: return element_at(data, column, Element::Half);
-    case Form::Packed: {
+    case Form::Packed12: {
       const int64_t c = column % kSegmentColumns, half = c / 64, i = c % 64;
       const int64_t byte = i % 32 / 8 * 16 + i / 32 * 8 + i % 8;
       const uint8_t* segment = data + column / kSegmentColumns * kSegmentBytes;
@@ -145,6 +145,21 @@ DECODE_DEVICE float dense_at(const Weight& w, int64_t row, int64_t column) {
       return twice_rounded(element_at(w.scales, at, w.element), static_cast<float>(q),
                            element_at(w.biases, at, w.element));
     }
+  }
+}
+
+// N inputs from a column on that is a multiple of N, out of a row that input_place() laid out.
+template <int N, class T>
+DEVICE_INLINE void inputs(const T* x, int column, float (&out)[N]) {
+  constexpr int kPer = 16 / sizeof(T);
+  constexpr int kSlots = N < kPer ? 1 : N / kPer;
+  static_assert(N % kPer == 0);
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    float part[kPer];
+    load(part, x + slot_place<T>(column / kPer + i));
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) out[i * kPer + j] = part[j];
   }
 }
 

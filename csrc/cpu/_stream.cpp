@@ -1,15 +1,15 @@
-// Products of few activation rows with a weight that streams from memory, each byte of it once.
+// Products of few rows of activations with a weight that streams from memory, each byte of it once.
 //
-// A row of the weight at a time: one contiguous stream, since rows side by side, in the same pages,
-// were read more slowly. `Batch` activation rows share the pass. What a row's sum
-// does, in which order, depends on nothing but k: not on the batch, nor on the number of threads;
-// and Packed sums in the very order of BFloat16, so that both give the same bits.
-#pragma once
+// A row of the weight at a time: that is one contiguous stream. Rows side by side, in the same
+// pages, were read more slowly. `Batch` rows of activations share the pass. What the sum of a row
+// does, and in which order, depends on k alone: not on the batch, nor on the number of threads.
+// Packed12 sums in the order of BFloat16, so that both give the same bits.
+#include "cpu/weights/stream.h"
 
-#include "weight.h"
+namespace {
 
 // Into L2, 4 KB ahead: the processor's own prefetching stops at a page's end. Nibbles gain most,
-// bfloat16 a little; packed segments lost by it and go without.
+// bfloat16 gains a little. Segments of packed12 were slower with it and go without.
 template <class T>
 inline void prefetch_ahead(const T* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p) + 4096, _MM_HINT_T1);
@@ -59,39 +59,39 @@ void stream_dense(const Weight& w, const Activation* x, int64_t begin, int64_t e
 template <int Batch, class P>
 void stream_bf16(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                  int64_t stride) {
-  constexpr int64_t step = 2 * Words::size;
+  constexpr int64_t step = 2 * Bf16Pairs::size;
   for (int64_t r = begin; r < end; ++r) {
     const uint8_t* row = w.row(r);
     Sums<Batch> sums;
-    const auto add = [&](int64_t c, Words first, Words second) {
+    const auto add = [&](int64_t c, Bf16Pairs first, Bf16Pairs second) {
       UNROLL for (int b = 0; b < Batch; ++b) {
         const P* at = reinterpret_cast<const P*>(x[b].values) + c;
         sums.even[b] = dot(first, at, sums.even[b]);
-        sums.odd[b] = dot(second, at + Words::size, sums.odd[b]);
+        sums.odd[b] = dot(second, at + Bf16Pairs::size, sums.odd[b]);
       }
     };
     int64_t c = 0;
     for (; c + step <= w.k; c += step) {
       prefetch_ahead(row + 2 * c);
-      prefetch_ahead(row + 2 * (c + Words::size));
-      add(c, load_words(row + 2 * c, Full{}), load_words(row + 2 * (c + Words::size), Full{}));
+      prefetch_ahead(row + 2 * (c + Bf16Pairs::size));
+      add(c, load_pairs(row + 2 * c, Full{}), load_pairs(row + 2 * (c + Bf16Pairs::size), Full{}));
     }
     if (c < w.k) {
-      const int64_t left = w.k - c, more = std::max<int64_t>(0, left - Words::size);
+      const int64_t left = w.k - c, more = std::max<int64_t>(0, left - Bf16Pairs::size);
       const auto part = [&](int64_t at, int64_t count) {
-        return count == Words::size ? load_words(row + 2 * at, Full{})
-                                    : load_words(row + 2 * at, Tail{count});
+        return count == Bf16Pairs::size ? load_pairs(row + 2 * at, Full{})
+                                        : load_pairs(row + 2 * at, Tail{count});
       };
-      add(c, part(c, left - more), part(c + Words::size, more));
+      add(c, part(c, left - more), part(c + Bf16Pairs::size, more));
     }
     sums.store_to(out + r - begin, stride);
   }
 }
 
 template <int Batch, class P>
-void stream_packed(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
-                   int64_t stride) {
-  constexpr int kWords = kSegmentColumns / Words::size;
+void stream_packed12(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
+                     int64_t stride) {
+  constexpr int kPairs = kSegmentColumns / Bf16Pairs::size;
   const Exponents table(w.exponents);
   for (int64_t r = begin; r < end; ++r) {
     const uint8_t* segment = w.row(r);
@@ -99,21 +99,22 @@ void stream_packed(const Weight& w, const Activation* x, int64_t begin, int64_t 
     int32_t escape = w.escape_starts[r];
     const int32_t last = w.escape_starts[r + 1];
     for (int64_t c = 0; c < w.k; c += kSegmentColumns, segment += kSegmentBytes) {
-      Words words[kWords];
-      unpack_segment(segment, table, words);
+      Bf16Pairs pairs[kPairs];
+      unpack_segment(segment, table, pairs);
       if (escape < last && w.escape_columns[escape] < c + kSegmentColumns) {
         // About 1 segment in 60 of normally distributed weights.
         uint16_t patched[kSegmentColumns];
-        for (int i = 0; i < kWords; ++i) store_words(patched + i * Words::size, words[i]);
+        for (int i = 0; i < kPairs; ++i) store_pairs(patched + i * Bf16Pairs::size, pairs[i]);
         for (; escape < last && w.escape_columns[escape] < c + kSegmentColumns; ++escape)
           patched[w.escape_columns[escape] - c] = w.escape_values[escape];
-        for (int i = 0; i < kWords; ++i) words[i] = load_words(patched + i * Words::size, Full{});
+        for (int i = 0; i < kPairs; ++i)
+          pairs[i] = load_pairs(patched + i * Bf16Pairs::size, Full{});
       }
       UNROLL for (int b = 0; b < Batch; ++b) {
         const P* at = reinterpret_cast<const P*>(x[b].values) + c;
-        for (int i = 0; i < kWords; i += 2) {
-          sums.even[b] = dot(words[i], at + i * Words::size, sums.even[b]);
-          sums.odd[b] = dot(words[i + 1], at + (i + 1) * Words::size, sums.odd[b]);
+        for (int i = 0; i < kPairs; i += 2) {
+          sums.even[b] = dot(pairs[i], at + i * Bf16Pairs::size, sums.even[b]);
+          sums.odd[b] = dot(pairs[i + 1], at + (i + 1) * Bf16Pairs::size, sums.odd[b]);
         }
       }
     }
@@ -121,11 +122,12 @@ void stream_packed(const Weight& w, const Activation* x, int64_t begin, int64_t 
   }
 }
 
-// The affine forms: per group s (q . x) + b sum(x), the sums of x being ready. With q - z for q and
-// b + s z for b it is the same product, and centred codes (z = 128 or 8) keep the two terms small:
-// in float32 that is worth two bits. Where pairs are bfloat16 nibbles come as 128 + q (z = -128),
-// which a shift and a logical instruction make.
-// sum over groups of (b + z s) sum(x), for one row of scales and biases.
+// The affine forms: per group s (q . x) + b sum(x); the sums of x are ready. With q - z for q and
+// b + s z for b it is the same product. Centred codes (z = 128 or 8) keep the two terms small,
+// which is worth two bits in float32. Against bfloat16, nibbles are 128 + q (z = -128), which a
+// shift and a logical instruction make.
+
+// sums[b] += the sum over groups of (b + z s) sum(x), for one row of scales and biases.
 template <int Batch, class S>
 inline void add_biases(const S* scales, const S* biases, int64_t groups, float zero,
                        const Activation* x, Vec (&sums)[Batch]) {
@@ -164,18 +166,18 @@ void stream_bytes(const Weight& w, const Activation* x, int64_t begin, int64_t e
   }
 }
 
-// One load of nibbles against pairs: the four of each 16-bit lane, which are four columns of 4
-// bits, or low and high halves of two columns of 8 bits. `scale` is that of each 32-bit lane's
-// columns.
+// One load of nibbles: each 16-bit lane has four of them, which are four columns of 4 bits, or the
+// low and high halves of two columns of 8 bits. `scale` is that of each 32-bit lane's columns.
 template <int Bits, int Batch, class P>
-inline void add_nibbles(Words raw, Vec scale, const P* const (&values)[Batch], int64_t c,
+inline void add_nibbles(Bf16Pairs raw, Vec scale, const P* const (&values)[Batch], int64_t c,
                         Vec (&sums)[Batch]) {
-  const Words q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw), nibble_plus_128<2>(raw),
-                      nibble_plus_128<3>(raw)};
+  const Bf16Pairs q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw), nibble_plus_128<2>(raw),
+                          nibble_plus_128<3>(raw)};
   UNROLL for (int b = 0; b < Batch; ++b) {
-    Vec low = vec(0.0f), high = vec(0.0f);  // of 8 bits; of 4, two sums that don't wait
+    // Of 8 bits, the halves; of 4 bits, two sums that don't wait for each other.
+    Vec low = vec(0.0f), high = vec(0.0f);
     const P* at = values[b] + c;
-    constexpr int64_t second = Words::size, third = Bits == 8 ? second : 2 * second;
+    constexpr int64_t second = Bf16Pairs::size, third = Bits == 8 ? second : 2 * second;
     if constexpr (std::is_same_v<P, float>) {
       low = dot_less_136(q[0], at, low);
       high = dot_less_136(q[1], at + second, high);
@@ -195,7 +197,7 @@ inline void add_nibbles(Words raw, Vec scale, const P* const (&values)[Batch], i
 template <int Bits, int Batch, class P, class S>
 void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                     int64_t stride) {
-  constexpr int64_t block = 32 / Bits * Words::size / 2;  // columns of one load
+  constexpr int64_t block = 32 / Bits * Bf16Pairs::size / 2;  // columns of one load
   constexpr bool centred = std::is_same_v<P, float>;
   constexpr float zero = centred ? 8.0f : Bits == 8 ? -128.0f * 17.0f : -128.0f;
   static_assert(Bits == 4 || !centred);
@@ -218,11 +220,11 @@ void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t
       const int32_t* last = lanes + (count - a_block) * Vec::size;
       for (; lanes <= last; lanes += a_block * Vec::size, c += block) {
         prefetch_ahead(row + c * Bits / 8);
-        add_nibbles<Bits, Batch>(load_words(row + c * Bits / 8, Full{}), permuted(scale, lanes),
+        add_nibbles<Bits, Batch>(load_pairs(row + c * Bits / 8, Full{}), permuted(scale, lanes),
                                  values, c, sums);
       }
       if (count % a_block)
-        add_nibbles<Bits, Batch>(load_words(row + c * Bits / 8, Tail{(w.k - c) * Bits / 16}),
+        add_nibbles<Bits, Batch>(load_pairs(row + c * Bits / 8, Tail{(w.k - c) * Bits / 16}),
                                  permuted(scale, lanes), values, c, sums);
     }
     add_biases<Batch>(scales, biases, groups, zero, x, sums);
@@ -233,12 +235,12 @@ void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t
 template <int Batch, class T>
 void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                  int64_t stride) {
-  using P = Lanes<T>;
+  using P = Arranged<T>;
   switch (w.form) {
     case Form::Float: return stream_dense<Batch, float>(w, x, begin, end, out, stride);
     case Form::Half: return stream_dense<Batch, fp16>(w, x, begin, end, out, stride);
     case Form::BFloat16: return stream_bf16<Batch, P>(w, x, begin, end, out, stride);
-    case Form::Packed: return stream_packed<Batch, P>(w, x, begin, end, out, stride);
+    case Form::Packed12: return stream_packed12<Batch, P>(w, x, begin, end, out, stride);
     case Form::Affine8:
       return with_element(w.element, [&](auto s) {
         if constexpr (std::is_same_v<P, float>)
@@ -253,17 +255,11 @@ void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t en
   }
 }
 
-// Up to this many activation rows share one pass over the weight.
-constexpr int kMaxBatch = 8;
-// A batch is rounded up to one that is compiled: the rows added are computed for nothing.
-inline int compiled_batch(int64_t batch) {
-  return batch <= 2 ? static_cast<int>(batch) : batch <= 4 ? 4 : 8;
-}
+}  // namespace
 
-// The product for a batch of activations of type T, `x` and `out` being compiled_batch() long.
 template <class T>
-inline void stream(const Weight& w, int batch, const Activation* x, int64_t begin, int64_t end,
-                   float* out, int64_t stride) {
+void stream(const Weight& w, int batch, const Activation* x, int64_t begin, int64_t end, float* out,
+            int64_t stride) {
   switch (batch) {
     case 1: return stream_rows<1, T>(w, x, begin, end, out, stride);
     case 2: return stream_rows<2, T>(w, x, begin, end, out, stride);
@@ -271,3 +267,10 @@ inline void stream(const Weight& w, int batch, const Activation* x, int64_t begi
     default: return stream_rows<8, T>(w, x, begin, end, out, stride);
   }
 }
+
+template void stream<float>(const Weight&, int, const Activation*, int64_t, int64_t, float*,
+                            int64_t);
+template void stream<bf16>(const Weight&, int, const Activation*, int64_t, int64_t, float*,
+                           int64_t);
+template void stream<fp16>(const Weight&, int, const Activation*, int64_t, int64_t, float*,
+                           int64_t);

@@ -1,7 +1,7 @@
 // The dense row that a row of a compressed weight stands for.
 #pragma once
 
-#include "weight.h"
+#include "cpu/weights/activations.h"
 
 template <class T, class S>
 inline void affine_row(const Weight& w, int64_t r, T* out) {
@@ -18,30 +18,30 @@ inline void affine_row(const Weight& w, int64_t r, T* out) {
   }
 }
 
-inline void packed_row(const Weight& w, int64_t r, uint16_t* out) {
+inline void packed12_row(const Weight& w, int64_t r, uint16_t* out) {
   const Exponents table(w.exponents);
-  constexpr int kWords = kSegmentColumns / Words::size;
+  constexpr int kPairs = kSegmentColumns / Bf16Pairs::size;
   const uint8_t* segment = w.row(r);
   for (int64_t c = 0; c < w.k; c += kSegmentColumns, segment += kSegmentBytes) {
-    Words words[kWords];
-    unpack_segment(segment, table, words);
-    for (int i = 0; i < kWords; ++i) {
-      const int64_t at = c + i * Words::size, left = w.k - at;
-      if (left >= Words::size)
-        store_words(out + at, words[i]);
+    Bf16Pairs pairs[kPairs];
+    unpack_segment(segment, table, pairs);
+    for (int i = 0; i < kPairs; ++i) {
+      const int64_t at = c + i * Bf16Pairs::size, left = w.k - at;
+      if (left >= Bf16Pairs::size)
+        store_pairs(out + at, pairs[i]);
       else if (left > 0)
-        store_words(out + at, words[i], Tail{left});
+        store_pairs(out + at, pairs[i], Tail{left});
     }
   }
   for (int32_t e = w.escape_starts[r]; e < w.escape_starts[r + 1]; ++e)
     out[w.escape_columns[e]] = w.escape_values[e];
 }
 
-// Row r of any weight as T; a packed one stands for bfloat16.
+// Row r of any weight as T, which is bfloat16 for packed12.
 template <class T>
 inline void dense_row(const Weight& w, int64_t r, T* out) {
   switch (w.form) {
-    case Form::Packed: return packed_row(w, r, reinterpret_cast<uint16_t*>(out));
+    case Form::Packed12: return packed12_row(w, r, reinterpret_cast<uint16_t*>(out));
     case Form::Affine8:
     case Form::Affine4:
       return with_element(w.element, [&](auto s) { affine_row<T, decltype(s)>(w, r, out); });

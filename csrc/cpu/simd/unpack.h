@@ -1,35 +1,16 @@
-// What streaming products do with compressed weights, beside vec.h the only SIMD: bfloat16 lanes in
-// pairs, codes of 8 and 4 bits, packed exponents.
+// The codes of compressed weights as vectors: 8 and 4 bits, and the segments of packed12.
 #pragma once
 
 #include <algorithm>
 
-#include "vec.h"
+#include "cpu/simd/bf16_pairs.h"
 
 #if defined(__AVX512F__)
 
-// Bfloat16 lanes in pairs: each 32-bit lane meets one lane of a Vec.
-struct Words {
-  __m512i v;
-  static constexpr int64_t size = 32;
-};
-
-inline Words load_words(const void* p, Full) { return {_mm512_loadu_si512(p)}; }
-inline Words load_words(const void* p, Tail t) {
-  return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << t.count) - 1), p)};
-}
-inline void store_words(void* p, Words w) { _mm512_storeu_si512(p, w.v); }
-inline void store_words(void* p, Words w, Tail t) {
-  _mm512_mask_storeu_epi16(p, static_cast<__mmask32>((1ull << t.count) - 1), w.v);
-}
-inline Vec even_lanes(Words w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}; }
-inline Vec odd_lanes(Words w) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(0xffff0000)))};
-}
 // 128 + q in bfloat16 for nibble `Phase` of each 16-bit lane: q is the end of the mantissa of 128.
 template <int Phase>
-inline Words nibble_plus_128(Words w) {
-  const __m512i q = Phase == 0 ? w.v : _mm512_srli_epi16(w.v, 4 * Phase);
+inline Bf16Pairs nibble_plus_128(Bf16Pairs a) {
+  const __m512i q = Phase == 0 ? a.v : _mm512_srli_epi16(a.v, 4 * Phase);
   if constexpr (Phase == 3) return {_mm512_or_si512(q, _mm512_set1_epi16(0x4300))};
   // (q & 15) | 0x4300
   return {_mm512_ternarylogic_epi32(q, _mm512_set1_epi16(15), _mm512_set1_epi16(0x4300), 0xea)};
@@ -40,20 +21,20 @@ inline Vec load_bytes_less_128(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(s))};
 }
 inline Vec load_nibbles(const uint8_t* p) {
-  int64_t words;
-  std::memcpy(&words, p, 8);
-  // Each of the two words to eight lanes.
+  int64_t codes;
+  std::memcpy(&codes, p, 8);
+  // Each half of them to eight lanes.
   const __m512i spread = _mm512_permutexvar_epi32(
-      _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(words));
+      _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(codes));
   const __m512i shifts =
       _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(spread, shifts), _mm512_set1_epi32(15));
   return {_mm512_cvtepi32_ps(q)};
 }
 #if defined(__AVX512BF16__)
-// Elements dealt to runs of 32: Count runs of the columns Count l, Count l + 1, ...
+// 32 Count elements, deinterleaved to Count runs of 32: run r has the columns Count l + r.
 template <int Count>
-inline void deal(const bf16* x, bf16* out) {
+inline void deinterleave(const bf16* x, bf16* out) {
   for (int64_t i = 0; i < Count; ++i) {
     const __m512i fours = _mm512_loadu_si512(x + 32 * i);
     for (int run = 0; run < Count; ++run) {
@@ -83,8 +64,8 @@ struct Exponents {
     low = _mm512_broadcast_i32x4(bit);
   }
 };
-// The 128 weights of a packed segment, in order.
-inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out)[4]) {
+// The 128 weights of a packed12 segment, in order. Those of escapes are to be replaced.
+inline void unpack_segment(const uint8_t* p, const Exponents& table, Bf16Pairs (&out)[4]) {
   const __m512i pairs = _mm512_loadu_si512(p + 128), nibble = _mm512_set1_epi8(15);
   const __m512i codes[2] = {_mm512_and_si512(pairs, nibble),
                             _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble)};
@@ -102,32 +83,9 @@ inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out
 
 #else
 
-struct Words {
-  __m256i v;
-  static constexpr int64_t size = 16;
-};
-
-inline Words load_words(const void* p, Full) {
-  return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
-}
-inline Words load_words(const void* p, Tail t) {
-  uint16_t part[Words::size] = {};
-  std::memcpy(part, p, t.count * 2);
-  return load_words(part, Full{});
-}
-inline void store_words(void* p, Words w) { _mm256_storeu_si256(static_cast<__m256i*>(p), w.v); }
-inline void store_words(void* p, Words w, Tail t) {
-  uint16_t part[Words::size];
-  store_words(part, w);
-  std::memcpy(p, part, t.count * 2);
-}
-inline Vec even_lanes(Words w) { return {_mm256_castsi256_ps(_mm256_slli_epi32(w.v, 16))}; }
-inline Vec odd_lanes(Words w) {
-  return {_mm256_castsi256_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(0xffff0000)))};
-}
 template <int Phase>
-inline Words nibble_plus_128(Words w) {
-  const __m256i q = Phase == 0 ? w.v : _mm256_srli_epi16(w.v, 4 * Phase);
+inline Bf16Pairs nibble_plus_128(Bf16Pairs a) {
+  const __m256i q = Phase == 0 ? a.v : _mm256_srli_epi16(a.v, 4 * Phase);
   return {_mm256_or_si256(_mm256_and_si256(q, _mm256_set1_epi16(15)), _mm256_set1_epi16(0x4300))};
 }
 inline Vec load_bytes_less_128(const uint8_t* p) {
@@ -136,10 +94,10 @@ inline Vec load_bytes_less_128(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(s))};
 }
 inline Vec load_nibbles(const uint8_t* p) {
-  int32_t word;
-  std::memcpy(&word, p, 4);
+  int32_t codes;
+  std::memcpy(&codes, p, 4);
   const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-  const __m256i q = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+  const __m256i q = _mm256_srlv_epi32(_mm256_set1_epi32(codes), shifts);
   return {_mm256_cvtepi32_ps(_mm256_and_si256(q, _mm256_set1_epi32(15)))};
 }
 inline Vec permuted(Vec a, const int32_t* lanes) {
@@ -157,13 +115,13 @@ struct Exponents {
     low = _mm256_broadcastsi128_si256(bit);
   }
 };
-inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out)[8]) {
+inline void unpack_segment(const uint8_t* p, const Exponents& table, Bf16Pairs (&out)[8]) {
   const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(static_cast<char>(0x80));
   const __m256i mantissa = _mm256_set1_epi8(0x7f);
   for (int i = 0; i < 4; ++i) {  // 32 bytes: halves of the columns 0..31 and 32..63 of 64
-    const __m256i pairs = load_words(p + 128 + 32 * (i % 2), Full{}).v;
+    const __m256i pairs = load_pairs(p + 128 + 32 * (i % 2), Full{}).v;
     const __m256i codes = _mm256_and_si256(i < 2 ? pairs : _mm256_srli_epi16(pairs, 4), nibble);
-    const __m256i bytes = load_words(p + 32 * i, Full{}).v;
+    const __m256i bytes = load_pairs(p + 32 * i, Full{}).v;
     const __m256i high =
         _mm256_or_si256(_mm256_and_si256(bytes, sign), _mm256_shuffle_epi8(table.high, codes));
     const __m256i low =
@@ -176,8 +134,8 @@ inline void unpack_segment(const uint8_t* p, const Exponents& table, Words (&out
 
 #endif
 
-// The lanes that spread one scale a group over the columns that a 32-bit lane meets: row `first` is
-// first + lane / run.
+// Lane indices that give each 32-bit lane the scale of its columns' group, `run` lanes having a
+// group: lanes[first] begins with group `first`.
 struct Spread {
   alignas(64) int32_t lanes[Vec::size][Vec::size];
   explicit Spread(int64_t run) {
@@ -187,19 +145,8 @@ struct Spread {
   }
 };
 
-// acc + the products of bfloat16 pairs: with bfloat16 lanes at x in one instruction, or with
-// floats, those of the even lanes first, then those of the odd ones.
-inline Vec dot(Words w, const float* x, Vec acc) {
-  acc = fma(even_lanes(w), load(x, Full{}), acc);
-  return fma(odd_lanes(w), load(x + Vec::size, Full{}), acc);
+// dot() with 136 less in each lane: 128 + q becomes q - 8, which is centred.
+inline Vec dot_less_136(Bf16Pairs a, const float* x, Vec acc) {
+  acc = fma(even_lanes(a) - vec(136.0f), load(x, Full{}), acc);
+  return fma(odd_lanes(a) - vec(136.0f), load(x + Vec::size, Full{}), acc);
 }
-// The same with the lanes less 136: 128 + q becomes q - 8, which is centred.
-inline Vec dot_less_136(Words w, const float* x, Vec acc) {
-  acc = fma(even_lanes(w) - vec(136.0f), load(x, Full{}), acc);
-  return fma(odd_lanes(w) - vec(136.0f), load(x + Vec::size, Full{}), acc);
-}
-#if defined(__AVX512BF16__)
-inline Vec dot(Words w, const bf16* x, Vec acc) {
-  return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_loadu_si512(x))};
-}
-#endif
