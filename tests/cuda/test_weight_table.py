@@ -80,7 +80,7 @@ def test_a_packed12_weight_is_read_as_it_was_written(library):
     assert library.form_of(fields.data_ptr()).decode() == "packed12"
 
 
-def stack() -> Stack:
+def stack() -> DecoderWeights:
     """Two layers of one head_dim 64 without anything in common."""
     layers = []
     for q, kv, ffn in ((4, 1, 96), (6, 2, 160)):
