@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from elmkernels import linear_cross_entropy
-from elmkernels.backends import BACKENDS as ALL_BACKENDS
 from elmkernels.backends import kernel, optional_kernel
 from elmkernels.ops import _chunked_loss
 from elmkernels.testing import CASES, assert_parity, compare, runnable
@@ -261,42 +260,6 @@ def test_the_kernel_marks_a_target_out_of_range(backend):
     assert not x[3].any()
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.mark.parametrize("backend", ADDING)
-@pytest.mark.parametrize("width", [1, 7, 16, 33, 1280])
-@pytest.mark.parametrize("scale", [None, 0.37])
-def test_shares_are_added_in_float32_and_rounded_once(backend, width, scale):
-    """To the bit, with rows that lie apart, beside what must stay; a fresh sum isn't read."""
-    add = kernel("linear_cross_entropy_add", backend)
-    factor = None if scale is None else torch.tensor(scale)
-    for to, of in itertools.product(FLOATS, FLOATS):
-        wide, share = torch.randn(90, width + 3).to(to), torch.randn(90, 2 * width).to(of)
-        total, share = wide[:, 1:-2], share[:, ::2] if width == 1 else share[:, width:]
-        scaled = share.float() if scale is None else share.float() * factor
-        expected = (total.float() + scaled).to(to)
-        margin = wide[:, [0, -2, -1]].clone()
-        assert add(total, share, factor, False) is None
-        assert torch.equal(total, expected)
-        total.fill_(math.nan)
-        add(total, share, factor, True)
-        assert torch.equal(total, scaled.to(to))
-        assert torch.equal(wide[:, [0, -2, -1]], margin)
-
-
-@pytest.mark.parametrize("backend", ADDING)
-def test_infinite_shares_and_empty_ones_are_added_too(backend):
-    add = kernel("linear_cross_entropy_add", backend)
-    total = torch.zeros(2, 3)
-    add(total, torch.tensor([[math.inf, -math.inf, math.nan], [1, 2, 3]]).bfloat16(), None, False)
-    assert total[0, :2].tolist() == [math.inf, -math.inf]
-    assert total[0, 2].isnan()
-    assert total[1].tolist() == [1, 2, 3]
-    for shape in ((0, 5), (5, 0)):
-        add(torch.zeros(shape), torch.zeros(shape).bfloat16(), None, True)
-
-
 @pytest.mark.parametrize("backend", ADDING)
 def test_shares_are_not_copied_on_their_way(backend, monkeypatch):
     """torch's own sum of two dtypes would write each share anew, in float32."""
@@ -307,15 +270,6 @@ def test_shares_are_not_copied_on_their_way(backend, monkeypatch):
     seen = {event.key for event in profile.key_averages()}
     assert f"elmkernels_{backend}::linear_cross_entropy_add" in seen
     assert "aten::add_" not in seen
-
-
-def test_a_backend_may_do_without_a_kernel():
-    """The dispatch knows of none then, and whoever asks for it regardless is stopped."""
-    assert "triton" in ALL_BACKENDS
-    assert optional_kernel("linear_cross_entropy_rows", "triton") is not None
-    assert optional_kernel("linear_cross_entropy_add", "triton") is None
-    with pytest.raises(KeyError):
-        kernel("linear_cross_entropy_add", "triton")
 
 
 @with_reference
