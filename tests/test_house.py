@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "checks": set(),
     "weights": {"checks", "formats"},
     "compress": {"compress", "formats"},
-    "backends": set(),
+    "libraries": set(),
+    "backends": {"libraries"},
     "gpu": {"backends"},
     "chunked_loss": {"backends", "checks"},
     "ops": {"ops", "backends", "checks", "chunked_loss", "weights", "reference", "formats"},
@@ -83,8 +84,8 @@ ANYTHING = {"__init__", "__main__", "console"}
 CORE = {"torch", "numpy", "safetensors"}
 
 TOP_LEVEL = {
-    ".ci", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "LICENSE", "README.md",
-    "benchmarks", "csrc", "elmkernels", "pyproject.toml", "setup.py", "tests",
+    ".ci", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "LICENSE", "MANIFEST.in",
+    "README.md", "benchmarks", "csrc", "elmkernels", "pyproject.toml", "setup.py", "tests",
 }  # fmt: skip
 
 
@@ -231,6 +232,8 @@ def test_environment_variables_are_read_in_two_places_only():
     assert set(re.findall(r'environ\.get\("(\w+)"', (PACKAGE / "backends.py").read_text())) == {
         "TRITON_INTERPRET"
     }
+    named = set(re.findall(r"environ\.get\(([^,)]+)", (ROOT / "setup.py").read_text()))
+    assert named == {'"CXX"', '"CUDA_HOME"', '"CUDA_PATH"', "ARCH_LIST"}
 
 
 def test_all_tolerance_of_the_ops_is_in_parity():
