@@ -297,6 +297,7 @@ def build(package: Path, work: Path) -> dict[str, str]:
             report[library.name] = "built"
         except BuildError as error:
             report[library.name] = f"not built: {error}"
+    report = {name: report[name] for name in (*INSTRUCTION_SETS, "cuda")}
     for name, state in report.items():
         if state != "built":
             (package / f"_{name}.so").unlink(missing_ok=True)

@@ -52,9 +52,11 @@ def test_only_the_stable_c_interface_of_torch_is_used(library):
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda p: p.name)
 def test_nothing_is_linked_that_torch_brings_its_own_of(library):
     needed = re.findall(r"NEEDED.*\[(.+?)\]", output("readelf", "-d", str(library)))
-    forbidden = ("libgomp", "libiomp", "libomp", "libpython", "libtorch_python", "libcudart")
-    assert not [name for name in needed if name.startswith(forbidden)]
-    assert needed
+    # What every manylinux machine has, and torch's library, which its package brings. Not OpenMP's,
+    # CUDA's or Python's: torch has its own.
+    allowed = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0"}
+    allowed |= {"librt.so.1", "libdl.so.2", "ld-linux-x86-64.so.2", "libtorch_cpu.so"}
+    assert needed and set(needed) <= allowed
 
 
 @built

@@ -346,6 +346,8 @@ def test_environment_variables_are_read_in_two_places_only():
     assert set(re.findall(r'environ\.get\("(\w+)"', (PACKAGE / "backends.py").read_text())) == {
         "TRITON_INTERPRET"
     }
+    named = set(re.findall(r"environ\.get\(([^,)]+)", (ROOT / "setup.py").read_text()))
+    assert named == {'"CXX"', '"CUDA_HOME"', '"CUDA_PATH"', "ARCH_LIST"}
 
 
 def test_all_tolerance_of_the_ops_is_in_parity():
