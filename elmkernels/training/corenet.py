@@ -255,7 +255,7 @@ def _data(flat: Mapping[str, Any], made: dict[str, Any], notes: list[str]) -> No
             "(CoreNet counts without punctuation and repeated spaces)"
         )
     notes.append(
-        "data.separate_documents: assumed true, documents are packed one after the other "
+        "data.separate_documents: assumed true, documents lie one after the other "
         "(CoreNet pads each to the sequence's length, or cuts it)"
     )
 

@@ -30,7 +30,7 @@ from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from . import optim, speed, state
-from .data.packing import IGNORE, PackedBatch, Sequences
+from .data.sequences import IGNORE, Sequences, VarlenBatch
 from .journal import Journal
 from .parallel import LossOf, World, accumulation, whole, wrap
 from .recipe import Recipe, model_config, to_mapping
@@ -151,7 +151,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, number, lr, targets, finite)
 
-    def _loss(self, module: nn.Module, batch: PackedBatch, plain: bool) -> torch.Tensor:
+    def _loss(self, module: nn.Module, batch: VarlenBatch, plain: bool) -> torch.Tensor:
         device = self.world.device
         ids, targets, cu_seqlens = (
             None if x is None else x.to(device, non_blocking=True) for x in batch

@@ -21,7 +21,7 @@ from ..openelm.model import OpenELM
 from . import state
 from .data import prepare as data
 from .data import tokenizers
-from .data.packing import Sequences
+from .data.sequences import Sequences
 from .journal import FILE, Journal
 from .loop import Trainer, check_share
 from .parallel import World

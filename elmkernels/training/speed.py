@@ -1,7 +1,7 @@
 """How fast a run is: tokens a second, and the share of the machine's peak that the model uses.
 
 MFU = floating-point operations of the model's matrix products / seconds / peak of all processes.
-Operations are those of whole causal sequences, also where documents are packed into them (their
+Operations are those of whole causal sequences, also where they hold several documents (their
 attention needs less, so MFU is a little too high there), and a layer that is recomputed in the
 backward pass counts once.
 """

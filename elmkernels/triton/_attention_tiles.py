@@ -1,6 +1,6 @@
 """What attention's kernels share: the choice of a tile, where a tile lies, how rows are loaded.
 
-The query heads that share a key/value head are packed into the rows of a tile: row r is head
+The query heads that share a key/value head share the rows of a tile: row r is head
 r % GROUP of token r // GROUP, so that a key read once serves the whole group, and any group and
 any number of tokens fill tiles to the last one. A tile never holds rows of two documents.
 """

@@ -10,7 +10,7 @@ from helpers.corpora import EOS, as_bytes, changed, jsonl, recipe
 from helpers.tokenizers import hugging_face
 
 from elmkernels.training.data import prepare, sources
-from elmkernels.training.data.packing import Sequences
+from elmkernels.training.data.sequences import Sequences
 from elmkernels.training.data.tokens import Info, Tokens, read_info
 from elmkernels.training.recipe import Recipe, load
 

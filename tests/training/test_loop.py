@@ -14,7 +14,7 @@ from elmkernels import OpenELM
 from elmkernels.cli.main import main
 from elmkernels.training import loop, recipe
 from elmkernels.training.data import prepare
-from elmkernels.training.data.packing import Sequences
+from elmkernels.training.data.sequences import Sequences
 from elmkernels.training.journal import events
 from elmkernels.training.loop import Trainer
 from elmkernels.training.optim import learning_rate

@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizers, token files, packed sequences."""
+"""From text to batches: sources, tokenizers, token files, sequences."""

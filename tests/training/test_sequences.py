@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.corpora import EOS, documents, tokens_of
 
-from elmkernels.training.data.packing import IGNORE, Sequences
+from elmkernels.training.data.sequences import IGNORE, Sequences
 from elmkernels.training.data.tokens import Tokens
 
 

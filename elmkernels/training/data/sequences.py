@@ -16,7 +16,7 @@ from .tokens import Tokens
 IGNORE = -100  # a target that is none
 
 
-class PackedBatch(NamedTuple):
+class VarlenBatch(NamedTuple):
     """input_ids, targets: int64 [b, T]; a target is IGNORE where the next token belongs to another
     document. cu_seqlens: int64 [documents + 1], where documents begin in the b*T tokens, row by
     row, and at last b*T; every row begins one. None if documents aren't kept apart.
@@ -89,7 +89,7 @@ class Sequences:
             number += len(taken)
         return found
 
-    def batch(self, first: int, count: int) -> PackedBatch:
+    def batch(self, first: int, count: int) -> VarlenBatch:
         """The `count` sequences from number `first` on."""
         length = self.length
         ids = np.empty((count, length + 1), np.int64)
@@ -104,4 +104,4 @@ class Sequences:
             begins[:, 1:] = ends[:, :-1]
             bounds = np.append(np.flatnonzero(begins), count * length)
             cu_seqlens = torch.from_numpy(bounds.astype(np.int64))
-        return PackedBatch(torch.from_numpy(inputs), torch.from_numpy(targets), cu_seqlens)
+        return VarlenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), cu_seqlens)
