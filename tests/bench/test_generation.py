@@ -31,7 +31,7 @@ CONFIG = OpenELMConfig(
 SIZES = generation.Sizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
 BASELINES = {
     "fp32": {"eager fp32", "ours fp32"},
-    "16-bit": {"eager bf16", "ours bf16", "ours packed"},
+    "16-bit": {"eager bf16", "ours bf16", "ours packed12"},
     "int8": {"eager bf16", "ours int8"},
     "int4": {"eager bf16", "ours int4"},
 }
@@ -112,7 +112,7 @@ def test_every_group_has_every_figure(without_llama):
 def test_formats_choose_the_groups(without_llama):
     results, _, _ = raced(formats=("packed12", "int4"), sizes=generation.replace(SIZES, batch=1))
     assert list(results["groups"]) == ["16-bit", "int4"]
-    assert set(results["groups"]["16-bit"]["runners"]) == {"eager bf16", "ours packed"}
+    assert set(results["groups"]["16-bit"]["runners"]) == {"eager bf16", "ours packed12"}
     assert len(results["groups"]["int4"]["tasks"]) == 2
 
 
