@@ -242,7 +242,7 @@ def gpus() -> list[dict]:
             {
                 "device": str(device),
                 "name": p.name,
-                "capability": ".".join(map(str, capability(device))),
+                "capability": f"{p.major}.{p.minor}",
                 "memory": p.total_memory,
                 "backends": {n: why for n, why in missing.items() if "cuda" in BACKENDS[n].devices},
             }

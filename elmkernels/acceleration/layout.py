@@ -6,7 +6,7 @@ ffn_norm; norm; token_embeddings (at the top or under `transformer`). Nothing is
 
 import inspect
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def _refuse(model: nn.Module, reason: Reason) -> NoReturn:
     raise ValueError(f"model ({type(model).__name__}) is not an OpenELM this can swap: {reason}")
 
 
-def body_of(model: nn.Module) -> tuple[nn.Module, str]:
+def body_of(model: nn.Module) -> tuple[Any, str]:
     """The module that holds the layers, and its prefix in the model's names. Raises ValueError for
     a model without layers.
     """
@@ -152,7 +152,7 @@ def _convention(model: nn.Module, attn: nn.Module) -> Convention:
 
 
 def examine(
-    model: nn.Module, body: nn.Module, prefix: str
+    model: nn.Module, body: Any, prefix: str
 ) -> tuple[Convention, list[tuple[str, Reason]]]:
     """Check the whole layout; nothing is changed. Returns what is to be left, with the reasons.
     Raises ValueError, with the reason, for a model that isn't known.

@@ -7,6 +7,7 @@ is in the report. Parameters are shared.
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def accelerate(
 
 
 def _examined(
-    model: nn.Module, body: nn.Module, prefix: str
+    model: nn.Module, body: Any, prefix: str
 ) -> tuple[Convention, list[tuple[str, Reason]]]:
     """`layout.examine` of a model as it was before it was accelerated, if it is."""
     undo, mark = undo_of(model), mark_of(model)
@@ -124,7 +125,7 @@ class _Swap:
         self.counts: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
 
-    def all(self, body: nn.Module, prefix: str) -> None:
+    def all(self, body: Any, prefix: str) -> None:
         for i, layer in enumerate(body.layers):
             self.layer(f"{prefix}layers.{i}", i, layer)
         self.norm(f"{prefix}norm")
@@ -139,7 +140,7 @@ class _Swap:
         set_module(self.model, path, fresh)
         self.counts[kind] += 1
 
-    def layer(self, where: str, index: int, layer: nn.Module) -> None:
+    def layer(self, where: str, index: int, layer: Any) -> None:
         named, convention = self.named, self.convention
         heads, gated = heads_of(layer.attn), is_gated(layer.ffn)
         self.put(
@@ -224,7 +225,7 @@ def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
     return report
 
 
-def _projection_bytes(model: nn.Module) -> int:
+def _projection_bytes(model: Any) -> int:
     total = sum(m.weight.nbytes for m in model.modules() if isinstance(m, projections.Linear))
     if any(isinstance(m, projections.TiedHead) for m in model.modules()):
         head = weight_of(model.token_embeddings)
