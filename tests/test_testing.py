@@ -20,8 +20,9 @@ from elmkernels.testing import (
     run_parity,
 )
 from elmkernels.testing.attention_cases import mixed_lengths
-from elmkernels.testing.parity import poisoned, ulp
+from elmkernels.testing.parity import poisoned
 from elmkernels.testing.rivals import operations, rivals
+from elmkernels.testing.rule import ulp
 from elmkernels.testing.timing import copies_beyond_cache, fingerprint, summary
 
 ROOT = Path(__file__).resolve().parents[1]
