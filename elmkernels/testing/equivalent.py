@@ -141,17 +141,49 @@ def attention(
     queries, keys, heads = orders(lq), orders(lk), orders.heads(k.shape[2], group)
     columns, of_v = orders(q.shape[3]), orders(q.shape[3])
     visible = take(visible, None, None, queries, keys)
-    k = take(k, None, keys, None, columns).repeat_interleave(group, dim=2)
-    v = take(v, None, keys, None, of_v).repeat_interleave(group, dim=2)
+    real = visible.any(-1, keepdim=True)
     # Every head of a group sees the same keys: only the queries have to come in the heads' order.
-    q = take(q, None, queries, heads, columns)
-    mask = None if bool(visible.all()) else visible
-    out = scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, scale=scale
-    )
+    q = take(q, None, queries, heads, columns).transpose(1, 2)
+    k = take(k, None, keys, None, columns).repeat_interleave(group, dim=2).transpose(1, 2)
+    v = take(v, None, keys, None, of_v).repeat_interleave(group, dim=2).transpose(1, 2)
+    if q.dtype.itemsize >= 4 and q.numel():
+        again = orders(q.shape[3])
+        out = _scored_twice(
+            q,
+            k,
+            v,
+            take(q, None, None, None, again),
+            take(k, None, None, None, again),
+            visible | ~real,
+            scale,
+        )
+    else:
+        mask = None if bool(visible.all()) else visible
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if key_mask is not None:
-        out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+        out = out.masked_fill(~real, 0.0)
     return put_back(out.transpose(1, 2), None, queries, heads, of_v)
+
+
+def _scored_twice(
+    q: Tensor, k: Tensor, v: Tensor, q_again: Tensor, k_again: Tensor, visible: Tensor,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention whose backward makes the weights again, from the forward's log-sums and scores
+    summed in another order: as right as from the same scores, and what a kernel does whose
+    forward and backward have other blocks. Where scores are large it is far from the same: the
+    weights no longer add up to 1. On some processors torch's own backward does it too."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    first, second = (
+        (a @ b.mT * scale).masked_fill(~visible, -math.inf) for a, b in ((q, k), (q_again, k_again))
+    )
+    sums = _with_gradient(first.logsumexp(-1, keepdim=True), second.logsumexp(-1, keepdim=True))
+    return _with_gradient(first.softmax(-1) @ v, (second - sums).exp() @ v)
+
+
+def _with_gradient(value: Tensor, of: Tensor) -> Tensor:
+    """value, whose gradient is that of another one."""
+    return value.detach() + (of - of.detach())
 
 
 def linear(

@@ -248,10 +248,11 @@ class Expected:
         self.inputs = make(case, dtype, device, seed)
         args, kwargs = _detached(self.inputs)
         self.outputs = _tuple(specification(op)(*args, **kwargs))
-        self.truth = self._run(specification(op), torch.float64)
-        self.evaluated = [self._run(specification(op))]
+        self.truth = self.run(specification(op), torch.float64)
+        self.evaluated = [self.run(specification(op))]
 
-    def _run(self, fn: Callable, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def run(self, fn: Callable, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """{"y": ..., "grad x": ...}: what a function like the op gives, all floats in `dtype`."""
         return _run(fn, self.case, self.inputs, dtype, self.seed, like=self.outputs)
 
     def evaluation(self, i: int) -> dict[str, Tensor]:
@@ -261,13 +262,13 @@ class Expected:
             count = len(self.evaluated)
             fn = specification(self.op, self.seed * EVALUATIONS + count)
             with other_threads() if count % 2 else contextlib.nullcontext():
-                self.evaluated.append(self._run(fn))
+                self.evaluated.append(self.run(fn))
         return self.evaluated[i]
 
     def compare(self, candidate: Callable, evaluations: int = EVALUATIONS) -> list[Comparison]:
         """Run a candidate that has the op's signature and hold all it gives to truth."""
         with poisoned():
-            got = self._run(candidate)
+            got = self.run(candidate)
         slack = ATTENTION_SLACK if self.op == "attention" else SLACK
         return [
             compare(
