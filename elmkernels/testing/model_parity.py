@@ -43,11 +43,10 @@ from ..openelm.cache import KVCache
 from ..openelm.config import OpenELMConfig
 from ..openelm.loss import next_tokens
 from ..openelm.model import OpenELM
-from .parity import Comparison, compare
+from .rule import FACTORS, Comparison, compare, relative_errors
 
 DECODED = 8  # tokens that go one by one through a cache for their logits
-STRICT = (2.0, 1.5)  # times the yardstick's max and rms error, as `compare` allows
-OTHER_SUMS = (4.0, 4.0)
+OTHER_SUMS = (4.0, 4.0)  # times the yardstick's max and rms error
 WITH, WITHOUT = "with gradients", "without"
 INFERENCE = ("logits, no gradients", "logits, cached")
 
@@ -171,9 +170,18 @@ def check_model(
     }
     if truth:
         factors = _factors(plan or Plan(), dtype)
-        comparisons = _by_kind(
-            [compare(expected.pop(k), yardstick.pop(k), got.pop(k), k) for k in list(got)], factors
-        )
+        floors = _floors(expected, yardstick)
+        comparisons = [
+            compare(
+                expected.pop(k),
+                yardstick.pop(k),
+                got.pop(k),
+                k,
+                factors=factors[WITHOUT if k in INFERENCE else WITH],
+                floor=floors[_kind(k)],
+            )
+            for k in list(got)
+        ]
         rule = "max <= 2 x eager's + 1 ulp, rms <= 1.5 x eager's + 4 eps32 x rms"
         if OTHER_SUMS in factors.values():
             loose = " and ".join(where for where, f in factors.items() if f == OTHER_SUMS)
@@ -240,51 +248,24 @@ def _token_by_token(model: OpenELM, input_ids: Tensor) -> Tensor:
 def _factors(plan: Plan, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """What the rule allows passes with gradients and passes without."""
     if dtype != torch.float32:
-        return {WITH: STRICT, WITHOUT: STRICT}
+        return {WITH: FACTORS, WITHOUT: FACTORS}
     inference = (plan.one_row, plan.few_rows, plan.many_rows)
     return {
-        WITH: STRICT if plan.training == LINEAR else OTHER_SUMS,
-        WITHOUT: STRICT if set(inference) == {LINEAR} else OTHER_SUMS,
+        WITH: FACTORS if plan.training == LINEAR else OTHER_SUMS,
+        WITHOUT: FACTORS if set(inference) == {LINEAR} else OTHER_SUMS,
     }
 
 
-def _relative(error: float, scale: float) -> float:
-    return error / scale if scale else 0.0
-
-
-def _by_kind(comparisons: list[Comparison], factors: tuple[float, float]) -> list[Comparison]:
-    """The same by other factors, and every yardstick raised to the largest of its kind, relative
-    to truth.
-    """
-    kinds: dict[str, list[Comparison]] = {}
-    for c in comparisons:
-        kinds.setdefault(_kind(c.what), []).append(c)
-    largest = {
-        kind: (
-            max(_relative(c.yardstick_max, c.truth_max) for c in members),
-            max(_relative(c.yardstick_rms, c.truth_rms) for c in members),
-        )
-        for kind, members in kinds.items()
-    }
-    return [
-        _raised(c, *largest[_kind(c.what)], *factors[WITHOUT if c.what in INFERENCE else WITH])
-        for c in comparisons
-    ]
-
-
-def _raised(
-    c: Comparison, least_max: float, least_rms: float, max_factor: float, rms_factor: float
-) -> Comparison:
-    yardstick_max = max(c.yardstick_max, least_max * c.truth_max)
-    yardstick_rms = max(c.yardstick_rms, least_rms * c.truth_rms)
-    c = replace(
-        c,
-        yardstick_max=yardstick_max,
-        yardstick_rms=yardstick_rms,
-        max_allowed=c.max_allowed - STRICT[0] * c.yardstick_max + max_factor * yardstick_max,
-        rms_allowed=c.rms_allowed - STRICT[1] * c.yardstick_rms + rms_factor * yardstick_rms,
-    )
-    return _judged(c, f"takes {c.used:.3g} times the error allowed")
+def _floors(
+    truth: dict[str, Tensor], yardstick: dict[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """{kind: the largest of its yardsticks over the layers, relative to truth}."""
+    found: dict[str, tuple[float, float]] = {}
+    for what, expected in truth.items():
+        max_error, rms_error = relative_errors(expected, yardstick[what])
+        largest = found.get(_kind(what), (0.0, 0.0))
+        found[_kind(what)] = max(largest[0], max_error), max(largest[1], rms_error)
+    return found
 
 
 def _direct(
@@ -294,13 +275,9 @@ def _direct(
     c = compare(reference.double(), reference, candidate, what)
     allowed = limit * torch.finfo(dtype).eps
     c = replace(c, max_allowed=allowed * c.truth_max, rms_allowed=allowed * c.truth_rms)
-    return _judged(c, f"differs by {c.used * limit:.3g} eps of eager's, at most {limit} allowed")
-
-
-def _judged(c: Comparison, too_far: str) -> Comparison:
-    """The verdict by the limits it has now. Errors that can't be measured keep their reason."""
-    if c.max_error == math.inf:
+    if c.max_error == math.inf:  # it can't be measured, for the reason that c has
         return c
+    too_far = f"differs by {c.used * limit:.3g} eps of eager's, at most {limit} allowed"
     return replace(c, reason=None if c.used <= 1 else too_far)
 
 

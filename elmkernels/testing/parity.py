@@ -1,23 +1,12 @@
-"""Whether a kernel computes what its reference computes. All tolerance of the project is here.
-
-Truth is the reference in float64 on the same, already rounded inputs. The yardstick is the error
-that the reference itself makes in the working dtype. A candidate's output or gradient passes when
-it is finite, has truth's shape and the working dtype, and
-
-    max error <= 2 x yardstick's max error + 1 ulp, in that dtype, of the largest truth + slack
-    rms error <= 1.5 x yardstick's rms error + slack
-
-where slack is 4 eps32 of the largest truth or of truth's rms, which only float32 can feel: another
-order of a sum, another exp. The rms rule catches what the max rule lets through, as a store that
-truncates instead of rounding. A yardstick of few elements may be small by luck: of n elements it
-counts 1 + 8/n times.
+"""Whether a kernel computes what its reference computes, by the rule in `rule`: every op, case and
+dtype on every backend that can run here.
 """
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +16,11 @@ from .. import ops, reference
 from ..backends import BACKENDS, REFERENCE, implements
 from ..weights.formats import Arena
 from .cases import CASES, OPS
-from .cases.attention import SPEC as ATTENTION
 from .cases.draw import Case, make
+from .equivalent import other_threads, reordered
+from .rule import SLACK, Comparison, compare
 
-EPS32 = torch.finfo(torch.float32).eps
-SLACK = 4.0
-ATTENTION_SLACK = SLACK * ATTENTION.slack  # also of whole models, whose layers attend
+EVALUATIONS = 8  # of the reference in the working dtype, at most
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -42,37 +30,6 @@ DTYPES = {
 
 class ParityError(AssertionError):
     """A candidate that doesn't compute what its reference computes."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One tensor of a candidate beside truth: errors, what is allowed, and why it fails if so."""
-
-    what: str
-    max_error: float
-    max_allowed: float
-    rms_error: float
-    rms_allowed: float
-    yardstick_max: float
-    yardstick_rms: float
-    truth_max: float
-    truth_rms: float
-    reason: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.reason is None
-
-    @property
-    def used(self) -> float:
-        """The larger share of what is allowed that the errors take: 1 is the limit."""
-        pairs = (self.max_error, self.max_allowed), (self.rms_error, self.rms_allowed)
-        return max(_ratio(error, allowed) for error, allowed in pairs)
-
-    @property
-    def ratio(self) -> float:
-        """The candidate's rms error by that of the reference in the same dtype."""
-        return _ratio(self.rms_error, self.yardstick_rms)
 
 
 @dataclass(frozen=True)
@@ -112,65 +69,6 @@ class Record:
         }
 
 
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else (0.0 if a == 0 else math.inf)
-
-
-def _magnitudes(x: Tensor) -> tuple[float, float]:
-    """Largest magnitude and root mean square; 0 of nothing."""
-    if x.numel() == 0:
-        return 0.0, 0.0
-    return float(x.abs().max()), float(x.square().mean().sqrt())
-
-
-def ulp(value: float, dtype: torch.dtype) -> float:
-    """The distance between the numbers of a dtype at a magnitude."""
-    info = torch.finfo(dtype)
-    if value < info.smallest_normal:
-        return info.smallest_normal * info.eps
-    return 2.0 ** math.floor(math.log2(value)) * info.eps
-
-
-def compare(
-    truth: Tensor,
-    yardstick: Tensor,
-    candidate: Tensor,
-    what: str = "value",
-    slack: float = SLACK,
-) -> Comparison:
-    """Hold a candidate to the rule above. truth is float64; the yardstick is the reference's
-    result in the working dtype, which is the dtype that the candidate must have.
-    """
-    wide = truth.detach().double()
-    if not bool(wide.isfinite().all()) or not bool(yardstick.isfinite().all()):
-        raise ValueError(f"{what} must be finite in truth and in the yardstick, got inf or nan")
-    truth_max, truth_rms = _magnitudes(wide)
-    yardstick_max, yardstick_rms = _magnitudes(yardstick.detach().double() - wide)
-    luck = 1 + 8 / max(1, truth.numel())
-    max_allowed = 2 * luck * yardstick_max + ulp(truth_max, yardstick.dtype)
-    max_allowed += slack * EPS32 * truth_max
-    rms_allowed = 1.5 * luck * yardstick_rms + SLACK * EPS32 * truth_rms
-    max_error = rms_error = math.inf
-    reason = None
-    if candidate.shape != truth.shape:
-        reason = f"shape must be {list(truth.shape)}, got {list(candidate.shape)}"
-    elif candidate.dtype != yardstick.dtype:
-        reason = f"dtype must be {yardstick.dtype}, got {candidate.dtype}"
-    elif not bool(candidate.isfinite().all()):
-        bad = int((~candidate.isfinite()).sum())
-        reason = f"{bad} of {candidate.numel()} elements are not finite"
-    else:
-        max_error, rms_error = _magnitudes(candidate.detach().to(wide.device).double() - wide)
-        if max_error > max_allowed:
-            reason = f"max error must be at most {max_allowed:.3g}, got {max_error:.3g}"
-        elif rms_error > rms_allowed:
-            reason = f"rms error must be at most {rms_allowed:.3g}, got {rms_error:.3g}"
-    return Comparison(
-        what, max_error, max_allowed, rms_error, rms_allowed,
-        yardstick_max, yardstick_rms, truth_max, truth_rms, reason,
-    )  # fmt: skip
-
-
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fill new memory with NaN before a kernel gets it: what it forgets to write shows."""
@@ -187,15 +85,18 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def specification(op: str) -> Callable:
-    """The reference of an op under the op's public signature, with what it writes in place."""
+def specification(op: str, evaluation: int = 0) -> Callable:
+    """The reference of an op under the op's public signature, with what it writes in place. Its
+    evaluations from 1 on are those that are equally right: see `equivalent`.
+    """
     spec = OPS[op]
-    return spec.observe(spec.adapt(getattr(reference, op)))
+    found = reordered(spec.reordered, evaluation) if evaluation else getattr(reference, op)
+    return spec.observe(spec.adapt(found))
 
 
 def _widen(x: Any, dtype: torch.dtype | None) -> Any:
     """A fresh leaf with x's data, layout and need of a gradient; floats in `dtype` if given.
-    Weights in forms of their own and decoders of them are read only, in the dtype that they have.
+    Weights in forms of their own and stacks of them are read only, in the dtype that they have.
     """
     if isinstance(x, Arena):
         return x._replace(data=_widen(x.data, dtype))
@@ -295,6 +196,58 @@ def plan(
     return [(op, b) for op in op_names for b in backends if b == REFERENCE or b in able[op]]
 
 
+class Expected:
+    """What an op must give on a case: truth, and as many of the reference's equally right results
+    in the working dtype as a candidate needs to pass. What is evaluated once is kept.
+
+    Example:
+        >>> expected = Expected("swiglu", CASES["swiglu"][0], torch.bfloat16)
+        >>> all(c.ok for c in expected.compare(elmkernels.swiglu))
+        True
+    """
+
+    def __init__(
+        self, op: str, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu",
+        seed: int = 0,
+    ):  # fmt: skip
+        self.op, self.case, self.seed = op, case, seed
+        self.inputs = make(case, dtype, device, seed)
+        args, kwargs = _detached(self.inputs)
+        self.outputs = _tuple(specification(op)(*args, **kwargs))
+        self.truth = self.run(specification(op), torch.float64)
+        self.evaluated = [self.run(specification(op))]
+
+    def run(self, fn: Callable, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """{"y": ..., "grad x": ...}: what a function like the op gives, all floats in `dtype`."""
+        return _run(fn, self.case, self.inputs, dtype, self.seed, like=self.outputs)
+
+    def evaluation(self, i: int) -> dict[str, Tensor]:
+        """The reference's i-th result in the working dtype; 0 is the plain one."""
+        while len(self.evaluated) <= i:
+            # Its order follows from the case's seed, and odd ones run on other threads.
+            count = len(self.evaluated)
+            fn = specification(self.op, self.seed * EVALUATIONS + count)
+            with other_threads() if count % 2 else contextlib.nullcontext():
+                self.evaluated.append(self.run(fn))
+        return self.evaluated[i]
+
+    def compare(self, candidate: Callable, evaluations: int = EVALUATIONS) -> list[Comparison]:
+        """Run a candidate that has the op's signature and hold all it gives to truth."""
+        with poisoned():
+            got = self.run(candidate)
+        slack = SLACK * OPS[self.op].slack
+        return [
+            compare(
+                self.truth[name],
+                (self.evaluation(i)[name] for i in range(evaluations)),
+                got[name],
+                name,
+                slack,
+            )
+            for name in self.truth
+        ]
+
+
 def check_parity(
     op: str,
     case: Case,
@@ -304,21 +257,8 @@ def check_parity(
     seed: int = 0,
 ) -> Record:
     """Run a case on a backend (None: the one the op prefers) and hold all it gives to truth."""
-    inputs = make(case, dtype, device, seed)
-    spec = specification(op)
-    outputs = _tuple(spec(*_detached(inputs)[0], **_detached(inputs)[1]))
-    truth = _run(spec, case, inputs, torch.float64, seed, like=outputs)
-    yardstick = _run(spec, case, inputs, None, seed, like=outputs)
-
     fn = OPS[op].observe(getattr(ops, op))
-
-    def candidate(*args, **kwargs):
-        return fn(*args, backend=backend, **kwargs)
-
-    with poisoned():
-        got = _run(candidate, case, inputs, None, seed, like=outputs)
-    slack = SLACK * OPS[op].slack
-    comparisons = [compare(truth[k], yardstick[k], got[k], k, slack) for k in truth]
+    comparisons = Expected(op, case, dtype, device, seed).compare(partial(fn, backend=backend))
     name = str(dtype).removeprefix("torch.")
     return Record(op, case.name, name, backend or "preferred", str(device), comparisons)
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from elmkernels.openelm import OpenELM, OpenELMConfig, next_token_loss
-from elmkernels.testing.parity import ATTENTION_SLACK, compare
+from elmkernels.testing.rule import ATTENTION_SLACK, compare
 
 from . import GOLDEN
 

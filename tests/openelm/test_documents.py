@@ -11,7 +11,7 @@ from elmkernels import OpenELM, accelerate
 from elmkernels.openelm import KVCache
 from elmkernels.reference.common import document_of, positions_of
 from elmkernels.testing import runnable
-from elmkernels.testing.parity import ATTENTION_SLACK, compare
+from elmkernels.testing.rule import ATTENTION_SLACK, compare
 
 BATCH, LENGTH = 2, 40
 CU_SEQLENS = torch.tensor([0, 7, 8, 8, 30, 40, 40, 79, 80])

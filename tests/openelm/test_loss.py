@@ -13,7 +13,7 @@ from elmkernels import OpenELM, OpenELMConfig, accelerate, pack, quantize, resto
 from elmkernels.acceleration.fused import FusedLossHead
 from elmkernels.openelm import LossHead, next_token_loss, next_tokens
 from elmkernels.testing import compare
-from elmkernels.testing.parity import ATTENTION_SLACK
+from elmkernels.testing.rule import ATTENTION_SLACK
 
 NAMES = ("tiny_layerwise", "tiny_mha_untied")  # tied, and with a classifier of its own
 both = pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,8 @@ from elmkernels.bench.ops import format_table, run_bench
 from elmkernels.bench.timing import copies_beyond_cache, fingerprint, interleave, summary
 from elmkernels.testing import CASES, OPS, bench_cases, check_parity, compare, make, run_parity
 from elmkernels.testing.cases.attention import mixed_lengths
-from elmkernels.testing.parity import poisoned, ulp
+from elmkernels.testing.parity import poisoned
+from elmkernels.testing.rule import ulp
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from elmkernels.acceleration.decode_modes import CALLS, GRAPH
 from elmkernels.acceleration.projections import Plan
 from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.openelm import KVCache, OpenELM, OpenELMConfig, Session, accelerate, pack, quantize
-from elmkernels.testing.parity import ATTENTION_SLACK, compare
+from elmkernels.testing.rule import ATTENTION_SLACK, compare
 from elmkernels.triton import linear as kernels
 from elmkernels.triton._linear_weights import Block
 from elmkernels.triton.common import NVIDIA

@@ -1,10 +1,14 @@
 """What is known of `add_rms_norm`: its cases and its baselines."""
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ... import reference
+from ..equivalent import Orders, flat_rows, put_back, take
 from ._norms import norm_bench_cases, norm_cases
 from .draw import LAYOUTS, Case, Draw, Inputs, grad
 from .spec import OpSpec, liger
@@ -42,10 +46,22 @@ def baselines(args: tuple, kwargs: dict, device: torch.device) -> dict[str, Call
     return found
 
 
+def reordered(
+    orders: Orders, x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """As `rms_norm`."""
+    rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
+    both = (take(flat_rows(t), rows, columns) for t in (x, residual))
+    found = reference.add_rms_norm(*both, take(weight, columns), eps)
+    normed, total = (put_back(t, rows, columns).view(x.shape) for t in found)
+    return normed, total
+
+
 SPEC = OpSpec(
     "add_rms_norm",
     outputs=("normed", "sum"),
     cases=cases(),
     bench_cases=bench_cases,
     baselines=baselines,
+    reordered=reordered,
 )

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...reference.attention import visible_keys, without_unseen
 from ...reference.common import document_of
+from ..equivalent import Orders, put_back, take
 from .draw import ALL, Case, Draw, Inputs, grad, models
 from .spec import OpSpec, checked
 
@@ -240,6 +242,74 @@ def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     return forward + forward * 5 // 2 if backward else forward
 
 
+def reordered(
+    orders: Orders,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Columns of q and k, which a score sums, and of v, which the backward does; keys, with what
+    each query sees of them; queries and the heads of a group, which the gradients of k and v sum.
+    """
+    group, lq, lk = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    if offsets is not None:
+        k, v = without_unseen(k, v, lq, offsets)
+    visible = visible_keys(lq, lk, key_mask, offsets, q.device)
+    if cu_seqlens is not None:
+        document = document_of(cu_seqlens, lk)
+        visible = visible & (document[:, None] == document)
+    queries, keys, heads = orders(lq), orders(lk), orders.heads(k.shape[2], group)
+    columns, of_v = orders(q.shape[3]), orders(q.shape[3])
+    visible = take(visible, None, None, queries, keys)
+    real = visible.any(-1, keepdim=True)
+    # Every head of a group sees the same keys: only the queries have to come in the heads' order.
+    q = take(q, None, queries, heads, columns).transpose(1, 2)
+    k = take(k, None, keys, None, columns).repeat_interleave(group, dim=2).transpose(1, 2)
+    v = take(v, None, keys, None, of_v).repeat_interleave(group, dim=2).transpose(1, 2)
+    if q.dtype.itemsize >= 4 and q.numel():
+        again = orders(q.shape[3])
+        out = _scored_twice(
+            q,
+            k,
+            v,
+            take(q, None, None, None, again),
+            take(k, None, None, None, again),
+            visible | ~real,
+            scale,
+        )
+    else:
+        mask = None if bool(visible.all()) else visible
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if key_mask is not None:
+        out = out.masked_fill(~real, 0.0)
+    return put_back(out.transpose(1, 2), None, queries, heads, of_v)
+
+
+def _scored_twice(
+    q: Tensor, k: Tensor, v: Tensor, q_again: Tensor, k_again: Tensor, visible: Tensor,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention whose backward makes the weights again, from the forward's log-sums and scores
+    summed in another order: as right as from the same scores, and what a kernel does whose
+    forward and backward have other blocks. Where scores are large it is far from the same: the
+    weights no longer add up to 1. On some processors torch's own backward does it too."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    first, second = (
+        (a @ b.mT * scale).masked_fill(~visible, -math.inf) for a, b in ((q, k), (q_again, k_again))
+    )
+    sums = _with_gradient(first.logsumexp(-1, keepdim=True), second.logsumexp(-1, keepdim=True))
+    return _with_gradient(first.softmax(-1) @ v, (second - sums).exp() @ v)
+
+
+def _with_gradient(value: Tensor, of: Tensor) -> Tensor:
+    """value, whose gradient is that of another one."""
+    return value.detach() + (of - of.detach())
+
+
 SPEC = OpSpec(
     "attention",
     outputs=("out",),
@@ -250,4 +320,5 @@ SPEC = OpSpec(
     slack=4.0,
     baselines=baselines,
     operations=operations,
+    reordered=reordered,
 )

@@ -6,9 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ... import reference
 from ...openelm.config import OpenELMConfig
 from ...reference import rope_table
 from ...weights.formats import Arena, DecoderWeights, Layer, Weight
+from ..equivalent import Orders, put_back, take
 from .draw import HALF, Case, Draw, Inputs, models
 from .spec import OpSpec, total_bytes
 from .weights import FORMS, dtypes_of, weight
@@ -207,6 +209,71 @@ def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     return 2 * tokens.numel() * sum(w.shape[0] * w.shape[1] for w in _matrices(weights))
 
 
+def reordered(
+    orders: Orders, weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Arena
+) -> Tensor:
+    """The columns of the hidden numbers, of a head (pairs of queries' and keys', any of values')
+    and of the feed-forward network, and the heads of a group."""
+    hidden, columns, of_v = (
+        orders(weights.model_dim), orders.pairs(weights.head_dim), orders(weights.head_dim)
+    )  # fmt: skip
+
+    def matrix(w: Weight, outputs: Tensor | None, inputs: Tensor | None) -> Tensor:
+        return take(reference.dense(w, arena.data.dtype), outputs, inputs)
+
+    def vector(w: Tensor | None, order: Tensor) -> Tensor | None:
+        return None if w is None else take(w, order)
+
+    layers = []
+    for layer in weights.layers:
+        q_heads, kv_heads = layer.q_heads, layer.kv_heads
+        heads = orders.heads(kv_heads, q_heads // kv_heads)
+        ffn = orders(layer.proj_2.shape[1])
+        of_k = q_heads + torch.arange(kv_heads, device=heads.device)
+        parts = ((heads, columns), (of_k, columns), (of_k + kv_heads, of_v))
+        qkv = torch.cat([(h[:, None] * weights.head_dim + c).flatten() for h, c in parts])
+        gated = torch.cat((ffn, ffn + len(ffn))) if weights.gated else ffn
+        out = (heads[:, None] * weights.head_dim + of_v).flatten()
+        layers.append(
+            layer._replace(
+                attn_norm=take(layer.attn_norm, hidden),
+                qkv_proj=matrix(layer.qkv_proj, qkv, hidden),
+                q_norm=vector(layer.q_norm, columns),
+                k_norm=vector(layer.k_norm, columns),
+                out_proj=matrix(layer.out_proj, hidden, out),
+                ffn_norm=take(layer.ffn_norm, hidden),
+                proj_1=matrix(layer.proj_1, gated, hidden),
+                proj_2=matrix(layer.proj_2, hidden, ffn),
+            )
+        )
+    changed = {
+        "embedding": matrix(weights.embedding, None, hidden),
+        "layers": tuple(layers),
+        "norm": take(weights.norm, hidden),
+        "head": matrix(weights.head, None, hidden),
+        "rope_table": take(weights.rope_table, None, columns),
+    }
+    own = arena._replace(data=arena.data.clone())
+    caches = [
+        (mine, theirs, order)
+        for i, layer in enumerate(layers)
+        for mine, theirs, order in zip(
+            own.views(i, layer.kv_heads),
+            arena.views(i, layer.kv_heads),
+            (columns, of_v),
+            strict=True,
+        )
+    ]
+    for mine, theirs, order in caches:
+        mine.copy_(take(theirs, None, None, None, order))
+    other = DecoderWeights(**{**vars(weights), **changed})
+    logits = reference.decode_step(other, tokens, positions, own)
+    batch = torch.arange(len(tokens), device=tokens.device)
+    for mine, theirs, order in caches:
+        theirs[batch, positions] = put_back(mine[batch, positions], None, None, order)
+    return logits
+
+
 SPEC = OpSpec(
     "decode_step",
     outputs=("logits", "keys and values"),
@@ -219,4 +286,5 @@ SPEC = OpSpec(
     compiled=False,
     least_bytes=least_bytes,
     operations=operations,
+    reordered=reordered,
 )

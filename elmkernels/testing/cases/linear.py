@@ -1,5 +1,6 @@
 """What is known of `linear`: its cases, its baselines, its traffic and its products."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from ... import reference
 from ...weights.formats import Weight
 from ...weights.packed12 import pack_weight
+from ..equivalent import Orders, flat_rows, put_back, take
 from ._linear_fused import bench_fused, fused_cases
 from .draw import ALL, LAYOUTS, Case, Draw, Inputs, grad, models
 from .spec import OpSpec
@@ -197,6 +199,27 @@ def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
+def reordered(
+    orders: Orders, x: Tensor, weight: Weight, norm: Tensor | None = None, eps: float = 1e-6,
+    swiglu: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Columns of x and the weight, which the product and the norm sum; rows of x, which the
+    weight's gradient sums, and of the weight, which that of x does."""
+    w = reference.dense(weight, x.dtype)
+    rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
+    outputs = orders.pairs(len(w)) if swiglu else orders(len(w))
+    n = len(w) // 2 if swiglu else len(w)
+    y = reference.linear(
+        take(flat_rows(x), rows, columns),
+        take(w, outputs, columns),
+        None if norm is None else take(norm, columns),
+        eps,
+        swiglu,
+        None if residual is None else take(flat_rows(residual), rows, outputs[:n]),
+    )
+    return put_back(y, rows, outputs[:n]).view(*x.shape[:-1], n)
+
+
 SPEC = OpSpec(
     "linear",
     outputs=("y",),
@@ -206,4 +229,5 @@ SPEC = OpSpec(
     baselines=baselines,
     least_bytes=least_bytes,
     operations=operations,
+    reordered=reordered,
 )

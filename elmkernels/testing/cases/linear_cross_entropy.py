@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import reference
+from ..equivalent import Orders, flat_rows, put_back, take
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 from .spec import OpSpec, installed, liger, total_bytes
 
@@ -139,6 +141,28 @@ def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     return (6 if backward else 2) * hidden.numel() * weight.shape[0]
 
 
+def reordered(
+    orders: Orders, hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    ignore_index: int = -100, reduction: str = "mean", **options,
+) -> Tensor:  # fmt: skip
+    """Columns, which a logit sums; the vocabulary, which the softmax does; rows, which the loss
+    and the weight's gradient do."""
+    rows, columns = orders(targets.numel()), orders(hidden.shape[-1])
+    vocabulary, nothing = orders(len(weight)), -100
+    drawn = take(targets.reshape(-1), rows)
+    real = drawn != ignore_index
+    moved = vocabulary.argsort()[drawn.where(real, 0)].where(real, nothing)
+    losses = reference.linear_cross_entropy(
+        take(flat_rows(hidden), rows, columns),
+        take(weight, vocabulary, columns),
+        moved,
+        ignore_index=nothing,
+        reduction=reduction,
+        **options,
+    )
+    return put_back(losses, rows).view(targets.shape) if reduction == "none" else losses
+
+
 SPEC = OpSpec(
     "linear_cross_entropy",
     outputs=("loss",),
@@ -147,4 +171,5 @@ SPEC = OpSpec(
     baselines=baselines,
     least_bytes=least_bytes,
     operations=operations,
+    reordered=reordered,
 )

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import reference
 from ...reference import rope_table
+from ..equivalent import Orders, put_back, take
 from .draw import HALF, LAYOUTS, TABLE_LENGTH, Case, Draw, Inputs, grad, models
 from .spec import OpSpec, checked, total_bytes
 
@@ -178,6 +180,41 @@ def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward
     return forward + read + total_bytes(q, k, v) + total_bytes(qkv, q_weight, k_weight)
 
 
+def reordered(
+    orders: Orders,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Tensor,
+    q_heads: int,
+    kv_heads: int,
+    rope_table: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of a head's columns, which the norm sums; tokens and heads, which the weights'
+    gradients sum."""
+    shape, heads = qkv.shape[:-1], q_heads + 2 * kv_heads
+    width = qkv.shape[-1] // heads
+    tokens, columns = orders(math.prod(shape)), orders.pairs(width)
+    of_q, of_k, of_v = orders(q_heads), orders(kv_heads), orders(kv_heads)
+    of_all = torch.cat((of_q, q_heads + of_k, q_heads + kv_heads + of_v))
+    found = reference.qk_norm_rope(
+        take(qkv.reshape(len(tokens), heads, width), tokens, of_all, columns).flatten(1),
+        None if q_weight is None else take(q_weight, columns),
+        None if k_weight is None else take(k_weight, columns),
+        take(positions.expand(shape).reshape(-1), tokens),
+        q_heads,
+        kv_heads,
+        take(rope_table, None, columns),
+        eps,
+    )
+    q, k, v = (
+        put_back(t, tokens, order, columns).view(*shape, *t.shape[1:])
+        for t, order in zip(found, (of_q, of_k, of_v), strict=True)
+    )
+    return q, k, v
+
+
 SPEC = OpSpec(
     "qk_norm_rope",
     outputs=("q", "k", "v"),
@@ -186,4 +223,5 @@ SPEC = OpSpec(
     adapt=with_caches,
     baselines=baselines,
     least_bytes=least_bytes,
+    reordered=reordered,
 )

@@ -1,10 +1,14 @@
 """What is known of `rms_norm`: its cases and its baselines."""
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ... import reference
+from ..equivalent import Orders, flat_rows, put_back, take
 from ._norms import norm_bench_cases, norm_cases
 from .draw import Case
 from .spec import OpSpec, liger
@@ -24,10 +28,18 @@ def baselines(args: tuple, kwargs: dict, device: torch.device) -> dict[str, Call
     return found
 
 
+def reordered(orders: Orders, x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Columns, which the mean sums; rows, which the weight's gradient sums."""
+    rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
+    y = reference.rms_norm(take(flat_rows(x), rows, columns), take(weight, columns), eps)
+    return put_back(y, rows, columns).view(x.shape)
+
+
 SPEC = OpSpec(
     "rms_norm",
     outputs=("y",),
     cases=norm_cases("rms_norm", 1),
     bench_cases=bench_cases,
     baselines=baselines,
+    reordered=reordered,
 )

@@ -49,6 +49,8 @@ class OpSpec:
             tokens at once as each of `rows` says.
         slack: times the slack of the rule of parity; more only for an op whose formula amplifies
             rounding.
+        reordered: the reference with what it sums in another order, drawn from the `Orders` that
+            come first: see `equivalent`.
         adapt: makes of the reference, or of another evaluation of it, a function with the op's
             public signature.
         observe: makes of such a function one that also returns what it writes in place, so that
@@ -70,6 +72,7 @@ class OpSpec:
     outputs: tuple[str, ...]
     cases: list[Case]
     bench_cases: Callable[[str, tuple[int, ...], int], list[Case]]
+    reordered: Callable[..., Any]
     slack: float = 1.0
     adapt: Callable[[Callable], Callable] = _as_it_is
     observe: Callable[[Callable], Callable] = _as_it_is

@@ -1,0 +1,74 @@
+"""The reference, evaluated in other ways that are as right: what is summed comes in another order.
+
+An op's `OpSpec.reordered` takes its arguments in a random order of everything that its formula sums
+(columns, rows, keys, heads of a group, vocabulary), asks the reference, and puts the results back
+in place. In exact arithmetic that changes nothing, forward or backward; in a working dtype it is
+another sample of the reference's error. `parity` takes the largest of several as its yardstick.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class Orders:
+    """Random orders, repeatable from their seed: `orders(n)` is one of n things."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+
+    def __call__(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator).to(self.device)
+
+    def pairs(self, n: int) -> Tensor:
+        """An order of n things that keeps those n / 2 apart in pairs: gate and up, the two
+        coordinates that RoPE rotates."""
+        half = self(n // 2)
+        return torch.cat((half, half + n // 2))
+
+    def heads(self, kv_heads: int, group: int) -> Tensor:
+        """An order of the query heads within the group that shares a key head."""
+        return torch.cat([group * i + self(group) for i in range(kv_heads)])
+
+
+def take(x: Tensor, *orders: Tensor | None) -> Tensor:
+    """x with its dimensions, from the first on, in these orders."""
+    for dim, order in enumerate(orders):
+        if order is not None:
+            x = x.index_select(dim, order)
+    return x
+
+
+def put_back(x: Tensor, *orders: Tensor | None) -> Tensor:
+    """What `take` took apart, in its place again."""
+    return take(x, *(order if order is None else order.argsort() for order in orders))
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """[..., n] as [rows, n]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def reordered(function: Callable, seed: int) -> Callable:
+    """An op's `OpSpec.reordered` in a random order, under its reference's own signature."""
+
+    def run(*args, **kwargs):
+        device = next(a for a in args if isinstance(a, Tensor)).device
+        return function(Orders(seed, device), *args, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def other_threads() -> Iterator[None]:
+    """One thread where there are several, two where there is one: torch cuts sums by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if before == 1 else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,141 @@
+"""The reference's equally right evaluations: exact in exact arithmetic, repeatable, made only when
+they are needed, and enough for a kernel that is right beside a reference that is so by luck.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from elmkernels import ops
+from elmkernels.reference import swiglu
+from elmkernels.testing import CASES, OPS
+from elmkernels.testing.equivalent import Orders, other_threads, put_back, take
+from elmkernels.testing.parity import EVALUATIONS, Expected, runnable, specification
+
+CASE = {op: {case.name: case for case in cases} for op, cases in CASES.items()}
+# Every shape of an op's sums, options and layouts; none is large.
+EXACT = {
+    "rms_norm": ["width_33", "transposed", "no_columns", "no_rows", "one_dimension", "eps_0.01"],
+    "add_rms_norm": ["mixed_layouts", "sum_unused", "normed_unused"],
+    "qk_norm_rope": [
+        "ragged", "no_batch_dimension", "no_norm", "no_norm_cached", "cached_strided", "head_dim_2",
+        "left_padded", "values_unused", "no_batch", "transposed",
+    ],
+    "swiglu": ["width_7", "transposed", "no_rows"],
+    "attention": [
+        "one_key_outweighs", "varlen_one_key_outweighs", "group_of_3", "two_keys", "chunk",
+        "ragged_chunks", "ragged_and_padded", "left_padded_chunk", "varlen_strided", "scale",
+        "varlen_empty_among_ones", "no_batch", "no_queries", "varlen_nothing",
+    ],
+    "linear": [
+        "plain_gradient_rows_17", "affine4_64_three_dimensions", "packed12_k_200",
+        "plain_no_outputs", "plain_norm_residual_gradient", "affine8_32_norm_swiglu_gradient",
+        "plain_one_dimension", "plain_norm_no_rows", "packed12_many_escapes",
+        "affine8_64_scales_float16_rows_3",
+    ],
+    "decode_step": [
+        "no_batch", "no_layers", "no_norm", "no_gate", "group_8", "odd_widths_packed12", "width_1",
+        "affine4_64_untied", "first_token",
+    ],
+    "linear_cross_entropy": [
+        "none_every_option", "mean_ignored", "sum_no_rows", "one_dimension", "ignore_index_0",
+        "vocabulary_2", "huge_offset", "transposed",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in EXACT for name in EXACT[op]])
+def test_another_order_changes_nothing_but_rounding(op, name):
+    expected = Expected(op, CASE[op][name], CASE[op][name].dtypes[0])
+    got = expected.run(specification(op, 5), torch.float64)
+    assert got.keys() == expected.truth.keys()
+    for what, truth in expected.truth.items():
+        assert got[what].shape == truth.shape, what
+        if truth.numel():
+            # 2^-34 where float64 has 2^-53: the offset that all logits share takes 13 bits of it.
+            size = max(1.0, float(truth.abs().max()))
+            assert float((got[what] - truth).abs().max()) <= 2**-34 * size, what
+
+
+def test_an_order_follows_from_its_seed():
+    orders = [Orders(seed, torch.device("cpu")) for seed in (1, 1, 2)]
+    first, second, other = (order(50) for order in orders)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert torch.equal(first.sort().values, torch.arange(50))
+    pairs = orders[0].pairs(8)
+    assert torch.equal(pairs[:4] + 4, pairs[4:])
+    assert torch.equal(orders[0].heads(3, 4) // 4, torch.arange(3).repeat_interleave(4))
+    x = torch.randn(4, 5, 6)
+    by = orders[0](4), None, orders[0](6)
+    assert torch.equal(put_back(take(x, *by), *by), x)
+
+
+def test_evaluations_are_repeatable_and_differ():
+    first, again = (Expected("attention", CASE["attention"]["chunk"], torch.float32) for _ in "ab")
+    for i in range(3):
+        for what, result in first.evaluation(i).items():
+            assert torch.equal(result, again.evaluation(i)[what])
+    assert not torch.equal(first.evaluation(1)["out"], first.evaluation(2)["out"])
+    other = Expected("attention", CASE["attention"]["chunk"], torch.float32, seed=1)
+    assert not torch.equal(first.evaluation(1)["out"], other.evaluation(1)["out"])
+
+
+def test_no_more_is_evaluated_than_a_candidate_needs():
+    expected = Expected("swiglu", CASE["swiglu"]["width_33"], torch.float32)
+    assert all(c.ok and c.evaluations == 1 for c in expected.compare(swiglu))
+    assert len(expected.evaluated) == 1
+    wrong = expected.compare(lambda x: swiglu(x) * 1.001)
+    assert not any(c.ok for c in wrong)
+    assert {c.evaluations for c in wrong} == {len(expected.evaluated)} == {EVALUATIONS}
+
+
+def test_the_number_of_threads_is_restored():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), other_threads():
+        assert torch.get_num_threads() != before
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+ILL = [
+    ("attention", "one_key_outweighs"),
+    ("attention", "varlen_one_key_outweighs"),
+    ("attention", "scores_of_hundreds"),
+    ("linear", "plain_outliers"),
+    ("linear", "plain_norm_outliers"),
+    ("rms_norm", "outliers"),
+    ("add_rms_norm", "outliers"),
+    ("qk_norm_rope", "outliers"),
+    ("linear_cross_entropy", "huge_negative_offset"),
+    ("linear_cross_entropy", "logits_of_ten_thousand"),
+]
+
+
+def right_by_luck(expected: Expected) -> Expected:
+    """As where the plain reference's sums come in the best of orders: it is truth, rounded."""
+    plain = expected.evaluated[0]
+    rounded = {what: truth.to(plain[what].dtype) for what, truth in expected.truth.items()}
+    expected.evaluated[0] = rounded
+    return expected
+
+
+@pytest.mark.parametrize(("op", "name"), ILL)
+def test_a_right_kernel_passes_beside_a_reference_that_is_right_by_luck(op, name):
+    expected = right_by_luck(Expected(op, CASE[op][name], torch.float32))
+    for seed in (101, 102):
+        found = expected.compare(specification(op, seed))
+        assert all(c.ok for c in found), found
+    fn = OPS[op].observe(getattr(ops, op))
+    for backend in runnable(op):
+        found = expected.compare(partial(fn, backend=backend))
+        assert all(c.ok for c in found), found
+
+
+def test_one_evaluation_alone_would_fail_it():
+    failed = 0
+    for op, name in ILL:
+        expected = right_by_luck(Expected(op, CASE[op][name], torch.float32))
+        failed += any(not c.ok for c in expected.compare(specification(op, 101), evaluations=1))
+    assert failed >= 4
