@@ -263,13 +263,13 @@ def compile_all(plans: list[Library], work: Path) -> tuple[dict[str, float], dic
     return spent, failed
 
 
-def described(built: list[Library], torch: Path, spent: dict[str, float], all_: float) -> dict:
+def described(built: list[Library], torch: Path, spent: dict[str, float], took: float) -> dict:
     """What was built with what and in which time, for the report."""
     found = {f"{x.name} architectures": x.what for x in built if x.name == "cuda"}
     found["compilers"] = "; ".join(version_of(d) for d in dict.fromkeys(x.driver for x in built))
     found["torch's headers"] = torch_facts(torch).get("__version__") or str(torch)
-    took = ", ".join(f"{x.name} {spent[x.name]:.0f} s" for x in built)
-    found["compiled in"] = f"{all_:.0f} s on {cores()} cores ({took})"
+    each = ", ".join(f"{x.name} {spent[x.name]:.0f} s" for x in built)
+    found["compiled in"] = f"{took:.0f} s on {cores()} cores ({each} of work)"
     return found
 
 
@@ -287,7 +287,8 @@ def build(package: Path, work: Path) -> dict[str, str]:
             report[name] = f"not built: {error}"
             continue
         plans.append(library)
-        say(f"{name}: compiling {len(library.sources)} files for {library.what}")
+        hint = f"; minutes: {ARCH_LIST} narrows them" if name == "cuda" else ""
+        say(f"{name}: compiling {len(library.sources)} files for {library.what}{hint}")
     spent, failed = compile_all(plans, work)
     for library in plans:
         try:
@@ -303,7 +304,7 @@ def build(package: Path, work: Path) -> dict[str, str]:
             (package / f"_{name}.so").unlink(missing_ok=True)
         say(f"{name}: {state}")
     built = [library for library in plans if report[library.name] == "built"]
-    if built:
+    if built and root:
         report |= described(built, root, spent, time.perf_counter() - start)
         say(f"compiled in {report['compiled in']} by {report['compilers']}")
     return report

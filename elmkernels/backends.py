@@ -240,12 +240,13 @@ def missing_kernels(device: str) -> str | None:
     """
     if device not in PREFERENCE:
         raise ValueError(f"device must be {' or '.join(PREFERENCE)}, got {device!r}")
-    found = [BACKENDS[name].missing for name in PREFERENCE[device] if name not in COMPOSED]
-    if None in found:
+    ours = [BACKENDS[name] for name in PREFERENCE[device] if name not in COMPOSED]
+    reasons = [backend.missing for backend in ours if backend.missing is not None]
+    if len(reasons) < len(ours):
         return None
     # A processor that lacks AVX2 lacks the others too; one that has it needs its library alone.
-    reasons = found[-1:] if device == "cpu" else dict.fromkeys(found)
-    return f"no compiled kernels: {'; '.join(reasons)}"
+    said = reasons[-1:] if device == "cpu" else dict.fromkeys(reasons)
+    return f"no compiled kernels: {'; '.join(said)}"
 
 
 def _decide(op: str) -> None:

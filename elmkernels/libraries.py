@@ -6,6 +6,7 @@ setup.py runs this file by its path, before there is a package or a torch: torch
 import hashlib
 import json
 import re
+import shlex
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -52,15 +53,17 @@ def stamp(sources: Path, name: str) -> str:
 def reinstall() -> str:
     """The command that builds the libraries again."""
     if (SOURCES.parent / "setup.py").is_file():
-        return f"pip install --no-deps -e {SOURCES.parent}"
+        return f"pip install --no-deps -e {shlex.quote(str(SOURCES.parent))}"
     source = "elmkernels"
     try:
-        # Where pip took it from: a folder, an sdist.
-        found = metadata.distribution(source).read_text("direct_url.json")
-        source = json.loads(found or "{}").get("url", source)
+        # Where pip took it from: a folder, an sdist, a repository.
+        found = json.loads(metadata.distribution(source).read_text("direct_url.json") or "{}")
+        source = found.get("url", source)
+        if "vcs_info" in found:
+            source = f"{found['vcs_info']['vcs']}+{source}@{found['vcs_info']['commit_id']}"
     except (metadata.PackageNotFoundError, ValueError):
         pass
-    return f"pip install --force-reinstall --no-deps --no-cache-dir {source}"
+    return f"pip install --force-reinstall --no-deps --no-cache-dir {shlex.quote(source)}"
 
 
 def load(name: str) -> str | None:

@@ -335,6 +335,27 @@ def test_what_a_library_is_built_from(tmp_path):
     assert changed() == {"cpu", "cuda"}
 
 
+def test_how_to_install_again(tmp_path, monkeypatch):
+    assert libraries.reinstall() == f"pip install --no-deps -e {ROOT}"
+
+    def taken_from(text: str) -> str:
+        info = tmp_path / "elmkernels-1.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Name: elmkernels\nVersion: 1\n")
+        (info / "direct_url.json").write_text(text)
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        return libraries.reinstall().removeprefix(
+            "pip install --force-reinstall --no-deps --no-cache-dir "
+        )
+
+    monkeypatch.setattr(libraries, "SOURCES", tmp_path / "csrc")  # not in a clone
+    assert taken_from("{}") == taken_from("") == "elmkernels"
+    sdist = "file:///tmp/elmkernels-0.1.0.tar.gz"
+    assert taken_from(json.dumps({"url": sdist})) == sdist
+    commit = {"url": "https://host/e.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+    assert taken_from(json.dumps(commit)) == "git+https://host/e.git@abc"
+
+
 def test_missing_kernels_names_what_is_missing(monkeypatch):
     found = {b.name: None if "cpu" in b.devices else "no GPU" for b in BACKENDS.values()}
 
