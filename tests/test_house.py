@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": GENERATING,
     "testing.cases": {"ops", "reference", "weights", "openelm.config"},
     "bench": MEASURING,
-    "training": {"bench.ceilings", "bench.chart", "bench.timing"} | ACCELERATED,
+    "training": {"bench.benchmark", "bench.ceilings", "bench.chart", "bench.timing"} | ACCELERATED,
     "gpu_check": MEASURING,
     "cli": {"integrations", "training", "gpu_check", "__version__"} | MEASURING,
 }

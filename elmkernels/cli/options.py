@@ -232,6 +232,20 @@ def checkpoint_of(args: argparse.Namespace) -> Path:
     return path
 
 
+def loaded_first(
+    load: Callable[[torch.dtype], OpenELM], dtype: torch.dtype
+) -> Callable[[torch.dtype], OpenELM]:
+    """The same `load`, called for one dtype here already: what is wrong with a checkpoint is found
+    before anything is written or measured.
+    """
+    loaded = {dtype: checked(load, dtype)}
+
+    def take(dtype: torch.dtype) -> OpenELM:
+        return loaded.pop(dtype) if dtype in loaded else checked(load, dtype)
+
+    return take
+
+
 def chosen_model(
     args: argparse.Namespace, device: torch.device, seed: int
 ) -> tuple[str, str, Callable[[torch.dtype], OpenELM]]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from elmkernels.bench import ceilings, end_to_end, generation_figures, machine, roofline
-from elmkernels.bench.runners import EAGER, OURS, Task
+from elmkernels.bench.benchmark import ACCELERATED, EAGER, OURS
+from elmkernels.bench.runners import Task
 from elmkernels.cli import ops
 from elmkernels.cli.main import main
 
@@ -24,16 +25,16 @@ def afresh():
 
 def test_the_fastest_products_are_chosen(monkeypatch):
     """Of every routine and shape, whichever does most a second."""
-    seconds = {"matmul": 0.004, "linear": 0.002, "prepacked": 0.001}
+    seconds = {"matmul": 0.004, "F.linear": 0.002, "prepacked": 0.001}
 
     def products(shape, dtype, device):
-        names = seconds if shape == (128, 1024, 512) else {"matmul": 1, "linear": 1}
+        names = seconds if shape == (128, 1024, 512) else {"matmul": 1, "F.linear": 1}
         cost = {n: s if names is seconds else 0.02 for n, s in seconds.items() if n in names}
         return {n: lambda s=s: time.sleep(s) for n, s in cost.items()}
 
     monkeypatch.setattr(ceilings, "_products", products)
     chosen = ceilings.product_probes(torch.float32, CPU, True)
-    assert list(chosen) == ["prepacked 128x1024x512", "linear 128x1024x512"]
+    assert list(chosen) == ["prepacked 128x1024x512", "F.linear 128x1024x512"]
     assert {work for _, work in chosen.values()} == {2.0 * 128 * 1024 * 512}
 
 
@@ -41,10 +42,10 @@ def test_the_fastest_products_are_chosen(monkeypatch):
 def test_every_routine_multiplies_alike(dtype):
     torch.manual_seed(0)
     products = ceilings._products((48, 32, 64), dtype, CPU)
-    assert {"matmul", "linear"} <= set(products) <= {"matmul", "linear", "prepacked"}
+    assert {"matmul", "F.linear"} <= set(products) <= {"matmul", "F.linear", "prepacked"}
     results = {name: call().float() for name, call in products.items()}
     for result in results.values():
-        torch.testing.assert_close(result, results["linear"], rtol=0.02, atol=0.1)
+        torch.testing.assert_close(result, results["F.linear"], rtol=0.02, atol=0.1)
 
 
 def test_the_ceiling_of_a_dtype_is_positive(monkeypatch):
@@ -55,8 +56,7 @@ def test_the_ceiling_of_a_dtype_is_positive(monkeypatch):
 def measured(seconds: float) -> roofline.Measured:
     """A task whose ceiling is 1 GB/s and whose work is 1 GB."""
     times = {
-        name: roofline.Timing(s, s, s, 3)
-        for name, s in ((roofline.EAGER, 4.0), (roofline.ACCELERATED, seconds))
+        name: roofline.Timing(s, s, s, 3) for name, s in ((EAGER, 4.0), (ACCELERATED, seconds))
     }
     return roofline.Measured("task", 8, times, dict.fromkeys(times), 1e9, 1e9, roofline.MEMORY)
 
@@ -109,12 +109,12 @@ def test_reading_slower_than_a_runner_is_not_usable(top, usable):
     assert "not usable" in text and "114%" not in text and "160%" not in text
 
 
-@pytest.mark.parametrize(("load", "said"), [(2.0, False), (2.1, True), (64.0, True)])
-def test_busy_is_half_a_thread_a_processor(monkeypatch, load, said):
+@pytest.mark.parametrize(("load", "named"), [(2.0, False), (2.1, True), (64.0, True)])
+def test_busy_is_half_a_thread_a_processor(monkeypatch, load, named):
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0))
     expected = f"busy: a load of {load:.1f} on 4 processors distorts all figures"
-    assert machine.busy() == (expected if said else None)
+    assert machine.busy() == (expected if named else None)
 
 
 def test_a_load_that_is_not_known_is_not_busy(monkeypatch):

@@ -151,10 +151,11 @@ class TestCheckpoint:
         assert "--checkpoint: apple/OpenELM-270M does not exist" in said
 
 
-def test_a_wrong_checkpoint_leaves_no_folder(capsys, tmp_path):
+@pytest.mark.parametrize("command", [["check", "--device", "cpu"], ["bench", "generate"]])
+def test_a_wrong_checkpoint_leaves_no_folder(capsys, tmp_path, command):
     folder = shutil.copytree(TINY, tmp_path / "model")
     (folder / "config.json").write_text("{")
     out = tmp_path / "out"
-    argv = ["--device", "cpu", "--checkpoint", str(folder), "--out", str(out)]
+    argv = [*command, "--checkpoint", str(folder), "--out", str(out)]
     assert "config.json is not valid JSON" in refusal(capsys, *argv)
     assert not out.exists()

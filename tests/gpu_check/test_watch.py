@@ -87,7 +87,7 @@ def test_ctrl_c_ends_a_worker_and_keeps_what_there_is(tmp_path):
     code = f"""
 import sys
 from elmkernels.__main__ import main
-from elmkernels.commands import gpu_check
+from elmkernels.cli import gpu_check
 gpu_check.PROGRAM = {worker!r}
 sys.exit(main(sys.argv[1:]))
 """
@@ -132,7 +132,7 @@ def test_a_unit_may_not_outlast_all_the_time_by_much(monkeypatch):
 
 
 def test_a_worker_whose_parent_is_gone_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check.gpu_check, "run", lambda check, results, stages, keep: keep())
+    monkeypatch.setattr(gpu_check.GpuCheck, "run", lambda check, results, report: report.save())
     (tmp_path / "results.json").write_text(json.dumps({"stages": {}}))
     argv = ["gpu-check", "--device", "cpu", "--quick", "--worker", "9", "--out", str(tmp_path)]
     assert main(argv) == 0
