@@ -1,6 +1,6 @@
 """Figures as one picture: tokens a second of each model or runner, beside the ceiling."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def missing() -> Reason | None:
     return None
 
 
-def draw(title: str, results: dict[str, Sequence[dict[str, Any]]], path: Path) -> list[str]:
+def draw(title: str, results: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> list[str]:
     """results: {dtype: the `json()` of every `roofline.Measured`}. Writes a PNG in one step if
     there is a task, and returns the names of what it wrote, as all drawing functions do.
     """

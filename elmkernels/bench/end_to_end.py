@@ -1,6 +1,4 @@
-"""The main job: accelerate a copy of a model, compare it with the reference, time both, dtype by
-dtype.
-"""
+"""The check of a model: accelerate a copy, compare it with the reference, time both, by dtype."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace

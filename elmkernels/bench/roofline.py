@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Measured:
-    """One task: seconds of each model, bytes at its highest (None where it can't be watched), and
+    """One task: seconds of each model, bytes at its highest (None if that can't be watched), and
     the least work, in bytes or operations, beside how much of it the machine does a second.
     """
 
@@ -265,7 +265,7 @@ def _repeated(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a call needs at its highest; None where that can't be watched."""
+    """Bytes that a call needs at its highest; None if that can't be watched."""
     if device.type == "cpu" and sys.platform == "linux":
         # What the C library kept of the model measured before would count for nothing.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -137,7 +137,7 @@ def _run_unit(unit: Unit, stage: Found, clock: Clock, report: Report) -> None:
     except (torch.OutOfMemoryError, MemoryError) as error:
         del stage["units"][unit.name]
         stage["left_out"][unit.name] = f"out of memory: {first_line(error)}"
-    except Exception as error:  # a check's job is to find what nobody expected
+    except Exception as error:  # a check is there to find what nobody expected
         where = traceback.format_exception(error)[-6:]
         found |= {"state": FAILED, "error": first_line(error), "trace": "".join(where)}
     except BaseException:

@@ -191,9 +191,9 @@ def test_names_stand_in_one_place():
     package = Path(benchmark.__file__).parents[1]
     found = set()
     for path in package.rglob("*.py"):
-        constants = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Assign)]
-        values = {getattr(n, "value", None) for c in constants for n in ast.walk(c)
-                  if isinstance(n, ast.Constant)}  # fmt: skip
+        values = [n.value for n in ast.parse(path.read_text()).body if isinstance(n, ast.Assign)]
+        values = [x for v in values for x in (v.elts if isinstance(v, ast.Tuple) else [v])]
+        values = {v.value for v in values if isinstance(v, ast.Constant)}
         if values & names:
             found.add(path.relative_to(package).as_posix())
     assert found == {"bench/benchmark.py"}
