@@ -95,6 +95,14 @@ def test_a_busy_machine_is_shown_before_any_figure(name, load, monkeypatch):
     assert results["complete"] is True
 
 
+def test_the_report_of_a_gpu_check_names_a_busy_machine(monkeypatch):
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
+    check = BENCHMARKS["gpu check"]
+    results = check.start()
+    assert f"**{results['busy']}**" in check.summary(results)
+    assert "busy" not in check.summary(results | {"busy": None})
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_nothing_is_drawn_of_nothing(name, tmp_path):
     pytest.importorskip("matplotlib")

@@ -84,6 +84,27 @@ def test_ops_by_the_worst_case_of_the_best_backend():
     assert row(results(ops=copied), name) == ("50.0%", "missed")
 
 
+def test_a_copy_that_was_slower_than_the_op_is_no_ceiling():
+    slow = op("rms_norm", LARGE, 20, None, of_copy=1.87)
+    both = op("rms_norm", 3 * LARGE, 60, None, of_copy=1.87, backward=True)
+    found = results(ops={"f": slow, "b": both})
+    assert row(found, "rms_norm from 64 MiB on, of the peak") == ("", "not measured")
+    assert row(found, "rms_norm's backward from 64 MiB on, of the peak") == ("", "not measured")
+    text = report.summary(found)
+    assert "| not usable |" in text and "187%" not in text
+    times = {"baselines": {}, "copy": {"median": 37.4e-6}}
+    assert report._op_panel("rms_norm", slow | times)["ceiling"] is None
+    assert report._op_panel("rms_norm", slow | times | {"of_copy": 0.9})["ceiling"] > 0
+
+
+def test_a_floor_below_what_was_reached_is_not_usable():
+    reason = "ceiling not usable: accelerated, graph reached 1.30 times as much"
+    unit = decoding(RATES) | {"floor_tokens": 1000.0, "ceiling_missing": reason}
+    text = report.summary(results(decode={"u": unit}))
+    assert text.count("not usable") == len(RATES) and "130%" not in text
+    assert "| 1000 |" not in text, "nor is the floor shown"
+
+
 def test_the_backward_alone():
     forward = op("rms_norm", LARGE, 25, 0.8)
     both = op("rms_norm", 3 * LARGE, 75, 0.8, backward=True)

@@ -100,11 +100,13 @@ sys.exit(main(sys.argv[1:]))
         if line == "begun\n":
             break
     process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     found = units_of(out)
     assert found["complete"] is False and found["tiny float32"]["state"] == "interrupted"
-    assert "Stopped early" in (out / "summary.md").read_text() and "summary.md" in stdout
+    summary = (out / "summary.md").read_text()
+    assert "Stopped early" in summary and summary in stdout
+    assert f"wrote results.json, summary.md to {out}" in stderr
 
 
 def sleeper(results: dict, seconds: float) -> Worker:
