@@ -1,14 +1,15 @@
 """Whole models side by side, as `elmkernels bench generate` does: a group of formats at a time.
 
-The runners take turns inside one race (`openelm.race`), whose figures are in `extra_info`;
-pytest-benchmark's own table shows how long the race took. Smoke runs a model of two small layers
-without torch.compile; full runs OpenELM-270M with all baselines that are installed.
+The runners take turns inside one measurement (`bench.generation`), whose figures are in
+`extra_info`; pytest-benchmark's own table shows how long all of it took. Smoke runs a model of two
+small layers without torch.compile; full runs OpenELM-270M with all baselines that are installed.
 """
 
 import pytest
 
 from elmkernels import OpenELM, OpenELMConfig
-from elmkernels.bench import generation
+from elmkernels.bench.benchmark import Printed
+from elmkernels.bench.generation import GROUPS, Generation, GenerationSizes
 
 SMALL = OpenELMConfig(
     num_transformer_layers=2,
@@ -25,20 +26,19 @@ SMALL = OpenELMConfig(
 )
 
 
-@pytest.mark.parametrize("group", generation.GROUPS, ids=lambda group: group.name)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.name)
 def test_generate(benchmark, full, group):
     config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
-    todo = generation.Race(
-        lambda dtype: OpenELM.from_config(config, seed=0, dtype=dtype),
-        config.model_name or "small",
-        "random weights of seed 0",
-        group.formats,
-        generation.Sizes() if full else generation.QUICK,
+    todo = Generation(
+        load=lambda dtype: OpenELM.from_config(config, seed=0, dtype=dtype),
+        name=config.model_name or "small",
+        weights="random weights of seed 0",
+        formats=group.formats,
+        sizes=GenerationSizes.chosen(not full, {}),
         compiled=full,
     )
-    results = generation.start(todo)
-    stages = lambda text: None  # noqa: E731
-    benchmark.pedantic(generation.run, (todo, results, stages, print), rounds=1, iterations=1)
+    results = todo.start()
+    benchmark.pedantic(todo.run, (results, Printed()), rounds=1, iterations=1)
     assert results["complete"]
     found = results["groups"][group.name]
     for format in group.formats:

@@ -1,6 +1,6 @@
 """A whole model, eager and accelerated: prompt, generation and training step, as `elmkernels` does.
 
-The models take turns inside one measurement (`openelm.speed`), whose figures are in `extra_info`;
+The models take turns inside one measurement (`bench.roofline`), whose figures are in `extra_info`;
 pytest-benchmark's own table shows how long the whole comparison took. Smoke runs a model of two
 small layers; full runs OpenELM-270M.
 """
@@ -10,6 +10,7 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.bench import roofline
+from elmkernels.bench.benchmark import ACCELERATED, EAGER
 from elmkernels.openelm.surgery import twin
 from elmkernels.testing import model_parity
 
@@ -34,7 +35,7 @@ def test_model(benchmark, full, dtype, task):
     eager = OpenELM.from_config(config, seed=0, dtype=dtype, device=device)
     accelerated = twin(eager)
     report = accelerate(accelerated)
-    models = {roofline.EAGER: eager, roofline.ACCELERATED: accelerated}
+    models = {EAGER: eager, ACCELERATED: accelerated}
     length, rounds = (512, 5) if full else (32, 2)
     ids = torch.randint(config.vocab_size, (1, length), device=device)
     parity = model_parity.check_model(eager, accelerated, ids[:, : min(length, 64)], 8)

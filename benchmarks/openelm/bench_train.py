@@ -1,15 +1,16 @@
 """Training steps side by side, as `elmkernels bench train` does: time and memory.
 
-The models take turns inside one race (`openelm.step_race`), whose figures are in `extra_info`;
-pytest-benchmark's own table shows how long the race took. Smoke runs a model of two small layers
-without torch.compile; full runs OpenELM-270M.
+The models take turns inside one measurement (`bench.training_step`), whose figures are in
+`extra_info`; pytest-benchmark's own table shows how long all of it took. Smoke runs a model of two
+small layers without torch.compile; full runs OpenELM-270M.
 """
 
 import pytest
 import torch
 
 from elmkernels import OpenELMConfig
-from elmkernels.bench import roofline, training_step
+from elmkernels.bench.benchmark import ACCELERATED, EAGER, Printed
+from elmkernels.bench.training_step import PRECISIONS, StepSizes, TrainingStep
 
 SMALL = OpenELMConfig(
     num_transformer_layers=2,
@@ -25,21 +26,20 @@ SMALL = OpenELMConfig(
 )
 
 
-@pytest.mark.parametrize("precision", training_step.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_train(benchmark, full, precision):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    race = training_step.StepRace(
-        OpenELMConfig.from_name("OpenELM-270M") if full else SMALL,
-        (precision,),
-        training_step.Sizes() if full else training_step.QUICK,
+    todo = TrainingStep(
+        config=OpenELMConfig.from_name("OpenELM-270M") if full else SMALL,
+        precisions=(precision,),
+        sizes=StepSizes.chosen(not full, {}),
         compiled=full,
         device=device,
     )
-    results = training_step.start(race)
-    stages = lambda text: None  # noqa: E731
-    benchmark.pedantic(training_step.run, (race, results, stages, print), rounds=1, iterations=1)
+    results = todo.start()
+    benchmark.pedantic(todo.run, (results, Printed()), rounds=1, iterations=1)
     assert results["complete"] and results["parity"]
     found = results["precisions"][precision]
-    for name in (roofline.EAGER, roofline.ACCELERATED):
+    for name in (EAGER, ACCELERATED):
         assert found["peak"][name]["first"] is not None, f"{name} has no peak"
     benchmark.extra_info.update(found)

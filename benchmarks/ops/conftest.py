@@ -7,7 +7,8 @@ import torch
 
 from elmkernels import ops
 from elmkernels.backends import REFERENCE
-from elmkernels.bench.ops import bench_op, closure, format_table, passes
+from elmkernels.bench.ops import bench_op, closure, passes
+from elmkernels.bench.table import format_table
 from elmkernels.testing import OPS, Case, bench_cases, make, runnable
 from elmkernels.testing.cases import BENCH_ROWS
 

@@ -1,4 +1,4 @@
-"""What this machine can do at best: the ceilings that a figure is held against.
+"""What this machine can do at best: the ceilings that figures are compared with.
 
 A ceiling is the fastest of several routines, and of several shapes for matrix products: on a
 processor with tile instructions torch's own product of two squares is far from what oneDNN reaches.

@@ -1,23 +1,22 @@
-"""Figures as one picture: tokens a second of each model or runner, of the main job beside the
-ceiling, and of the race.
-"""
+"""Figures as one picture: tokens a second of each model or runner, beside the ceiling."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..backends import Reason
 from ..openelm.storage import replacing
+from .benchmark import ACCELERATED, COMPILED, EAGER, EVERY_LOGIT, LLAMA, OURS, TORCH
 
 COLORS = {
-    "eager": "#9aa5b1",
-    "eager, every logit": "#d3d9e0",
-    "accelerated": "#1f77b4",
-    "compiled": "#c9a227",
-    "ours": "#1f77b4",
+    EAGER: "#9aa5b1",
+    EVERY_LOGIT: "#d3d9e0",
+    ACCELERATED: "#1f77b4",
+    COMPILED: "#c9a227",
+    OURS: "#1f77b4",
     "accelerated, graph": "#0b4a7a",
-    "torch baseline": "#66717d",
-    "llama.cpp": "#8c564b",
+    TORCH: "#66717d",
+    LLAMA: "#8c564b",
 }
 
 
@@ -30,13 +29,15 @@ def missing() -> Reason | None:
     return None
 
 
-def draw(title: str, results: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """results: {dtype: the `json()` of every `speed.Measured`}; writes a PNG in one step."""
+def draw(title: str, results: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> list[str]:
+    """results: {dtype: the `json()` of every `roofline.Measured`}. Writes a PNG in one step if
+    there is a task, and returns the names of what it wrote, as all drawing functions do.
+    """
     from matplotlib.figure import Figure
 
     panels = [(dtype, task) for dtype, tasks in results.items() for task in tasks]
     if not panels:
-        return
+        return []
     columns = max(len(tasks) for tasks in results.values())
     filled = [dtype for dtype, tasks in results.items() if tasks]
     figure = Figure(figsize=(3.4 * columns, 2.9 * len(filled) + 0.4), layout="constrained")
@@ -46,16 +47,16 @@ def draw(title: str, results: dict[str, Sequence[dict[str, Any]]], path: Path) -
     for line, dtype in enumerate(filled):
         for column, task in enumerate(results[dtype]):
             _panel(axes[line][column], dtype, task)
-    write(figure, title, path)
+    return write(figure, title, path)
 
 
-def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
-    """groups: those of the results of `race.run`; writes a PNG in one step, if there is a task."""
+def draw_groups(title: str, groups: dict[str, dict[str, Any]], path: Path) -> list[str]:
+    """groups: those of the results of `bench.generation`."""
     from matplotlib.figure import Figure
 
     filled = {name: group["tasks"] for name, group in groups.items() if group["tasks"]}
     if not filled:
-        return
+        return []
     columns = max(map(len, filled.values()))
     figure = Figure(figsize=(4.6 * columns, 2.4 * len(filled) + 0.4), layout="constrained")
     axes = figure.subplots(len(filled), columns, squeeze=False)
@@ -63,18 +64,18 @@ def draw_race(title: str, groups: dict[str, dict[str, Any]], path: Path) -> None
         axis.set_visible(False)
     for line, (name, tasks) in zip(axes, filled.items(), strict=True):
         for axis, task in zip(line, tasks, strict=False):
-            _race_panel(axis, name, task)
-    write(figure, title, path)
+            _group_panel(axis, name, task)
+    return write(figure, title, path)
 
 
-def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: str) -> None:
-    """tasks: {"task", "rates": {name: units a second}, "ceiling": those at best, or
-    None}, a panel each; writes a PNG in one step, if there is one.
+def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: str) -> list[str]:
+    """tasks: {"task", "rates": {name: units a second}, "ceiling": those at best, or None}, a panel
+    each.
     """
     from matplotlib.figure import Figure
 
     if not tasks:
-        return
+        return []
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.1 * lines + 0.4), layout="constrained")
@@ -94,10 +95,10 @@ def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: st
         axis.set_xlim(0, 1.2 * max(task["ceiling"] or 0.0, *rates))
         axis.tick_params("x", labelsize=7)
         axis.set_title(f"{task['task']}, {unit}", fontsize=8)
-    write(figure, title, path)
+    return write(figure, title, path)
 
 
-def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
+def _group_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
     """Bars of tokens a second with whiskers from p20 to p80, and the share of reading memory."""
     axis.set_visible(True)
     names, found = list(task["runners"]), list(task["runners"].values())
@@ -120,10 +121,11 @@ def _race_panel(axis: Any, group: str, task: dict[str, Any]) -> None:
     axis.set_xlabel("tokens/s", fontsize=8)
 
 
-def write(figure: Any, title: str, path: Path) -> None:
+def write(figure: Any, title: str, path: Path) -> list[str]:
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+    return [path.name]
 
 
 def _panel(axis: Any, dtype: str, task: dict[str, Any]) -> None:

@@ -1,13 +1,8 @@
-"""The main job: accelerate a copy of a model, prove it, time it, dtype by dtype.
-
-Results are one dict of plain values, filled as they are measured: whoever stops the job early has
-all that was finished before, and `complete` says False.
-"""
+"""The check of a model: accelerate a copy, compare it with the reference, time both, by dtype."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +12,17 @@ from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from ..openelm.surgery import twin
 from ..testing.model_parity import ModelParity, check_model
-from . import roofline
-from .machine import busy
-from .ops import format_table
+from . import chart, roofline
+from .benchmark import ACCELERATED, EAGER, Benchmark, Report, Results, Sizes, headline
+from .table import format_table
 from .timing import fingerprint
 
-STAGES = ("model", "parity", "prefill", "generation", "training step")
+PARTS = ("model", "parity", "prefill", "generation", "training step")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much is run: tokens of each task, and rounds of each measurement."""
+class EndToEndSizes(Sizes):
+    """Tokens of each part, and rounds of each measurement."""
 
     parity_batch: int = 2
     parity: int = 64
@@ -38,132 +33,123 @@ class Sizes:
     training: int = 512
     rounds: int = 5
 
-    def within(self, config: OpenELMConfig) -> "Sizes":
+    @classmethod
+    def quick(cls) -> "EndToEndSizes":
+        return cls(2, 32, 8, 64, 16, 8, 64, 2)
+
+    def within(self, config: OpenELMConfig) -> "EndToEndSizes":
         """The same, shortened to the positions that a model has."""
         room = config.rope_max_length
         prompt = min(self.prompt, max(1, room // 2))
-        return Sizes(
-            self.parity_batch,
-            min(self.parity, max(2, room // 2)),
-            min(self.greedy, room // 2),
-            min(self.prefill, room),
-            prompt,
-            min(self.generated, room - prompt),
-            min(self.training, room),
-            self.rounds,
+        return replace(
+            self,
+            parity=min(self.parity, max(2, room // 2)),
+            greedy=min(self.greedy, room // 2),
+            prefill=min(self.prefill, room),
+            prompt=prompt,
+            generated=min(self.generated, room - prompt),
+            training=min(self.training, room),
         )
 
 
-QUICK = Sizes(2, 32, 8, 64, 16, 8, 64, 2)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run. load: the model in a dtype; weights: where they come from, in words."""
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd(Benchmark):
+    """load: the model in a dtype; weights: where they come from, in words."""
 
     load: Callable[[torch.dtype], OpenELM]
     name: str
     weights: str
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
-    sizes: Sizes
+    sizes: EndToEndSizes
     quick: bool = False
     backend: str | None = None
     prepack: bool = False
     seed: int = 0
 
+    @property
+    def stages(self) -> int:
+        return len(PARTS) * len(self.dtypes)
 
-def start(job: Job) -> dict[str, Any]:
-    """The results of a job before anything is measured."""
-    return {
-        "complete": False,
-        "model": job.name,
-        "weights": job.weights,
-        "machine": fingerprint(job.device),
-        "busy": busy(),
-        "device": str(job.device),
-        "quick": job.quick,
-        "backend": job.backend,
-        "prepack": job.prepack,
-        "seed": job.seed,
-        "dtypes": {},
-    }
+    def describe(self) -> Results:
+        return {
+            "model": self.name,
+            "weights": self.weights,
+            "machine": fingerprint(self.device),
+            "device": str(self.device),
+            "quick": self.quick,
+            "backend": self.backend,
+            "prepack": self.prepack,
+            "seed": self.seed,
+            "dtypes": {},
+        }
+
+    def measure(self, results: Results, report: Report) -> None:
+        for dtype in self.dtypes:
+            _run_dtype(self, dtype, results, report)
+
+    def passed(self, results: Results) -> bool:
+        return all(found.get("parity", {"ok": True})["ok"] for found in results["dtypes"].values())
+
+    def chart(self, results: Results, folder: Path) -> list[str]:
+        tasks = {dtype: found["speed"] for dtype, found in results["dtypes"].items()}
+        return chart.draw(f"{self.name} ({self.weights})", tasks, folder / "chart.png")
+
+    def tokens(self, config: OpenELMConfig, batch: int, length: int) -> Tensor:
+        """Drawn with the seed, the same for every task of a shape."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
+        return ids.to(self.device)
 
 
-def run(
-    job: Job,
-    results: dict[str, Any],
-    stage: Callable[[str], None],
-    emit: Callable[[str], None],
-) -> None:
-    """Fill `results`. stage is told what is done next, emit each finished part as text."""
-    for dtype in job.dtypes:
-        _run_dtype(job, dtype, results, stage, emit)
-    results["complete"] = True
-
-
-def passed(results: dict[str, Any]) -> bool:
-    """Whether no parity that was measured failed."""
-    return all(found.get("parity", {"ok": True})["ok"] for found in results["dtypes"].values())
-
-
-def _run_dtype(
-    job: Job, dtype: torch.dtype, results: dict[str, Any], stage: Callable, emit: Callable
-) -> None:
+def _run_dtype(todo: EndToEnd, dtype: torch.dtype, results: Results, report: Report) -> None:
     name = str(dtype).removeprefix("torch.")
-    found: dict[str, Any] = {"speed": []}
-    stage(f"{name}: model")
-    model = job.load(dtype)
-    sizes = job.sizes.within(model.config)
+    found: Results = {"speed": []}
+    report.stage(f"{name}: model")
+    model = todo.load(dtype)
+    sizes = todo.sizes.within(model.config)
     if "config" not in results:
         results["config"] = model.config.to_hf_dict()
         results["parameters"] = model.config.num_parameters
         results["sizes"] = asdict(sizes)
-        emit(_headline(job, model.config, results))
+        report.print(headline(results, todo.device))
     results["dtypes"][name] = found
     accelerated = twin(model)
-    report = accelerate(accelerated, backend=job.backend, prepack=job.prepack)
-    found["accelerated"] = {f.name: getattr(report, f.name) for f in fields(report)}
-    found["accelerated"]["gemm"] = asdict(report.gemm)
-    emit(f"\n{name}\n{report}")
-
-    def tokens(batch: int, length: int) -> Tensor:
-        generator = torch.Generator().manual_seed(job.seed + 1)
-        ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
-        return ids.to(job.device)
-
-    stage(f"{name}: parity")
-    ids = tokens(sizes.parity_batch, sizes.parity)
-    parity = check_model(model, accelerated, ids, sizes.greedy, report.gemm)
+    done = accelerate(accelerated, backend=todo.backend, prepack=todo.prepack)
+    found["accelerated"] = {f.name: getattr(done, f.name) for f in fields(done)}
+    found["accelerated"]["gemm"] = asdict(done.gemm)
+    report.print(f"\n{name}\n{done}")
+    report.stage(f"{name}: parity")
+    ids = todo.tokens(model.config, sizes.parity_batch, sizes.parity)
+    parity = check_model(model, accelerated, ids, sizes.greedy, done.gemm)
     found["parity"] = parity.json()
-    emit("\n" + parity_text(parity))
-
-    models = {roofline.EAGER: model, roofline.ACCELERATED: accelerated}
-    prompt, how = tokens(1, sizes.prompt), (sizes.rounds, job.quick)
-    tasks = {
-        "prefill": lambda: roofline.prefill(models, tokens(1, sizes.prefill), *how),
-        "generation": lambda: roofline.generation(models, prompt, sizes.generated, *how),
-        "training step": lambda: roofline.training(models, tokens(1, sizes.training), *how),
-    }
+    report.print("\n" + parity_text(parity))
+    models = {EAGER: model, ACCELERATED: accelerated}
     measured: list[roofline.Measured] = []
     try:
-        for task, measure in tasks.items():
-            stage(f"{name}: {task}")
+        for task, measure in _tasks(todo, sizes, models).items():
+            report.stage(f"{name}: {task}")
             measured.append(measure())
             found["speed"].append(measured[-1].json())
     finally:
         if measured:
-            emit("\n" + speed_text(measured))
+            report.print("\n" + speed_text(measured))
 
 
-def _headline(job: Job, config: OpenELMConfig, results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    lines = [
-        f"{job.name}, {config.num_parameters / 1e6:.1f}M parameters, {job.weights}",
-        f"on {job.device}: {where}, torch {machine['torch']}",
-    ]
-    return "\n".join([*lines, *([results["busy"]] if results["busy"] else [])])
+def _tasks(
+    todo: EndToEnd, sizes: EndToEndSizes, models: dict[str, OpenELM]
+) -> dict[str, Callable[[], roofline.Measured]]:
+    """What is timed, by the names in PARTS."""
+
+    def ids(length: int) -> Tensor:
+        return todo.tokens(models[EAGER].config, 1, length)
+
+    how = (sizes.rounds, todo.quick)
+    return {
+        "prefill": lambda: roofline.prefill(models, ids(sizes.prefill), *how),
+        "generation": lambda: roofline.generation(models, ids(sizes.prompt), sizes.generated, *how),
+        "training step": lambda: roofline.training(models, ids(sizes.training), *how),
+    }
 
 
 def parity_text(parity: ModelParity) -> str:

@@ -1,9 +1,9 @@
-"""Whole models side by side: eager, torch.compile, ours in every format, and llama.cpp.
+"""Generation: whole models side by side, eager, torch.compile, ours in every format, llama.cpp.
 
 Three tasks: the pass over a prompt for its last logits, tokens decoded one by one, and the same for
 a batch. The runners of a group share one model's weights and take turns, round by round, in a
-rotated order, and a probe takes its turn with them: how fast this machine reads memory just then,
-by the fastest of several ways. The warm-up's tokens are compared with those of the eager model in
+rotated order. Probes take their turn with them: how fast this machine reads memory just then, by
+the fastest of several routines. The warm-up's tokens are compared with those of the eager model in
 the same weights, so that correctness stands beside speed. What can't run is named with the reason.
 """
 
@@ -21,33 +21,24 @@ from torch import Tensor
 from ..checks import one_line
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
-from . import llama_cpp
+from . import chart
+from .baselines import llama_cpp
+from .benchmark import COMPILED, EAGER, LLAMA, Benchmark, Report, Results, Sizes, headline
 from .generation_figures import figures, own_read, text
-from .machine import busy
 from .roofline import peak
-from .runners import (
-    COMPILED,
-    EAGER,
-    LLAMA,
-    LlamaRunner,
-    Run,
-    Runner,
-    Task,
-    TorchRunner,
-    our_runner,
-    reading,
-)
+from .runners import LlamaRunner, Run, Runner, Task, TorchRunner, our_runner, reading
 from .timing import fingerprint
 
+CPU = torch.device("cpu")
 FORMATS = ("fp32", "bf16", "packed12", "int8", "int4")
 PROBE_CALLS = 3
-# What building a runner raises where it can't be had.
+# What building a runner raises if it can't run here.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runners that are torch to each other: our formats, whether compiled, llama.cpp's types."""
+    """Runners that are compared: our formats, whether compiled, llama.cpp's types."""
 
     name: str
     dtype: torch.dtype
@@ -65,7 +56,7 @@ GROUPS = (
 
 
 @dataclass(frozen=True)
-class Sizes:
+class GenerationSizes(Sizes):
     """Tokens of each task, rounds, tokens that are compared, bytes that a probe reads."""
 
     prefill: int = 512
@@ -76,7 +67,11 @@ class Sizes:
     agree: int = 32
     probe: int = 1 << 29
 
-    def within(self, config: OpenELMConfig) -> "Sizes":
+    @classmethod
+    def quick(cls) -> "GenerationSizes":
+        return cls(prefill=64, prompt=16, steps=8, rounds=2, agree=8, probe=1 << 26)
+
+    def within(self, config: OpenELMConfig) -> "GenerationSizes":
         """The same, shortened to the positions that a model has."""
         room = config.rope_max_length
         prompt = min(self.prompt, max(1, room // 2))
@@ -85,18 +80,15 @@ class Sizes:
         return replace(self, prefill=prefill, prompt=prompt, steps=steps, agree=agree)
 
 
-QUICK = Sizes(prefill=64, prompt=16, steps=8, rounds=2, agree=8, probe=1 << 26)
-
-
-@dataclass(frozen=True)
-class Race:
-    """What to run. load: the model in a dtype; weights: where they come from, in words."""
+@dataclass(frozen=True, kw_only=True)
+class Generation(Benchmark):
+    """load: the model in a dtype; weights: where they come from, in words."""
 
     load: Callable[[torch.dtype], OpenELM]
     name: str
     weights: str
     formats: tuple[str, ...] = FORMATS
-    sizes: Sizes = Sizes()
+    sizes: GenerationSizes = GenerationSizes()
     compiled: bool = True
     backend: str | None = None
     seed: int = 0
@@ -112,65 +104,53 @@ class Race:
 
     @property
     def stages(self) -> int:
-        """How often `run` says what comes next, where nothing is missing."""
         tasks = 2 + (self.sizes.batch > 1)
         runners = [1 + g.compiled + len(g.formats) + len(g.types) for g in self.groups]
         return sum(1 + n + tasks * (n + self.sizes.rounds) for n in runners)
 
+    def describe(self) -> Results:
+        return {
+            "command": "bench generate",
+            "model": self.name,
+            "weights": self.weights,
+            "machine": fingerprint(CPU),
+            "backend": self.backend,
+            "seed": self.seed,
+            "groups": {},
+        }
 
-def start(race: Race) -> dict[str, Any]:
-    """The results before anything is measured."""
-    return {
-        "complete": False,
-        "command": "bench generate",
-        "model": race.name,
-        "weights": race.weights,
-        "machine": fingerprint("cpu"),
-        # Threads that wait for each other lose far more than their share if others run too, and
-        # each runner loses another part.
-        "busy": busy(),
-        "backend": race.backend,
-        "seed": race.seed,
-        "groups": {},
-    }
+    def measure(self, results: Results, report: Report) -> None:
+        for group in self.groups:
+            _run_group(self, group, results, report)
+            gc.collect()
+            report.save()
 
+    def passed(self, results: Results) -> bool:
+        """Tokens that differ from the eager model's are a figure, and no failure."""
+        return True
 
-def run(
-    race: Race,
-    results: dict[str, Any],
-    stage: Callable[[str], None],
-    emit: Callable[[str], None],
-    save: Callable[[], None] = lambda: None,
-) -> None:
-    """Fill `results`. stage is told what comes next, emit gets each group as text, and save is
-    called whenever a group is done.
-    """
-    for group in race.groups:
-        _run_group(race, group, results, stage, emit)
-        gc.collect()
-        save()
-    results["complete"] = True
+    def chart(self, results: Results, folder: Path) -> list[str]:
+        title = f"{self.name} ({self.weights})"
+        return chart.draw_groups(title, results["groups"], folder / "chart.png")
 
 
-def _run_group(
-    race: Race, group: Group, results: dict[str, Any], stage: Callable, emit: Callable
-) -> None:
-    found: dict[str, Any] = {"runners": {}, "missing": {}, "tasks": []}
-    stage(f"{group.name}: model")
-    model = race.load(group.dtype).eval()
-    sizes = race.sizes.within(model.config)
+def _run_group(todo: Generation, group: Group, results: Results, report: Report) -> None:
+    found: Results = {"runners": {}, "missing": {}, "tasks": []}
+    report.stage(f"{group.name}: model")
+    model = todo.load(group.dtype).eval()
+    sizes = todo.sizes.within(model.config)
     if "config" not in results:
         results["config"] = model.config.to_hf_dict()
         results["parameters"] = model.config.num_parameters
         results["sizes"] = asdict(sizes)
-        emit(_headline(race, results))
+        report.print(headline(results, CPU))
     results["groups"][group.name] = found
-    tasks = list(_tasks(race, sizes, model.config))
+    tasks = list(_tasks(todo, sizes, model.config))
     runners: list[Runner] = []
     with tempfile.TemporaryDirectory(prefix="elmkernels-") as folder:
         try:
-            for name, make in _makers(race, group, model, Path(folder), tasks[-1].prompts[:1]):
-                stage(f"{group.name}: preparing {name}")
+            for name, make in _makers(todo, group, model, Path(folder), tasks[-1].prompts[:1]):
+                report.stage(f"{group.name}: preparing {name}")
                 try:
                     runners.append(make())
                 except REFUSALS as error:
@@ -178,15 +158,15 @@ def _run_group(
             found["runners"] |= {r.name: _about(r) for r in runners}
             del model
             for task in tasks:
-                _run_task(group, task, runners, sizes, found, stage)
+                _run_task(group, task, runners, sizes, found, report)
         finally:
             for runner in runners:
                 runner.close()
-            emit(text(group.name, found))
+            report.print(text(group.name, found))
 
 
-def _tasks(race: Race, sizes: Sizes, config: OpenELMConfig) -> Iterator[Task]:
-    generator = torch.Generator().manual_seed(race.seed + 1)
+def _tasks(todo: Generation, sizes: GenerationSizes, config: OpenELMConfig) -> Iterator[Task]:
+    generator = torch.Generator().manual_seed(todo.seed + 1)
 
     def ids(batch: int, length: int) -> Tensor:
         return torch.randint(config.vocab_size, (batch, length), generator=generator)
@@ -200,7 +180,7 @@ def _tasks(race: Race, sizes: Sizes, config: OpenELMConfig) -> Iterator[Task]:
 
 
 def _makers(
-    race: Race, group: Group, model: OpenELM, folder: Path, prompt: Tensor
+    todo: Generation, group: Group, model: OpenELM, folder: Path, prompt: Tensor
 ) -> Iterator[tuple[str, Callable[[], Runner]]]:
     """Every runner of a group by name, and how to build it."""
     dtype = "fp32" if group.dtype == torch.float32 else "bf16"
@@ -209,7 +189,7 @@ def _makers(
         name = f"compiled {dtype}"
 
         def make_compiled() -> Runner:
-            if not race.compiled:
+            if not todo.compiled:
                 raise ValueError("left out as asked for")
             return TorchRunner(name, COMPILED, model)
 
@@ -217,7 +197,7 @@ def _makers(
     for format in group.formats:
         yield (
             f"ours {format}",
-            lambda format=format: our_runner(format, model, folder, prompt, race.backend),
+            lambda format=format: our_runner(format, model, folder, prompt, todo.backend),
         )
     for type in group.types:
 
@@ -233,9 +213,9 @@ def _run_task(
     group: Group,
     task: Task,
     runners: Sequence[Runner],
-    sizes: Sizes,
-    found: dict[str, Any],
-    stage: Callable[[str], None],
+    sizes: GenerationSizes,
+    found: Results,
+    report: Report,
 ) -> None:
     peaks: dict[str, int | None] = {}
     runs: dict[str, Run] = {}
@@ -244,7 +224,7 @@ def _run_task(
     probes: list[dict[str, float]] = []
     try:
         for runner in runners:
-            stage(f"{group.name}: {task.name}, warming up {runner.name}")
+            report.stage(f"{group.name}: {task.name}, warming up {runner.name}")
             try:
                 runs[runner.name] = run = runner.run(task)
                 chosen[runner.name] = run()[0]
@@ -255,16 +235,17 @@ def _run_task(
                 found["missing"][f"{runner.name}, {task.name}"] = one_line(error)
                 continue
             if not task.steps:
-                peaks[runner.name] = peak(run, torch.device("cpu"))
+                peaks[runner.name] = peak(run, CPU)
         if task.steps and task.prompts.shape[0] == 1:
             _agree(task, runners, chosen, sizes.agree, found)
         seconds |= {name: [] for name in runs}
-        say = lambda n: stage(f"{group.name}: {task.name}, round {n}/{sizes.rounds}")  # noqa: E731
         reads = _probes(sizes.probe)
         if task.steps:
             own = {own_read(r.name): reading(r) for r in runners if r.name in runs}
             reads |= {name: read for name, read in own.items() if read is not None}
-        _rounds(runs, reads, sizes, seconds, probes, say)
+        for n in range(sizes.rounds):
+            report.stage(f"{group.name}: {task.name}, round {n + 1}/{sizes.rounds}")
+            _round(n, runs, reads, seconds, probes)
     finally:
         for runner in runners:
             runner.end()
@@ -272,36 +253,33 @@ def _run_task(
             found["tasks"].append(figures(task, runners, seconds, probes, sizes.rounds, peaks))
 
 
-def _rounds(
+def _round(
+    n: int,
     runs: dict[str, Run],
     probes: dict[str, tuple[Callable[[], object], int]],
-    sizes: Sizes,
     seconds: dict[str, list[float]],
     read: list[dict[str, float]],
-    say: Callable[[int], None],
 ) -> None:
     """Append to `seconds` and `read` (bytes a second of each probe) once all had their turn."""
     turns: dict[str, Callable[[], object]] = {
         **runs,
-        **{n: call for n, (call, _) in probes.items()},
+        **{name: call for name, (call, _) in probes.items()},
     }
     names = list(turns)
-    for n in range(sizes.rounds):
-        say(n + 1)
-        first = n % len(names)
-        taken = {}
-        gc.collect()
-        gc.disable()
-        try:
-            for name in (*names[first:], *names[:first]):
-                start = time.perf_counter()
-                turns[name]()
-                taken[name] = time.perf_counter() - start
-        finally:
-            gc.enable()
-        read.append({name: nbytes / taken[name] for name, (_, nbytes) in probes.items()})
-        for name in runs:
-            seconds[name].append(taken[name])
+    first = n % len(names)
+    taken = {}
+    gc.collect()
+    gc.disable()
+    try:
+        for name in (*names[first:], *names[:first]):
+            start = time.perf_counter()
+            turns[name]()
+            taken[name] = time.perf_counter() - start
+    finally:
+        gc.enable()
+    read.append({name: nbytes / taken[name] for name, (_, nbytes) in probes.items()})
+    for name in runs:
+        seconds[name].append(taken[name])
 
 
 def _probes(nbytes: int) -> dict[str, tuple[Callable[[], object], int]]:
@@ -346,12 +324,3 @@ def _about(runner: Runner) -> dict[str, Any]:
         "agree": None,
         "facts": runner.facts,
     }
-
-
-def _headline(race: Race, results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    lines = [
-        f"{race.name}, {results['parameters'] / 1e6:.1f}M parameters, {race.weights}",
-        f"on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}",
-    ]
-    return "\n".join([*lines, *([results["busy"]] if results["busy"] else [])])

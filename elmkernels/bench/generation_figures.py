@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from .benchmark import LLAMA, OURS
 from .ceilings import surpassed
-from .ops import format_table
-from .runners import LLAMA, OURS, Runner, Task
+from .runners import Runner, Task
+from .table import format_table, share
 from .timing import summary
 
 BEST = "llama.cpp's best"
+READ, OWN = "of_read_bandwidth", "of_reading_its_weights"  # shares of a ceiling
 
 
 def own_read(name: str) -> str:
@@ -54,12 +56,12 @@ def figures(
             found[name] |= {
                 "step_bytes": nbytes,
                 "bytes_per_second": statistics.median(speeds),
-                "of_read_bandwidth": statistics.median(shares),
+                READ: statistics.median(shares),
             }
             if own_read(name) in probes[0]:
                 own = [read[own_read(name)] for read in probes]
                 shares = [speed / top for speed, top in zip(speeds, own, strict=True)]
-                found[name]["of_reading_its_weights"] = statistics.median(shares)
+                found[name][OWN] = statistics.median(shares)
     return {
         "task": task.name,
         "tokens": task.tokens,
@@ -82,25 +84,17 @@ def _drop_wrong_shares(found: dict[str, Any]) -> list[str]:
     The memory's ceiling is one for all runners, that of reading its own weights each one's own.
     """
     reasons = []
-    key = "of_read_bandwidth"
-    shares = {name: f[key] for name, f in found.items() if key in f}
+    shares = {name: f[READ] for name, f in found.items() if READ in f}
     if reason := surpassed(shares, "the ceiling of reading is"):
         reasons.append(reason)
         for name in shares:
-            found[name][key] = None
-    key, what = "of_reading_its_weights", "the speed of reading its weights is"
+            found[name][READ] = None
+    what = "the speed of reading its weights is"
     for name, f in found.items():
-        if key in f and (reason := surpassed({name: f[key]}, what)):
+        if OWN in f and (reason := surpassed({name: f[OWN]}, what)):
             reasons.append(reason)
-            f[key] = None
+            f[OWN] = None
     return reasons
-
-
-def _share(runner: dict[str, Any], key: str) -> str | None:
-    """A share as the table has it; None if the task has none."""
-    if key not in runner:
-        return None
-    return "not usable" if runner[key] is None else f"{runner[key]:.0%}"
 
 
 def _ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -148,8 +142,8 @@ def _rows(task: dict[str, Any], runners: dict[str, Any], ours: list[str]) -> lis
             "ms/token": f["ms_per_token"],
             "MB/step": f["step_bytes"] / 1e6 if "step_bytes" in f else None,
             "GB/s": f["bytes_per_second"] / 1e9 if "step_bytes" in f else None,
-            "of reading": _share(f, "of_read_bandwidth"),
-            "of its weights": _share(f, "of_reading_its_weights"),
+            "of reading": share(f[READ]) if READ in f else None,
+            "of its weights": share(f[OWN]) if OWN in f else None,
             "peak MiB": None if peak_bytes is None else round(peak_bytes / 2**20),
         }
         for mine in ours:

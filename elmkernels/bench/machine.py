@@ -17,7 +17,7 @@ def busy() -> str | None:
     """What distorts the figures, in words, or None. Ask before anything is measured: the load
     counts one's own work too.
 
-    The load is of the whole machine, so it is held against all of its processors, also if this
+    The load is of the whole machine, so it is compared with all of its processors, also if this
     process may use only some of them.
     """
     found, processors = load(), os.cpu_count() or 1

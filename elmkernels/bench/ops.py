@@ -216,31 +216,3 @@ def run_bench(
                 if progress is not None:
                     progress(record)
     return records
-
-
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text, numbers to three digits, without the columns that are empty."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = [name for name in names if any(row.get(name) is not None for row in rows)]
-    cells = [[cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(c), *(len(line[i]) for line in cells), 0) for i, c in enumerate(columns)]
-    right = [any(isinstance(row.get(c), int | float) for row in rows) for c in columns]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = (
-            t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(columns), *map(line, cells)])
-
-
-def cell(value: Any) -> str:
-    """A value in a table: numbers to three digits, nothing for None."""
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    if value == 0 or 0.01 <= abs(value) < 10000:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return f"{value:.2e}"

@@ -2,10 +2,10 @@
 
 Three tasks, those of a user: the pass over a prompt (prefill), one token after another
 (generation), and a training step (forward, loss, backward; no optimizer). The models take turns,
-round by round, and probes of the machine take their turn with them: the ceiling. A task's floor is
-the least time it can take there: the operations of its matrix products at the speed of a large
-product in that dtype, or, for generation, the bytes of all weights and of the cache at the speed
-of reading memory, each by the fastest of several ways.
+round by round, and probes of the machine take their turn with them: the fastest probe is the
+ceiling. A task's floor is the least time that it can take there: the operations of its matrix
+products at the speed of a large product in that dtype, or, for generation, the bytes of all weights
+and of the cache at the speed of reading memory.
 """
 
 import ctypes
@@ -23,19 +23,31 @@ from ..openelm.cache import KVCache
 from ..openelm.costs import matmul_operations, token_bytes
 from ..openelm.loss import next_token_loss, next_tokens
 from ..openelm.model import OpenELM
+from .benchmark import ACCELERATED, EAGER, EVERY_LOGIT
 from .ceilings import Probes, memory_probes, product_probes, surpassed
 from .timing import Timing, interleave, peak_memory, synchronize
 
-EAGER, ACCELERATED = "eager", "accelerated"
-EVERY_LOGIT = "eager, every logit"
 STAGE_SECONDS = 30.0  # a task takes fewer rounds rather than longer than this
 LEAST_ROUNDS = 3
 PROBE_CALLS = 5  # in one turn: a probe is short beside a task
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a task is at least: the tokens that it counts for, and an amount of bytes or operations,
+    of products in a dtype, by what bounds it.
+    """
+
+    task: str
+    tokens: int
+    amount: float
+    bound: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Measured:
-    """One task: seconds of each model, bytes at its highest (None where it can't be watched), and
+    """One task: seconds of each model, bytes at its highest (None if that can't be watched), and
     the least work, in bytes or operations, beside how much of it the machine does a second.
     """
 
@@ -136,8 +148,8 @@ def prefill(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool
         ACCELERATED: task(models[ACCELERATED], 1),
     }
     operations = matmul_operations(models[EAGER].config, length, 1, training=False)
-    name, dtype = f"prefill {length}", models[EAGER].token_embeddings.weight.dtype
-    return measure_tasks(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
+    work = Work(f"prefill {length}", length, operations, PRODUCTS, _dtype(models))
+    return measure_tasks(work, tasks, ids.device, rounds=rounds, quick=quick)
 
 
 def generation(
@@ -161,12 +173,11 @@ def generation(
 
         return run
 
-    model = models[EAGER]
-    dtype = model.token_embeddings.weight.dtype
-    nbytes = steps * token_bytes(model.config, dtype, length + steps / 2)
+    dtype = _dtype(models)
+    nbytes = steps * token_bytes(models[EAGER].config, dtype, length + steps / 2)
     tasks = {name: task(m) for name, m in models.items()}
-    name = f"generate {steps} after {length}"
-    return measure_tasks(name, steps, tasks, nbytes, MEMORY, dtype, ids, rounds, quick)
+    work = Work(f"generate {steps} after {length}", steps, nbytes, MEMORY, dtype)
+    return measure_tasks(work, tasks, ids.device, rounds=rounds, quick=quick)
 
 
 def training(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: bool) -> Measured:
@@ -191,9 +202,12 @@ def training(models: Mapping[str, OpenELM], ids: Tensor, rounds: int, quick: boo
     length = ids.shape[1]
     operations = matmul_operations(models[EAGER].config, length, length, training=True)
     tasks = {name: task(name, m) for name, m in models.items()}
-    name = f"training step {length}"
-    dtype = models[EAGER].token_embeddings.weight.dtype
-    return measure_tasks(name, length, tasks, operations, PRODUCTS, dtype, ids, rounds, quick)
+    work = Work(f"training step {length}", length, operations, PRODUCTS, _dtype(models))
+    return measure_tasks(work, tasks, ids.device, rounds=rounds, quick=quick)
+
+
+def _dtype(models: Mapping[str, OpenELM]) -> torch.dtype:
+    return models[EAGER].token_embeddings.weight.dtype
 
 
 def _cache(model: OpenELM, length: int, device: torch.device) -> KVCache:
@@ -201,14 +215,26 @@ def _cache(model: OpenELM, length: int, device: torch.device) -> KVCache:
 
 
 def measure_tasks(
-    name: str, tokens: int, tasks: dict[str, Callable], work: float, bound: str,
-    dtype: torch.dtype, ids: Tensor, rounds: int, quick: bool, peaks: bool = True,
+    work: Work,
+    tasks: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    quick: bool,
+    peaks: bool = True,
     limit: float = STAGE_SECONDS,
-) -> Measured:  # fmt: skip
-    """Tasks that take turns, beside the probes of what bounds them; peaks: watch memory here.
-    limit: seconds, roughly; fewer rounds rather than more of them.
+) -> Measured:
+    """Tasks that take turns, beside the probes of what bounds them.
+
+    Args:
+        work: what each task does at least.
+        tasks: {name: one run of it}.
+        device: where they run.
+        rounds: how often each takes its turn, if there is time.
+        quick: probe the machine with less.
+        peaks: watch how much memory each needs.
+        limit: seconds, roughly; fewer rounds rather than more of them.
     """
-    device = ids.device
     seconds = 0.0
     for run in tasks.values():  # also warms up: libraries choose their kernels, pools fill
         synchronize(device)
@@ -219,15 +245,15 @@ def measure_tasks(
     highest = {model: peak(run, device) if peaks else None for model, run in tasks.items()}
     affordable = int(limit / seconds) - 3
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
-    probes = PROBES[bound](dtype, device, quick)
-    baselines = tasks | {f"probe {name}": _repeated(call) for name, (call, _) in probes.items()}
+    probes = PROBES[work.bound](work.dtype, device, quick)
+    baselines = {**tasks, **{f"probe {n}": _repeated(call) for n, (call, _) in probes.items()}}
     times = interleave(
         baselines, device=device, min_time=0.0, rounds=rounds, warm_up=0.0, sample_time=0.0
     )
     ceiling = max(
         PROBE_CALLS * done / times.pop(f"probe {n}").median for n, (_, done) in probes.items()
     )
-    return Measured(name, tokens, times, highest, work, ceiling, bound)
+    return Measured(work.task, work.tokens, times, highest, work.amount, ceiling, work.bound)
 
 
 def _repeated(call: Callable[[], object]) -> Callable[[], None]:
@@ -239,7 +265,7 @@ def _repeated(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a call needs at its highest; None where that can't be watched."""
+    """Bytes that a call needs at its highest; None if that can't be watched."""
     if device.type == "cpu" and sys.platform == "linux":
         # What the C library kept of the model measured before would count for nothing.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

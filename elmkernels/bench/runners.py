@@ -1,4 +1,4 @@
-"""Those that run in the race: one model's weights, run by this package and by its baselines.
+"""Benchmark runners: one interface over this package, torch.compile and llama.cpp.
 
 A runner is asked for a `Task`: a pass over a prompt, or tokens decoded one by one after prompts
 that are not timed. Each answers with a function whose call is the timed work, and that returns the
@@ -26,9 +26,9 @@ from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
 from ..openelm.surgery import is_accelerated, twin
-from . import llama_cpp
+from .baselines import llama_cpp
+from .benchmark import COMPILED, LLAMA, OURS
 
-EAGER, COMPILED, OURS, LLAMA = "eager", "compiled", "ours", "llama.cpp"
 TRIAL_STEPS = 16  # to choose llama.cpp's attention by
 
 
@@ -73,8 +73,8 @@ class Runner:
         raise NotImplementedError
 
     def truth(self, prompt: Tensor, steps: int) -> list[int] | None:
-        """What the eager model chooses with the very weights of this runner; None: it holds those
-        of the group's eager model.
+        """The tokens that the eager model chooses with the very weights of this runner; None if
+        they are those of the group's eager model.
         """
         return None
 

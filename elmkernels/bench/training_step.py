@@ -1,8 +1,8 @@
 """Training steps side by side, as `elmkernels bench train` does: eager, compiled and accelerated.
 
 A step is what a training loop repeats for every batch: forward, loss with z-loss, backward, here
-with float32 weights, in float32 or in bfloat16 by autocast. The optimizer is torch's own whoever
-runs the model and is left out. Times are taken with gradients that are made anew by every step.
+with float32 weights, in float32 or in bfloat16 by autocast. The optimizer is torch's own for
+every model and is left out. Times are taken with gradients that are made anew by every step.
 
 Memory is watched in a fresh process for each model: the highest resident set of one step beyond
 the weights, once with gradients that the step makes ("first") and once with gradients that are
@@ -11,7 +11,8 @@ there already and are added to ("next"), as in the second of several accumulated
 
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,35 +21,40 @@ from torch import Tensor
 from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
 from ..openelm.config import OpenELMConfig
+from ..openelm.costs import matmul_operations
 from ..openelm.model import OpenELM
 from ..testing import model_parity
-from . import roofline
-from .machine import busy
+from . import chart
+from .benchmark import ACCELERATED, COMPILED, EAGER, Benchmark, Report, Results, Sizes
+from .roofline import PRODUCTS, Work, measure_tasks, peak
+from .table import format_table
 from .timing import fingerprint, keep_pages
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-COMPILED = "compiled"
 Z_LOSS = 1e-4
 SECONDS = 120.0  # of one precision's times: fewer rounds rather than longer
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepSizes(Sizes):
+    """Tokens of a sequence, sequences in a step, rounds."""
+
     tokens: int = 512
     batch: int = 1
     rounds: int = 7
 
+    @classmethod
+    def quick(cls) -> "StepSizes":
+        return cls(tokens=64, rounds=3)
 
-QUICK = Sizes(tokens=64, rounds=3)
 
-
-@dataclass(frozen=True)
-class StepRace:
-    """What to measure: a model's shape with random weights."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep(Benchmark):
+    """config: the shape of a model with random weights. memory: watch its peaks too."""
 
     config: OpenELMConfig
     precisions: tuple[str, ...] = tuple(PRECISIONS)
-    sizes: Sizes = Sizes()
+    sizes: StepSizes = StepSizes()
     compiled: bool = True
     backend: str | None = None
     seed: int = 0
@@ -58,6 +64,81 @@ class StepRace:
     @property
     def stages(self) -> int:
         return 1 + len(self.precisions) * (2 if self.memory else 1)
+
+    @property
+    def work(self) -> Work:
+        """The products of one step."""
+        s = self.sizes
+        operations = matmul_operations(self.config, s.tokens, s.tokens, training=True)
+        name, tokens = f"training step {s.batch} x {s.tokens}", s.batch * s.tokens
+        return Work(name, tokens, s.batch * operations, PRODUCTS, torch.float32)
+
+    def describe(self) -> Results:
+        return {
+            "model": self.config.model_name,
+            "weights": f"random weights of seed {self.seed}, float32",
+            "sizes": asdict(self.sizes),
+            "backend": self.backend,
+            "machine": fingerprint(self.device),
+            "parity": None,
+            "precisions": {},
+        }
+
+    def measure(self, results: Results, report: Report) -> None:
+        if self.device.type == "cpu":
+            keep_pages()
+        ids = _ids(self)
+        report.stage("parity")
+        (eager, _), (accelerated, plan) = (_model(self, name) for name in (EAGER, ACCELERATED))
+        parity = model_parity.check_model(eager, accelerated, ids[:, :64], 8, plan)
+        results["parity"] = parity.ok
+        report.print(f"parity: {'ok' if parity.ok else 'FAILED'}")
+        models = {EAGER: eager, ACCELERATED: accelerated}
+        for precision in self.precisions:
+            _run_precision(self, precision, models, ids, results, report)
+
+    def passed(self, results: Results) -> bool:
+        return results["parity"] is not False
+
+    def chart(self, results: Results, folder: Path) -> list[str]:
+        tasks = {name: [task] for name, task in results["precisions"].items()}
+        return chart.draw(f"{self.config.model_name}, training", tasks, folder / "chart.png")
+
+
+def _run_precision(
+    todo: TrainingStep,
+    precision: str,
+    models: dict[str, OpenELM],
+    ids: Tensor,
+    results: Results,
+    report: Report,
+) -> None:
+    report.stage(f"{precision}: time")
+    tasks = {name: _step(model, ids, precision) for name, model in models.items()}
+    if todo.compiled:
+        torch.compiler.reset()
+        tasks[COMPILED] = _step(models[EAGER], ids, precision, torch.compile(loss_of))
+    losses = {name: float(task()) for name, task in tasks.items()}
+    work = replace(todo.work, dtype=PRECISIONS[precision])
+    measured = measure_tasks(
+        work,
+        tasks,
+        todo.device,
+        rounds=todo.sizes.rounds,
+        quick=False,
+        peaks=False,
+        limit=SECONDS,
+    )
+    found = results["precisions"][precision] = measured.json() | {"losses": losses, "peak": {}}
+    report.save()
+    if todo.memory:
+        report.stage(f"{precision}: memory")
+        for name in (EAGER, ACCELERATED):
+            found["peak"][name] = _peaks_apart(todo, name, precision)
+    report.print(format_table([row | _memory(found, row["model"]) for row in measured.rows()]))
+    if measured.ceiling_missing:
+        report.print(f"{precision}: {measured.ceiling_missing}")
+    report.save()
 
 
 def loss_of(model: OpenELM, ids: Tensor, precision: str) -> Tensor:
@@ -72,31 +153,31 @@ def drop_gradients(model: OpenELM) -> None:
         parameter.grad = None
 
 
-def _ids(race: StepRace) -> Tensor:
-    generator = torch.Generator().manual_seed(race.seed + 1)
-    shape = race.sizes.batch, race.sizes.tokens + 1
-    return torch.randint(race.config.vocab_size, shape, generator=generator).to(race.device)
+def _ids(todo: TrainingStep) -> Tensor:
+    generator = torch.Generator().manual_seed(todo.seed + 1)
+    shape = todo.sizes.batch, todo.sizes.tokens + 1
+    return torch.randint(todo.config.vocab_size, shape, generator=generator).to(todo.device)
 
 
-def _model(race: StepRace, name: str) -> tuple[OpenELM, Plan]:
+def _model(todo: TrainingStep, name: str) -> tuple[OpenELM, Plan]:
     """A model, and the routines of its projections."""
-    model = OpenELM.from_config(race.config, seed=race.seed, device=race.device)
-    if name == roofline.ACCELERATED:
-        return model, accelerate(model, backend=race.backend).gemm
+    model = OpenELM.from_config(todo.config, seed=todo.seed, device=todo.device)
+    if name == ACCELERATED:
+        return model, accelerate(model, backend=todo.backend).gemm
     return model, Plan()
 
 
-def _peaks(race: StepRace, name: str, precision: str) -> dict[str, int | None]:
+def _peaks(todo: TrainingStep, name: str, precision: str) -> dict[str, int | None]:
     """Bytes of one step at its highest, in this process, which should have done nothing else."""
-    (model, _), ids = _model(race, name), _ids(race)
+    (model, _), ids = _model(todo, name), _ids(todo)
 
     def step() -> None:
         loss_of(model, ids, precision).backward()
 
     step()  # libraries choose their kernels
     drop_gradients(model)
-    first = roofline.peak(step, race.device)
-    following = roofline.peak(step, race.device)
+    first = peak(step, todo.device)
+    following = peak(step, todo.device)
     return {"first": first, "next": following}
 
 
@@ -104,83 +185,15 @@ def _send_peaks(queue: Any, *arguments: Any) -> None:
     queue.put(_peaks(*arguments))
 
 
-def _peaks_apart(race: StepRace, name: str, precision: str) -> dict[str, int | None]:
+def _peaks_apart(todo: TrainingStep, name: str, precision: str) -> dict[str, int | None]:
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    child = context.Process(target=_send_peaks, args=(queue, race, name, precision))
+    child = context.Process(target=_send_peaks, args=(queue, todo, name, precision))
     child.start()
     child.join()
     if child.exitcode:
         return {"first": None, "next": None}
     return queue.get()
-
-
-def start(race: StepRace) -> dict[str, Any]:
-    """The results before anything is measured."""
-    return {
-        "model": race.config.model_name,
-        "weights": f"random weights of seed {race.seed}, float32",
-        "sizes": asdict(race.sizes),
-        "backend": race.backend,
-        "machine": fingerprint(race.device),
-        "busy": busy(),
-        "parity": None,
-        "precisions": {},
-        "complete": False,
-    }
-
-
-def run(
-    race: StepRace,
-    results: dict[str, Any],
-    stage: Callable[[str], None],
-    emit: Callable[[str], None],
-    keep: Callable[[], None] = lambda: None,
-) -> None:
-    """Measure everything, filling `results` as it comes; keep() after each part."""
-    from .ops import format_table
-
-    if race.device.type == "cpu":
-        keep_pages()
-    if results["busy"]:
-        emit(results["busy"])
-    ids = _ids(race)
-    stage("parity")
-    (eager, _), (accelerated, plan) = (
-        _model(race, name) for name in (roofline.EAGER, roofline.ACCELERATED)
-    )
-    models = {roofline.EAGER: eager, roofline.ACCELERATED: accelerated}
-    parity = model_parity.check_model(eager, accelerated, ids[:, :64], 8, plan)
-    results["parity"] = parity.ok
-    emit(f"parity: {'ok' if parity.ok else 'FAILED'}")
-    tokens = race.sizes.batch * race.sizes.tokens
-    operations = race.sizes.batch * roofline.matmul_operations(
-        race.config, race.sizes.tokens, race.sizes.tokens, training=True
-    )
-    for precision in race.precisions:
-        stage(f"{precision}: time")
-        tasks = {name: _step(model, ids, precision) for name, model in models.items()}
-        if race.compiled:
-            torch.compiler.reset()
-            fast = torch.compile(loss_of)
-            tasks[COMPILED] = _step(models[roofline.EAGER], ids, precision, fast)
-        losses = {name: float(task()) for name, task in tasks.items()}
-        measured = roofline.measure_tasks(
-            f"training step {race.sizes.batch} x {race.sizes.tokens}", tokens, tasks, operations,
-            roofline.PRODUCTS, PRECISIONS[precision], ids, race.sizes.rounds, False, peaks=False,
-            limit=SECONDS,
-        )  # fmt: skip
-        found = results["precisions"][precision] = measured.json() | {"losses": losses, "peak": {}}
-        keep()
-        if race.memory:
-            stage(f"{precision}: memory")
-            for name in (roofline.EAGER, roofline.ACCELERATED):
-                found["peak"][name] = _peaks_apart(race, name, precision)
-        emit(format_table([row | _memory(found, row["model"]) for row in measured.rows()]))
-        if measured.ceiling_missing:
-            emit(f"{precision}: {measured.ceiling_missing}")
-        keep()
-    results["complete"] = True
 
 
 def _memory(found: dict[str, Any], name: str) -> dict[str, float | None]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..bench import chart, generation
-from .console import OK, Output, Progress, WrongInput, measure, note, plain
+from ..bench.generation import FORMATS, Generation, GenerationSizes
+from .console import WrongInput, carry_out
 from .options import (
     DEFAULT_MODEL,
     add_backend,
@@ -42,13 +41,13 @@ def add_parser(commands: Any) -> None:
         "Each format of the weights has its baselines; they take turns.",
     )
     add_model(parser, DEFAULT_MODEL)
-    group, usual = parser.add_argument_group("what is run"), generation.Sizes()
+    group, usual = parser.add_argument_group("what is run"), GenerationSizes()
     add = group.add_argument
     add(
         "--formats",
-        type=some_of(generation.FORMATS),
+        type=some_of(FORMATS),
         metavar="NAME[,...]",
-        help=f"{', '.join(generation.FORMATS)} (default: all)",
+        help=f"{', '.join(FORMATS)} (default: all)",
     )
     add("--steps", type=positive, metavar="N", help=f"tokens to decode (default {usual.steps})")
     add(
@@ -83,37 +82,20 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns its exit code."""
     device = torch.device("cpu")
     check_backend(args.backend, device)
-    sizes = generation.QUICK if args.quick else generation.Sizes()
-    given = {name: getattr(args, name) for name in SIZES}
-    sizes = replace(sizes, **{name: n for name, n in given.items() if n is not None})
     name, weights, load = chosen_model(args, device, args.seed)
-    todo = generation.Race(
-        load,
-        name,
-        weights,
-        tuple(args.formats or generation.FORMATS),
-        sizes,
-        not args.no_compile,
-        args.backend,
-        args.seed,
+    benchmark = Generation(
+        load=load,
+        name=name,
+        weights=weights,
+        formats=tuple(args.formats or FORMATS),
+        sizes=GenerationSizes.chosen(args.quick, {name: getattr(args, name) for name in SIZES}),
+        compiled=not args.no_compile,
+        backend=args.backend,
+        seed=args.seed,
     )
-    if args.no_compile and not any(group.compiled for group in todo.groups):
+    groups = benchmark.groups
+    if args.no_compile and not any(group.compiled for group in groups):
         raise WrongInput(
-            f"--no-compile has no effect: nothing is compiled beside {', '.join(todo.formats)}"
+            f"--no-compile has no effect: nothing is compiled beside {', '.join(benchmark.formats)}"
         )
-    todo = replace(todo, load=loaded_first(load, todo.groups[0].dtype))
-    output = Output(args.out, charts=True)
-    results = {"elmkernels": __version__, **generation.start(todo)}
-    progress = Progress(todo.stages)
-    emit = (lambda text: None) if args.json else progress.print
-
-    def work() -> None:
-        generation.run(todo, results, progress, emit, lambda: output.save(results))
-
-    code = measure(args, output, progress, results, work)
-    title, groups = f"{name} ({weights})", plain(results["groups"])
-    output.draw(lambda path: chart.draw_race(title, groups, path))
-    output.tell()
-    if code != OK and output.folder is None and not args.json:
-        note("the groups that were measured are printed; --out keeps them in a file")
-    return code
+    return carry_out(args, replace(benchmark, load=loaded_first(load, groups[0].dtype)))

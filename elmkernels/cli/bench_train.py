@@ -1,13 +1,11 @@
 """`elmkernels bench train`: training steps side by side, time and memory."""
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
-from .. import __version__
-from ..bench import chart, training_step
+from ..bench.training_step import PRECISIONS, StepSizes, TrainingStep
 from ..openelm.config import OpenELMConfig
-from .console import FAILED, OK, Output, Progress, WrongInput, measure, plain
+from .console import WrongInput, carry_out
 from .options import (
     DEFAULT_MODEL,
     add_backend,
@@ -37,13 +35,13 @@ def add_parser(commands: Any) -> None:
         "a training step beside eager and torch.compile, time and memory",
         "Forward, loss and backward with float32 weights, in float32 or in bfloat16 by autocast.",
     )
-    usual = training_step.Sizes()
+    usual = StepSizes()
     add = parser.add_argument
     add_variant(parser, DEFAULT_MODEL)
     add("--tokens", type=positive, metavar="N", help=f"in a sequence (default {usual.tokens})")
     add("--batch", type=positive, metavar="N", help=f"sequences in a step (default {usual.batch})")
     add_device(parser)
-    add_dtypes(parser, "both", training_step.PRECISIONS)
+    add_dtypes(parser, "both", PRECISIONS)
     add_backend(parser)
     add("--no-compile", action="store_true", help="leave torch.compile out, as --quick does")
     add("--seed", type=int, metavar="N", default=0, help="of random weights and tokens (default 0)")
@@ -59,25 +57,13 @@ def run(args: argparse.Namespace) -> int:
     check_backend(args.backend, device)
     if args.no_compile and args.quick:
         raise WrongInput("--no-compile has no effect with --quick, which compiles nothing")
-    precisions = tuple(dict.fromkeys(args.dtype or training_step.PRECISIONS))
-    sizes = training_step.QUICK if args.quick else training_step.Sizes()
-    given = {name: getattr(args, name) for name in SIZES}
-    sizes = replace(sizes, **{name: n for name, n in given.items() if n is not None})
-    config = OpenELMConfig.from_name(args.model or DEFAULT_MODEL)
-    compiled = not (args.no_compile or args.quick)
-    todo = training_step.StepRace(
-        config, precisions, sizes, compiled, args.backend, args.seed, device
+    benchmark = TrainingStep(
+        config=OpenELMConfig.from_name(args.model or DEFAULT_MODEL),
+        precisions=tuple(dict.fromkeys(args.dtype or PRECISIONS)),
+        sizes=StepSizes.chosen(args.quick, {name: getattr(args, name) for name in SIZES}),
+        compiled=not (args.no_compile or args.quick),
+        backend=args.backend,
+        seed=args.seed,
+        device=device,
     )
-    output = Output(args.out, charts=True)
-    results = {"elmkernels": __version__, **training_step.start(todo)}
-    progress = Progress(todo.stages)
-    emit = (lambda text: None) if args.json else progress.print
-
-    def work() -> None:
-        training_step.run(todo, results, progress, emit, lambda: output.save(results))
-
-    code = measure(args, output, progress, results, work)
-    found = {name: [task] for name, task in plain(results["precisions"]).items()}
-    output.draw(lambda path: chart.draw(f"{config.model_name}, training", found, path))
-    output.tell()
-    return code or (OK if results["parity"] else FAILED)
+    return carry_out(args, benchmark)

@@ -1,12 +1,10 @@
 """`elmkernels check`: accelerate a copy of a model, prove it against the reference, time both."""
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
-from .. import __version__
-from ..bench import chart, end_to_end
-from .console import FAILED, OK, Output, Progress, WrongInput, measure, plain
+from ..bench.end_to_end import EndToEnd, EndToEndSizes
+from .console import WrongInput, carry_out
 from .options import (
     DEFAULT_MODEL,
     add_backend,
@@ -49,7 +47,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--seed", type=int, metavar="N", default=0, help="of random weights and tokens (default 0)"
     )
-    add_rounds(how, end_to_end.Sizes().rounds)
+    add_rounds(how, EndToEndSizes().rounds)
     add_quick(how)
     results = parser.add_argument_group("results")
     add_out(results)
@@ -62,30 +60,18 @@ def run(args: argparse.Namespace) -> int:
     check_backend(args.backend, device)
     if args.prepack and device.type != "cpu":
         raise WrongInput(f"--prepack is for a CPU, it has no effect on {device}")
-    sizes = end_to_end.QUICK if args.quick else end_to_end.Sizes()
-    sizes = replace(sizes, rounds=args.rounds or sizes.rounds)
     dtypes = dtypes_of(args, ("bf16", "fp32") if device.type == "cpu" else ("bf16",))
     name, weights, load = chosen_model(args, device, args.seed)
-    todo = end_to_end.Job(
-        loaded_first(load, dtypes[0]),
-        name,
-        weights,
-        dtypes,
-        device,
-        sizes,
+    benchmark = EndToEnd(
+        load=loaded_first(load, dtypes[0]),
+        name=name,
+        weights=weights,
+        dtypes=dtypes,
+        device=device,
+        sizes=EndToEndSizes.chosen(args.quick, {"rounds": args.rounds}),
         quick=args.quick,
         backend=args.backend,
         prepack=args.prepack,
         seed=args.seed,
     )
-    output = Output(args.out, charts=True)
-    results = {"elmkernels": __version__, **end_to_end.start(todo)}
-    progress = Progress(len(end_to_end.STAGES) * len(dtypes))
-    emit = (lambda text: None) if args.json else progress.print
-    code = measure(
-        args, output, progress, results, lambda: end_to_end.run(todo, results, progress, emit)
-    )
-    speeds = {dtype: found["speed"] for dtype, found in plain(results["dtypes"]).items()}
-    output.draw(lambda path: chart.draw(f"{name} ({weights})", speeds, path))
-    output.tell()
-    return code or (OK if end_to_end.passed(results) else FAILED)
+    return carry_out(args, benchmark)

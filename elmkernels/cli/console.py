@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..bench import chart
+from ..bench.benchmark import Benchmark, Report, Results
 from ..openelm.progress import elapsed_and_left, seconds_left
 from ..openelm.storage import replacing
 
@@ -139,7 +141,7 @@ class Output:
 
     def __init__(self, path: str | None, charts: bool = False) -> None:
         """path: of the folder, made if it is missing, or None for no file at all. charts: pictures
-        will be asked for; where they can't be drawn, that is said here, before the work.
+        will be asked for; why they can't be drawn is noted here, before the work.
         """
         self.folder = None if path is None else Path(path)
         self.files: dict[str, None] = {}
@@ -164,28 +166,15 @@ class Output:
             raise WrongInput(f"{name} can't be written: {error}") from error
         self.files[name] = None
 
-    def draw(self, draw: Callable[[Path], None], name: str = "chart.png") -> None:
-        """Have a picture drawn, where that can be; `draw` may find that there is nothing to."""
-        if self.folder is None or chart.missing():
-            return
-        before = _state(self.folder / name)
-        checked(draw, self.folder / name)
-        if _state(self.folder / name) != before:
-            self.files[name] = None
+    def draw(self, draw: Callable[[Path], list[str]]) -> None:
+        """Have pictures drawn into the folder, if they can be; `draw` returns their names."""
+        if self.folder is not None and chart.missing() is None:
+            self.files |= dict.fromkeys(checked(draw, self.folder))
 
     def tell(self) -> None:
         """Say on stderr what was written."""
         if self.files:
             note(f"wrote {', '.join(self.files)} to {self.folder}")
-
-
-def _state(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
 
 
 class Terminated(KeyboardInterrupt):
@@ -235,3 +224,56 @@ def measure(
         kept = "" if output.folder is None else f"; {output.folder / 'results.json'} has"
         note("interrupted" + (f"{kept} what was measured" if kept else ""))
     return code
+
+
+class CommandReport(Report):
+    """A benchmark's report on the command line: stages on stderr, parts on stdout unless that is
+    for JSON alone.
+    """
+
+    def __init__(self, progress: Progress, save: Callable[[], None], quiet: bool) -> None:
+        self._progress, self._save, self._quiet = progress, save, quiet
+
+    def stage(self, text: str) -> None:
+        self._progress(text)
+
+    def print(self, text: str) -> None:
+        if not self._quiet:
+            self._progress.print(text)
+
+    def save(self) -> None:
+        self._save()
+
+
+def carry_out(
+    args: argparse.Namespace,
+    benchmark: Benchmark,
+    earlier: Results | None = None,
+    run: Callable[[Results, Report], None] | None = None,
+) -> int:
+    """Run a benchmark as a command: show how far it is, keep its results, report and charts.
+
+    Args:
+        args: its options --out and --json.
+        benchmark: what is measured.
+        earlier: results of an earlier run, to go on from.
+        run: has it measured; `benchmark.run` if None.
+
+    Returns:
+        The exit code.
+    """
+    output = Output(args.out, charts=True)
+    results = {"elmkernels": __version__, **benchmark.start(), **(earlier or {})}
+    progress = Progress(benchmark.stages)
+    report = CommandReport(progress, lambda: output.save(results), args.json)
+    work = benchmark.run if run is None else run
+    code = measure(args, output, progress, results, lambda: work(results, report))
+    found = plain(results)
+    if text := benchmark.summary(found):
+        output.write("summary.md", text)
+        report.print(text)
+    output.draw(lambda folder: benchmark.chart(found, folder))
+    output.tell()
+    if code != OK and output.folder is None and not args.json:
+        note("what was measured is printed; --out keeps it in a file")
+    return code or (OK if found["complete"] and benchmark.passed(found) else FAILED)

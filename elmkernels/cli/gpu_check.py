@@ -3,7 +3,7 @@
 Every stage's result is in DIR/results.json as it comes; DIR/summary.md and the charts are made of
 it at the end. `--continue` goes on from what is there, without what failed.
 
-On a GPU the stages run in another process, which this one watches and ends where a unit hangs, to
+On a GPU the stages run in another process, which this one watches and ends if a unit hangs, to
 go on with the next one in a fresh process. That worker is this command with --worker.
 """
 
@@ -12,18 +12,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
-from ..bench import chart
-from ..gpu_check import check as gpu_check
-from ..gpu_check import report
+from ..bench.benchmark import Report, Results
+from ..gpu_check.check import STAGES, GpuCheck, no_gpu
 from ..gpu_check.stages import Clock, DeadDevice
 from ..gpu_check.watch import Stuck, Worker, run_watched
-from .console import FAILED, OK, Output, Progress, WrongInput, checked, measure, note, plain
+from .console import OK, CommandReport, Output, Progress, WrongInput, carry_out, note
 from .options import (
     add_device,
     add_json,
@@ -57,15 +56,15 @@ def add_parser(commands: Any) -> None:
     add("--minutes", type=positive, metavar="N", help=whole)
     add(
         "--stages",
-        type=some_of(gpu_check.STAGES),
+        type=some_of(STAGES),
         metavar="NAME[,...]",
-        help=f"{', '.join(gpu_check.STAGES)} (default: all)",
+        help=f"{', '.join(STAGES)} (default: all)",
     )
     add("--continue", dest="go_on", action="store_true", help="do what DIR/results.json lacks")
     add(
         "--watch",
         action=argparse.BooleanOptionalAction,
-        help="run the stages in another process, ended where one hangs (default: on a GPU)",
+        help="run the stages in another process, ended if one hangs (default: on a GPU)",
     )
     add_json(parser)
     add("--worker", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
@@ -74,60 +73,52 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out the command; returns its exit code."""
     check = _check(args)
-    output = Output(args.out, charts=args.worker is None)
     folder = Path(args.out)
     if args.worker is not None:
-        return _work(check, output)
-    results = {"elmkernels": __version__, **gpu_check.start(check)}
+        return _work(check, args)
+    earlier = None
     if args.go_on:
-        results |= {"stages": _earlier(folder, results), "complete": False}
-    if results["busy"]:
-        note(results["busy"])
+        earlier = {"stages": _earlier(folder, check.describe())}
     watched = check.device.type == "cuda" if args.watch is None else args.watch
-    progress = None if watched else Progress(gpu_check.steps(check))
+    return carry_out(args, check, earlier, partial(_run, check, folder, watched))
+
+
+def _run(check: GpuCheck, folder: Path, watched: bool, results: Results, report: Report) -> None:
+    """Have everything done, in this process as long as that goes, unless it is to be watched."""
     clock = Clock(check.seconds)
-
-    def keep() -> None:
-        output.save(results)
-
-    def here() -> bool:
-        """Whether all could be done in this process."""
+    if watched:
+        if results["busy"]:
+            note(results["busy"])
+    else:
         try:
-            gpu_check.run(check, results, progress, keep)
+            return check.run(results, report)
         except DeadDevice as error:
             note(f"{error} broke the device for this process; another one goes on")
-            return False
-        return True
-
-    def work() -> None:
-        if not watched and here():
-            return
-        keep()
-        worker = Worker(_worker_command(check, folder), lambda: _read(folder), output.save, note)
-        try:
-            run_watched(worker, clock)
-        except Stuck as error:
-            note(f"stopped: {error}")
-        finally:
-            results.update(_read(folder))
-
-    code = measure(args, output, progress, results, work)
-    _report(args, plain(results), output, folder)
-    return code or (OK if results["complete"] and gpu_check.passed(results) else FAILED)
+    report.save()
+    worker = Worker(
+        _worker_command(check, folder), lambda: _read(folder), Output(str(folder)).save, note
+    )
+    try:
+        run_watched(worker, clock)
+    except Stuck as error:
+        note(f"stopped: {error}")
+    finally:
+        results.update(_read(folder))
 
 
-def _work(check: gpu_check.Check, output: Output) -> int:
+def _work(check: GpuCheck, args: argparse.Namespace) -> int:
     """What a worker does: go on with the results in the folder, as long as it is waited for."""
-    results, parent = _read(output.folder), os.getppid()
-    progress = Progress(gpu_check.steps(check))
+    output = Output(args.out)
+    results, parent = _read(Path(args.out)), os.getppid()
+    progress = Progress(check.stages)
 
-    def keep() -> None:
+    def save() -> None:
         output.save(results)
         if os.getppid() != parent:
             raise KeyboardInterrupt  # nobody reads on: the GPU is not ours any more
 
     try:
-        gpu_check.run(check, results, progress, keep)
+        check.run(results, CommandReport(progress, save, quiet=True))
     except DeadDevice:
         return BROKEN
     finally:
@@ -136,26 +127,26 @@ def _work(check: gpu_check.Check, output: Output) -> int:
     return OK
 
 
-def _worker_command(check: gpu_check.Check, folder: Path) -> Callable[[float], list[str]]:
-    options = [f"--out={folder}", f"--device={check.device}", f"--stages={','.join(check.stages)}"]
+def _worker_command(check: GpuCheck, folder: Path) -> Callable[[float], list[str]]:
+    options = [f"--out={folder}", f"--device={check.device}", f"--stages={','.join(check.wanted)}"]
     options += ["--quick"] if check.quick else []
     return lambda seconds: [*PROGRAM, NAME, *options, f"--worker={seconds:.1f}"]
 
 
-def _check(args: argparse.Namespace) -> gpu_check.Check:
+def _check(args: argparse.Namespace) -> GpuCheck:
     quick = bool(args.quick)
     wanted = "cuda" if args.device is None else args.device
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise WrongInput(gpu_check.no_gpu())
+        raise WrongInput(no_gpu())
     device = find_device(args.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)  # the current one; asking for it would initialize CUDA
     if device.type == "cpu" and not quick:
         raise WrongInput("--device cpu is for the rehearsal alone: give --quick too")
-    stages = tuple(args.stages or gpu_check.STAGES)
+    stages = tuple(args.stages or STAGES)
     minutes = args.minutes or (QUICK_MINUTES if quick else MINUTES)
     seconds = 60.0 * minutes if args.worker is None else args.worker
-    return gpu_check.Check(device, seconds, quick, stages)
+    return GpuCheck(device=device, seconds=seconds, quick=quick, wanted=stages)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -177,15 +168,3 @@ def _earlier(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     for stage in found["stages"].values():
         stage["left_out"] = {}  # there may be time for it now
     return found["stages"]
-
-
-def _report(
-    args: argparse.Namespace, results: dict[str, Any], output: Output, folder: Path
-) -> None:
-    text = report.summary(results)
-    output.write("summary.md", text)
-    if chart.missing() is None:
-        output.files |= dict.fromkeys(checked(report.draw, results, folder))
-    if not args.json:
-        print(text)
-    output.tell()

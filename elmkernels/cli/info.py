@@ -13,7 +13,7 @@ from .. import __version__
 from ..acceleration.projections import measure_plan
 from ..backends import BACKENDS, build_report, choose, defined
 from ..bench.machine import busy
-from ..bench.ops import format_table
+from ..bench.table import format_table
 from ..bench.timing import fingerprint
 from ..devices import gpus, no_cuda
 from .console import OK, WrongInput, dump

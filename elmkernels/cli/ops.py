@@ -10,7 +10,7 @@ import torch
 from .. import __version__
 from ..backends import BACKENDS, REFERENCE, choose
 from ..bench.machine import busy
-from ..bench.ops import format_table
+from ..bench.table import format_table
 from ..bench.timing import fingerprint
 from ..testing.cases import CASES
 from ..testing.parity import runnable

@@ -188,7 +188,7 @@ def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: 
     if results["busy"]:
         say(results["busy"])
     compare.compare(recipe, world, steps, results, say, lambda: output.save(results))
-    output.draw(lambda path: compare.draw(results, path))
+    output.draw(lambda folder: compare.draw(results, folder / "chart.png"))
     print(dump(results) if args.json else compare.text(results))
     output.tell()
     return OK if all(found["ok"] for found in results["precisions"].values()) else FAILED

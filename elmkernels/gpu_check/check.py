@@ -1,25 +1,26 @@
 """Everything that a GPU can tell of this package in a few minutes, stage by stage.
 
-On a CPU the same calls run in small form. Results are one dict of plain values; see
-`testing.stages` for what is kept when a stage fails or is stopped.
+On a CPU the same calls run in small form. `stages` says what is kept when a stage fails or is
+stopped.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from .. import devices as gpu
+from .. import devices
 from ..backends import build_report, choose, defined
-from ..bench.machine import busy
+from ..bench.benchmark import Benchmark, Report, Results
 from ..bench.timing import fingerprint
-from . import gpu_facts as devices
-from . import op_units
+from . import gpu_facts, op_units
 from .generation_units import generation_units
 from .model_units import compiled_units, decode_units, model_units
 from .models import GENERATION, Models
-from .stages import FAILED, Clock, Found, Stage, Unit, run_stages
+from .report import draw, summary
+from .stages import FAILED, Clock, Stage, Unit, run_stages
 
 # In the order in which they tell most: is decoding right, how fast is it, and all the rest.
 SHARES = {
@@ -29,84 +30,77 @@ SHARES = {
 STAGES = tuple(SHARES)
 
 
-@dataclass(frozen=True)
-class Check:
-    """What to run: on which device, in how many seconds, in small form or not, which stages."""
+@dataclass(frozen=True, kw_only=True)
+class GpuCheck(Benchmark):
+    """On which device, in how many seconds, in small form or not, which stages."""
 
     device: torch.device
     seconds: float
     quick: bool = False
-    stages: tuple[str, ...] = STAGES
+    wanted: tuple[str, ...] = STAGES
     seed: int = 0
+
+    @property
+    def stages(self) -> int:
+        return sum(1 + len(stage.units()) for stage in self.plan())
+
+    def describe(self) -> Results:
+        return {
+            "command": "gpu-check",
+            "device": str(self.device),
+            "quick": self.quick,
+            "seconds": self.seconds,
+            "stages": {},
+        }
+
+    def measure(self, results: Results, report: Report) -> None:
+        """Raises `stages.DeadDevice` if only another process can go on."""
+        lives = partial(gpu_facts.lives, self.device)
+        run_stages(self.plan(results), results, Clock(self.seconds), report, lives)
+
+    def passed(self, results: Results) -> bool:
+        """Whether nothing that was run failed, in parity or otherwise."""
+        units = [u for stage in results["stages"].values() for u in stage["units"].values()]
+        return all(u["state"] != FAILED and u.get("ok", True) for u in units)
+
+    def summary(self, results: Results) -> str:
+        return summary(results)
+
+    def chart(self, results: Results, folder: Path) -> list[str]:
+        return draw(results, folder)
+
+    def plan(self, results: Results | None = None) -> list[Stage]:
+        """The stages that were asked for, in their order. results: those that they fill."""
+        device, quick = self.device, self.quick
+        models = Models(device, quick, self.seed, {} if results is None else results)
+        units: dict[str, tuple[Callable, bool]] = {
+            "machine": (lambda: [Unit("facts", partial(_machine, device))], False),
+            "parity": (lambda: op_units.parity_units(device, quick, first=True), True),
+            GENERATION: (lambda: generation_units(models), False),
+            "decode": (lambda: decode_units(models), False),
+            "compiled": (lambda: compiled_units(models), False),
+            "ops": (lambda: op_units.bench_units(device, quick), False),
+            "models": (lambda: model_units(models), False),
+            "other-parity": (lambda: op_units.parity_units(device, quick, first=False), True),
+            "sanitizer": (lambda: op_units.sanitizer_units(device, quick), True),
+        }
+        return [Stage(n, SHARES[n], *units[n]) for n in STAGES if n in self.wanted]
 
 
 def no_gpu() -> str:
     """What was found instead of a GPU, and what is needed."""
     return (
-        f"{gpu.no_cuda()}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer and a "
-        "CUDA build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
+        f"{devices.no_cuda()}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer "
+        "and a CUDA build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
     )
 
 
-def start(check: Check) -> Found:
-    """The results before anything is done."""
-    return {
-        "complete": False,
-        "command": "gpu-check",
-        "device": str(check.device),
-        "quick": check.quick,
-        "seconds": check.seconds,
-        "busy": busy(),
-        "stages": {},
-    }
-
-
-def plan(check: Check, results: Found | None = None) -> list[Stage]:
-    """The stages that were asked for, in their order. results: those that they fill."""
-    device, quick = check.device, check.quick
-    models = Models(device, quick, check.seed, {} if results is None else results)
-    units: dict[str, tuple[Callable, bool]] = {
-        "machine": (lambda: [Unit("facts", partial(_machine, device))], False),
-        "parity": (lambda: op_units.parity_units(device, quick, first=True), True),
-        GENERATION: (lambda: generation_units(models), False),
-        "decode": (lambda: decode_units(models), False),
-        "compiled": (lambda: compiled_units(models), False),
-        "ops": (lambda: op_units.bench_units(device, quick), False),
-        "models": (lambda: model_units(models), False),
-        "other-parity": (lambda: op_units.parity_units(device, quick, first=False), True),
-        "sanitizer": (lambda: op_units.sanitizer_units(device, quick), True),
-    }
-    return [Stage(n, SHARES[n], *units[n]) for n in STAGES if n in check.stages]
-
-
-def steps(check: Check) -> int:
-    """How often `run` says what comes next, where there is time for all of it."""
-    return sum(1 + len(stage.units()) for stage in plan(check))
-
-
-def run(
-    check: Check,
-    results: Found,
-    say: Callable[[str], None] = lambda text: None,
-    keep: Callable[[], None] = lambda: None,
-) -> None:
-    """Fill `results`; raises `testing.stages.DeadDevice` where only another process can go on."""
-    lives = partial(devices.lives, check.device)
-    run_stages(plan(check, results), results, Clock(check.seconds), say, keep, lives)
-
-
-def passed(results: Found) -> bool:
-    """Whether nothing that was run failed, in parity or otherwise."""
-    units = [u for stage in results["stages"].values() for u in stage["units"].values()]
-    return all(u["state"] != FAILED and u.get("ok", True) for u in units)
-
-
-def _machine(device: torch.device, found: Found, clock: Clock) -> None:
-    capability, built = gpu.capability(device), gpu.architectures()
-    found |= fingerprint(device) | devices.facts(device)
+def _machine(device: torch.device, found: Results, clock: Clock) -> None:
+    capability, built = devices.capability(device), devices.architectures()
+    found |= fingerprint(device) | gpu_facts.facts(device)
     found["built"] = build_report()
     found["built_for"] = built
-    found["backends"] = gpu.missing_backends(device)
+    found["backends"] = devices.missing_backends(device)
     found["ops"] = {op: choose(op, device.type, None) for op in defined()}
     if capability is not None:
-        found["covered"] = gpu.runs_on(capability, built) if built else None
+        found["covered"] = devices.runs_on(capability, built) if built else None

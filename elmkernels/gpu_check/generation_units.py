@@ -26,8 +26,8 @@ EXACT_STEPS = 16  # whose logits are compared bit for bit
 
 
 def generation_units(models: Models) -> list[Unit]:
-    """Accelerated models held to the reference, with gradients, then their tokens by each mode. The
-    model that decoding is measured with first comes last.
+    """Accelerated models compared with the reference, with gradients, then their tokens by each
+    mode. The model that decoding is measured with first comes last.
     """
     names, found = models.sizes.models, []
     pairs = [(name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)]
@@ -35,7 +35,7 @@ def generation_units(models: Models) -> list[Unit]:
         what = f"{name} {str(dtype).removeprefix('torch.')}"
         found.append(Unit(what, partial(_accelerated, models, name, dtype), LIMIT))
         for mode in (GRAPH, ONE_LAUNCH):
-            run = partial(_by_way, models, name, dtype, mode)
+            run = partial(_decoded, models, name, dtype, mode)
             found.append(Unit(f"{what} {mode}", run, MODE_LIMIT))
         if dtype == torch.bfloat16:
             found.append(Unit(f"{what} packed", partial(_packed, models, name), LIMIT))
@@ -43,7 +43,7 @@ def generation_units(models: Models) -> list[Unit]:
 
 
 def _steps(models: Models, name: str) -> int:
-    """Of the smallest model most; each costs hundreds of launches more in a larger one."""
+    """How many tokens are compared: fewer of larger models, whose tokens take more launches."""
     compared = models.sizes.compared
     return compared if name == models.sizes.models[0] else compared // 4
 
@@ -70,10 +70,10 @@ def _accelerated(models: Models, name: str, dtype: torch.dtype, found: Found, cl
     found["ok"] = parity.ok
 
 
-def _by_way(
+def _decoded(
     models: Models, name: str, dtype: torch.dtype, mode: str, found: Found, clock: Clock
 ) -> None:
-    """Greedy tokens, held to the reference's up to a tie."""
+    """Greedy tokens of one mode, which must be the reference's up to a tie."""
     eager, accelerated, _ = models.get(name, dtype)
     _need(models, mode, accelerated)
     found["ok"] = False
@@ -88,7 +88,7 @@ def _by_way(
 
 
 def _need(models: Models, mode: str, accelerated: object) -> None:
-    """Raise LeftOut where a model can't be decoded in a mode here."""
+    """Raise LeftOut if a model can't be decoded in a mode here."""
     if why := models.missing(mode, accelerated, trial=True):
         raise LeftOut(why)
     if mode == ONE_LAUNCH and choose("decode_step", models.device.type, None) == REFERENCE:
@@ -97,7 +97,7 @@ def _need(models: Models, mode: str, accelerated: object) -> None:
 
 @torch.inference_mode()
 def _packed(models: Models, name: str, found: Found, clock: Clock) -> None:
-    """The logits of a step by packed weights and by plain ones, which must be the same bits."""
+    """The logits of a step by packed12 weights and by plain ones, which must be the same bits."""
     eager, accelerated, _ = models.get(name, torch.bfloat16)
     _need(models, ONE_LAUNCH, accelerated)
     found |= {"ok": False, "steps": EXACT_STEPS, "equal": 0}

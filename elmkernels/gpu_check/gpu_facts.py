@@ -18,7 +18,7 @@ def gpu_name(device: torch.device) -> str | None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Memory and, of a GPU, its processors, caches, driver and clocks as far as they can be had."""
+    """Of a GPU: memory, processors, caches, driver and clocks, as far as they can be read."""
     if device.type != "cuda":
         return {}
     p = torch.cuda.get_device_properties(device)

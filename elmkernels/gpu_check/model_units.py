@@ -1,23 +1,27 @@
 """Whole models as units of a check under a clock: the same tokens, then time beside baselines."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..acceleration.decode_modes import GRAPH as BY_GRAPH
-from ..acceleration.decode_modes import ONE_LAUNCH as BY_ONE_LAUNCH
+from ..acceleration import decode_modes
 from ..backends import Reason
-from ..bench import olmo, roofline, training_step
-from ..bench.runners import EAGER, OURS, Run, Runner, Task, TorchRunner
+from ..bench.baselines import olmo
+from ..bench.benchmark import ACCELERATED, COMPILED, EAGER, OURS
+from ..bench.roofline import MEMORY, PRODUCTS, Measured, Work, measure_tasks
+from ..bench.runners import Runner, Task, TorchRunner
+from ..bench.training_step import StepSizes, TrainingStep
 from ..openelm.config import OpenELMConfig
+from ..openelm.costs import matmul_operations, token_bytes
 from ..openelm.model import OpenELM
 from ..ops.decode_step import MAX_BATCH
 from ..ops.linear import MAX_ROWS
 from .gpu_facts import datasheet, gpu_name
 from .models import COMPILE_LIMIT, LIMIT, Models
 from .runners import (
-    COMPILED_FAIR,
     COMPILED_OLMO,
     CUBLAS_GRAPH,
     GRAPH,
@@ -34,18 +38,19 @@ from .runners import (
 from .stages import Clock, Found, LeftOut, Unit, first_line
 
 
-def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> tuple[float, str]:
-    """The least work of a task, in the unit of what bounds it."""
+def _work(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> Work:
+    """The least work of a task."""
     batch, length = task.prompts.shape
     if not task.steps:
-        operations = roofline.matmul_operations(config, length, 1, training=False)
-        return batch * operations, roofline.PRODUCTS
+        operations = batch * matmul_operations(config, length, 1, training=False)
+        return Work(task.name, task.tokens, operations, PRODUCTS, dtype)
     past = batch * (length + task.steps / 2)
-    return task.steps * roofline.token_bytes(config, dtype, past), roofline.MEMORY
+    nbytes = task.steps * token_bytes(config, dtype, past)
+    return Work(task.name, task.tokens, nbytes, MEMORY, dtype)
 
 
 def _caches(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> float:
-    """About the bytes of ten runners' caches, and of a prompt on its mode through a layer."""
+    """About the bytes of ten runners' caches, and of a prompt on its way through a layer."""
     tokens = task.prompts.shape[0] * (task.length + 128)
     cache = 2 * config.head_dim * sum(config.num_kv_heads) * tokens
     layer = (4 * max(config.ffn_dims) + 8 * config.model_dim) * tokens
@@ -53,14 +58,34 @@ def _caches(config: OpenELMConfig, task: Task, dtype: torch.dtype) -> float:
 
 
 Makers = dict[str, Callable[[], Runner]]
-OTHER_WEIGHTS = (
-    EAGER,
-    OLMO,
-    COMPILED_OLMO,
-    *QUANTIZED,
-)  # whose tokens aren't compared with eager's
+NOT_COMPARED = (EAGER, OLMO, COMPILED_OLMO, *QUANTIZED)  # other weights, or the eager model itself
+
+
+def _none(model: OpenELM) -> Makers:
+    return {}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is decoded, or read if steps is 0, and by whom beside the usual runners. more: other
+    baselines, named in the suffix of the unit. forms: also the weights' other forms.
+    """
+
+    batch: int
+    length: int
+    steps: int = 0
+    more: Callable[[OpenELM], Makers] = _none
+    suffix: str = ""
+    forms: bool = False
+
+    @property
+    def name(self) -> str:
+        what = f"decode at {self.length} x {self.batch}" if self.steps else f"prefill {self.length}"
+        return f"{what}{self.suffix}"
+
+
 # About the seconds that torch.compile takes, which nothing can stop once it has begun.
-COMPILE_SECONDS = {COMPILED_FAIR: 60.0, COMPILED_OLMO: 40.0, "a training step": 60.0}
+COMPILE_SECONDS = {COMPILED: 60.0, COMPILED_OLMO: 40.0, "a training step": 60.0}
 
 
 def _missing_time(models: Models, what: str, clock: Clock) -> Reason | None:
@@ -87,36 +112,34 @@ def _decoders(models: Models, name: str, task: Task, forms: bool) -> Makers:
 
         return make
 
-    found = {GRAPH: by(GRAPH, BY_GRAPH)}
-    found[SDPA_GRAPH] = by(SDPA_GRAPH, BY_GRAPH, changed=with_sdpa)
+    found = {GRAPH: by(GRAPH, decode_modes.GRAPH)}
+    found[SDPA_GRAPH] = by(SDPA_GRAPH, decode_modes.GRAPH, changed=with_sdpa)
     if task.prompts.shape[0] <= MAX_ROWS:
-        found[CUBLAS_GRAPH] = by(CUBLAS_GRAPH, BY_GRAPH, changed=with_cublas)
+        found[CUBLAS_GRAPH] = by(CUBLAS_GRAPH, decode_modes.GRAPH, changed=with_cublas)
     if task.prompts.shape[0] <= MAX_BATCH:
-        found[ONE_LAUNCH] = by(ONE_LAUNCH, BY_ONE_LAUNCH)
+        found[ONE_LAUNCH] = by(ONE_LAUNCH, decode_modes.ONE_LAUNCH)
         for form, runner in OTHER_FORMS.items() if forms else ():
-            found[runner] = by(runner, BY_ONE_LAUNCH, form)
+            found[runner] = by(runner, decode_modes.ONE_LAUNCH, form)
     return found
 
 
-def _race(
-    models: Models, name: str, task: Task, more: Callable[[OpenELM], Makers], forms: bool,
-    found: Found, clock: Clock,
-) -> None:  # fmt: skip
-    """A task by the reference, the accelerated model and baselines; what can't be had is named."""
+def _compare(models: Models, name: str, shape: Shape, found: Found, clock: Clock) -> None:
+    """A task by the reference, the accelerated model and baselines; what can't run is named."""
+    task = _task(models, models.config(name), shape)
     dtype = torch.bfloat16
     eager, accelerated, _ = models.get(name, dtype)
     models.need(_caches(eager.config, task, dtype), f"caches for {task.name}")
     torch.compiler.reset()  # what other tasks were compiled for is never called again
     makers: Makers = {EAGER: lambda: TorchRunner(EAGER, EAGER, eager)}
-    makers[roofline.ACCELERATED] = lambda: TorchRunner(roofline.ACCELERATED, OURS, accelerated)
+    makers[ACCELERATED] = lambda: TorchRunner(ACCELERATED, OURS, accelerated)
     own = len(makers)
     baselines: Makers = {"torch": lambda: TorchBaselineRunner(eager)}
     if task.steps:
-        baselines |= _decoders(models, name, task, forms)
+        baselines |= _decoders(models, name, task, shape.forms)
     runs, tokens, missing = {}, {}, {}
     found |= {"model": name, "ok": True, "missing": missing, "steps": task.steps}
     found |= dict(zip(("batch", "context"), task.prompts.shape, strict=True))
-    for i, (key, make) in enumerate((makers | baselines | more(eager)).items()):
+    for i, (key, make) in enumerate((makers | baselines | shape.more(eager)).items()):
         if i >= own and (why := _missing_time(models, key, clock)):
             missing[key] = why
             continue
@@ -129,10 +152,18 @@ def _race(
             if i < own:
                 raise
             missing[key] = first_line(error)
-    compared = [n for n in tokens if n not in OTHER_WEIGHTS]
+    compared = [n for n in tokens if n not in NOT_COMPARED]
     found["agree"] = {n: agreement(tokens[EAGER], tokens[n]) for n in compared}
     found["tokens_each"] = 1 + task.steps
-    _measure(models, task, runs, _work(eager.config, task, dtype), dtype, found)
+    measured = measure_tasks(
+        _work(eager.config, task, dtype),
+        runs,
+        models.device,
+        rounds=models.sizes.rounds,
+        quick=models.quick,
+        peaks=models.device.type == "cuda",
+    )
+    found |= measured.json() | floors(measured, models.device)
 
 
 def agreement(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> int:
@@ -144,53 +175,27 @@ def agreement(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -
     return min(equal)
 
 
-def _measure(
-    models: Models, task: Task, runs: dict[str, Run], work: tuple[float, str],
-    dtype: torch.dtype, found: Found,
-) -> None:  # fmt: skip
-    amount, bound = work
-    measured = roofline.measure_tasks(
-        task.name, task.tokens, runs, amount, bound, dtype, task.prompts,
-        models.sizes.rounds, models.quick, peaks=models.device.type == "cuda",
-    )  # fmt: skip
-    found |= measured.json()
-    found |= floors(measured, models.device)
-
-
-def floors(measured: roofline.Measured, device: torch.device) -> dict[str, Any]:
+def floors(measured: Measured, device: torch.device) -> dict[str, Any]:
     """Tokens a second at the measured ceiling, and at what the GPU's maker promises (None where
     that isn't known)."""
     promised = datasheet(gpu_name(device))
     top = None
     if promised is not None:
-        rate = promised.bandwidth if measured.bound == roofline.MEMORY else promised.bf16
+        rate = promised.bandwidth if measured.bound == MEMORY else promised.bf16
         top = measured.tokens / (measured.work / rate)
     return {"floor_tokens": measured.tokens / measured.floor, "datasheet_tokens": top}
 
 
-def _none(model: OpenELM) -> Makers:
-    return {}
-
-
-def _task(models: Models, config: OpenELMConfig, batch: int, length: int, steps: int) -> Task:
-    room = config.rope_max_length
+def _task(models: Models, config: OpenELMConfig, shape: Shape) -> Task:
+    batch, length, steps, room = shape.batch, shape.length, shape.steps, config.rope_max_length
     if length + steps + 1 > room:
         raise LeftOut(f"the model has {room} positions, {length + steps + 1} needed")
     name = f"decode {steps} after {length}, batch {batch}" if steps else f"prefill {length}"
     return Task(name, models.tokens(config, batch, length), steps)
 
 
-def _race_unit(
-    models: Models, name: str, batch: int, length: int, steps: int,
-    more: Callable[[OpenELM], Makers] = _none, suffix: str = "", forms: bool = False,
-    limit: float = LIMIT,
-) -> Unit:  # fmt: skip
-    def run(found: Found, clock: Clock) -> None:
-        task = _task(models, models.config(name), batch, length, steps)
-        _race(models, name, task, more, forms, found, clock)
-
-    what = f"decode at {length} x {batch}" if steps else f"prefill {length}"
-    return Unit(f"{name} {what}{suffix}", run, limit)
+def _unit(models: Models, name: str, shape: Shape, limit: float = LIMIT) -> Unit:
+    return Unit(f"{name} {shape.name}", partial(_compare, models, name, shape), limit)
 
 
 def decode_units(models: Models) -> list[Unit]:
@@ -203,7 +208,7 @@ def decode_units(models: Models) -> list[Unit]:
     grid = [(b, c) for b in few for c in s.contexts]
     first = [(name, *grid[0]) for name in names]
     rest = [(name, b, c) for name in names for b, c in grid[1:]]
-    return [_race_unit(models, n, b, c, s.steps, forms=True) for n, b, c in first + rest]
+    return [_unit(models, n, Shape(b, c, s.steps, forms=True)) for n, b, c in first + rest]
 
 
 def model_units(models: Models) -> list[Unit]:
@@ -211,11 +216,11 @@ def model_units(models: Models) -> list[Unit]:
     s = models.sizes
     units = []
     for name in s.models:
-        units += [_race_unit(models, name, 1, length, 0) for length in s.prefill]
+        units += [_unit(models, name, Shape(1, length)) for length in s.prefill]
         units.append(_training_unit(models, name, False))
     for name in s.models:
         grid = [(b, c) for c in s.contexts for b in s.batches if b > MAX_BATCH]
-        units += [_race_unit(models, name, batch, context, s.steps) for batch, context in grid]
+        units += [_unit(models, name, Shape(batch, context, s.steps)) for batch, context in grid]
     return units
 
 
@@ -225,7 +230,7 @@ def compiled_units(models: Models) -> list[Unit]:
     options = {"backend": "eager"} if models.quick else {"mode": "reduce-overhead"}
 
     def compiled(model: OpenELM) -> Makers:
-        return {COMPILED_FAIR: lambda: TorchBaselineRunner(model, options)}
+        return {COMPILED: lambda: TorchBaselineRunner(model, options)}
 
     def with_olmo(model: OpenELM) -> Makers:
         shape = olmo.TINY if models.quick else olmo.SHAPE
@@ -239,15 +244,12 @@ def compiled_units(models: Models) -> list[Unit]:
         baselines = {OLMO: lambda: runner(OLMO, None)} | compiled(model)
         return baselines | {COMPILED_OLMO: lambda: runner(COMPILED_OLMO, options)}
 
-    context, steps = s.contexts[0], s.steps
-    long = {"limit": COMPILE_LIMIT}
-    olmo_too = ", compiled and OLMo"
-    more = [_race_unit(models, s.models[-1], 1, context, steps, with_olmo, olmo_too, **long)]
-    more += [
-        _race_unit(models, name, 1, context, steps, compiled, ", compiled", **long)
-        for name in s.models[:-1]
-    ]
-    more += [_race_unit(models, name, 1, context, steps) for name in s.large]
+    short = (1, s.contexts[0], s.steps)
+    olmo_too = Shape(*short, with_olmo, ", compiled and OLMo")
+    alone = Shape(*short, compiled, ", compiled")
+    more = [_unit(models, s.models[-1], olmo_too, COMPILE_LIMIT)]
+    more += [_unit(models, name, alone, COMPILE_LIMIT) for name in s.models[:-1]]
+    more += [_unit(models, name, Shape(*short)) for name in s.large]
     return [*more, *([] if models.quick else [_training_unit(models, s.models[0], True)])]
 
 
@@ -262,13 +264,16 @@ def _training_unit(models: Models, name: str, compiled: bool) -> Unit:
             16 * config.num_parameters + 24 * tokens * config.vocab_size + (1 << 28),
             f"{name}'s training step",
         )
-        sizes = training_step.Sizes(tokens, 1, models.sizes.rounds)
-        race = training_step.StepRace(
-            config, ("bf16",), sizes, compiled, device=models.device, memory=False
+        step = TrainingStep(
+            config=config,
+            precisions=("bf16",),
+            sizes=StepSizes(tokens, 1, models.sizes.rounds),
+            compiled=compiled,
+            device=models.device,
+            memory=False,
         )
-        results = training_step.start(race)
-        quiet = lambda text: None  # noqa: E731
-        training_step.run(race, results, quiet, quiet)
+        results = step.start()
+        step.run(results)
         found |= {"model": name, "missing": {}, "ok": bool(results["parity"])}
         found |= results["precisions"]["bf16"]
         promised = datasheet(gpu_name(models.device))

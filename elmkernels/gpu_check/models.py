@@ -1,4 +1,4 @@
-"""What whole models are looked at on a GPU, and those of them that are in its memory."""
+"""The models that a GPU check runs; at most KEPT of them are loaded at a time."""
 
 import gc
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from torch import Tensor
 from ..acceleration.decode_modes import modes_of
 from ..acceleration.swap import Report, accelerate
 from ..backends import Reason
+from ..bench.benchmark import Sizes
 from ..bench.runners import compress
 from ..devices import architectures, capability, missing_on
 from ..openelm.config import OpenELMConfig
@@ -34,7 +35,7 @@ TINY = {
 
 
 @dataclass(frozen=True)
-class Sizes:
+class GpuCheckSizes(Sizes):
     """What is run: models by name, tokens that are compared, tasks, and rounds of each."""
 
     models: tuple[str, ...] = ("270M", "1_1B")
@@ -47,14 +48,15 @@ class Sizes:
     training: int = 2048
     rounds: int = 5
 
-
-QUICK = Sizes(("tiny",), (), 16, (16,), (260,), (1, 2), 4, 16, 2)
+    @classmethod
+    def quick(cls) -> "GpuCheckSizes":
+        return cls(("tiny",), (), 16, (16,), (260,), (1, 2), 4, 16, 2)
 
 
 @dataclass
 class Models:
-    """The models that are looked at, KEPT of them at a time, on their device: the reference and its
-    accelerated twin. results: of the whole check, for what is known of the decode modes.
+    """Loaded models, KEPT of them at a time, on their device: the reference and its accelerated
+    twin. results: of the whole check, for what is known of the decode modes.
     """
 
     device: torch.device
@@ -62,12 +64,12 @@ class Models:
     seed: int = 0
     results: Found = field(default_factory=dict)
     allowed: dict[tuple, float] = field(default_factory=dict)  # by how much two logits may differ
-    _held: dict[tuple, tuple[OpenELM, OpenELM, Report]] = field(default_factory=dict)
+    _loaded: dict[tuple, tuple[OpenELM, OpenELM, Report]] = field(default_factory=dict)
     _forms: dict[tuple[str, str], OpenELM] = field(default_factory=dict)
 
     @property
-    def sizes(self) -> Sizes:
-        return QUICK if self.quick else Sizes()
+    def sizes(self) -> GpuCheckSizes:
+        return GpuCheckSizes.chosen(self.quick, {})
 
     def config(self, name: str) -> OpenELMConfig:
         if name == "tiny":
@@ -75,12 +77,13 @@ class Models:
         return OpenELMConfig.from_name(f"OpenELM-{name}")
 
     def get(self, name: str, dtype: torch.dtype) -> tuple[OpenELM, OpenELM, Report]:
-        """Both, with what accelerate did. Raises LeftOut where the device or its memory is not
-        what they need."""
-        if (name, dtype) not in self._held:
+        """Both, with what accelerate did. Raises LeftOut if the device or its memory is not what
+        they need.
+        """
+        if (name, dtype) not in self._loaded:
             config = self.config(name)
             nbytes = config.num_parameters * dtype.itemsize + (1 << 28)
-            if len(self._held) == KEPT:
+            if len(self._loaded) == KEPT:
                 self._drop_one()
             if self._short(nbytes):
                 self.drop()
@@ -89,8 +92,8 @@ class Models:
             model = OpenELM.from_config(config, seed=self.seed, **where).eval()
             accelerated = twin(model)
             report = accelerate(accelerated)
-            self._held[name, dtype] = model, accelerated, report
-        return self._held[name, dtype]
+            self._loaded[name, dtype] = model, accelerated, report
+        return self._loaded[name, dtype]
 
     def compressed(self, name: str, form: str) -> OpenELM:
         """The bfloat16 model with its weights in another form, accelerated."""
@@ -115,7 +118,7 @@ class Models:
 
     def drop(self) -> None:
         """Let go of all, and of the memory that torch keeps."""
-        self._held.clear()
+        self._loaded.clear()
         self._forms.clear()
         gc.collect()
         if self.device.type == "cuda":
@@ -123,14 +126,14 @@ class Models:
 
     def _drop_one(self) -> None:
         """Let go of the model that was made first, and of its other forms."""
-        name, dtype = next(iter(self._held))
-        del self._held[name, dtype]
+        name, dtype = next(iter(self._loaded))
+        del self._loaded[name, dtype]
         if dtype == torch.bfloat16:
             self._forms = {key: m for key, m in self._forms.items() if key[0] != name}
         gc.collect()
 
     def _short(self, nbytes: float) -> int | None:
-        """The bytes that are free, where they are too few."""
+        """The bytes that are free, if they are too few."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         free = free_bytes(self.device)

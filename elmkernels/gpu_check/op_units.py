@@ -25,7 +25,7 @@ from .stages import Clock, Found, LeftOut, Unit, first_line
 GOLDEN = 0.6180339887498949  # i * GOLDEN mod 1 visits any list evenly, however early one stops
 MOST_ERRORS = 3
 SANITIZER = "compute-sanitizer"
-FOUND = 9  # the exit code that it is asked for where it finds an error
+FOUND = 9  # the exit code that it is asked for if it finds an error
 LONG_TOKENS = 0  # "rows" of a token of each of many sequences, long ones
 BENCH_LIMIT = 150.0  # seconds after which one is taken to hang: baselines are compiled in it
 LEAST_SECONDS = 30.0  # below which no watched process gets to its first case
@@ -38,7 +38,7 @@ UNTIMED = ("decode_step",)  # generation, whose step it is, times it
 
 
 class Bench(NamedTuple):
-    """Rows of a layer of each model; ops: those measured, all where there are none. compiled: with
+    """Rows of a layer of each model; ops: those measured, all if there are none. compiled: with
     torch.compile beside them, which takes its time.
     """
 
@@ -131,7 +131,7 @@ def _count(record: Record, found: Found) -> None:
 
 
 def sanitizer_units(device: torch.device, quick: bool) -> list[Unit]:
-    """A few small cases of each op in a process of their own, watched where the tool is there."""
+    """A few small cases of each op in a process of their own, watched if the tool is there."""
     ops = dict.fromkeys(op for op, _ in pairs(device))
     names = list(ops)[:1] if quick else list(ops)
     return [Unit("memcheck", partial(_memcheck, names, device))]
@@ -160,8 +160,8 @@ def _memcheck(names: list[str], device: torch.device, found: Found, clock: Clock
 
 
 def run_apart(command: list[str], seconds: float) -> tuple[int, str, str]:
-    """A command's exit code and what it printed. Raises LeftOut where it takes longer; then, as
-    where this process is interrupted, whatever it started is ended with it.
+    """A command's exit code and what it printed. Raises LeftOut if it takes longer. Then, and
+    if this process is interrupted, whatever it started is ended with it.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)

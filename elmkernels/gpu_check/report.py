@@ -2,29 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..bench import chart
-from ..bench.ops import cell
-from ..bench.roofline import ACCELERATED
+from ..bench.benchmark import ACCELERATED
+from ..bench.benchmark import Results as Found
+from ..bench.table import markdown, share
 from .runners import CUBLAS_GRAPH, GRAPH, ONE_LAUNCH, OTHER_FORMS, SDPA_GRAPH
 from .stages import DONE, FAILED
 from .targets import all_units, timed, verdicts
 
-Found = dict[str, Any]
 OURS = (ACCELERATED, GRAPH, SDPA_GRAPH, CUBLAS_GRAPH, ONE_LAUNCH)  # in the weights of the baselines
 FORMS = tuple(OTHER_FORMS.values())
 MOST = 12  # rows of what is named one by one
 MOST_PANELS = 24
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a markdown table, without the columns that are empty."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(row.get(column)).replace("|", "/") for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def summary(results: Found) -> str:
@@ -127,9 +117,9 @@ def _ops(results: Found) -> str:
             continue
         row = {"op": u["op"] + (" fwd+bwd" if u["backward"] else ""), "case": u["case"]}
         row |= {"dtype": u["dtype"], "backend": u["backend"], "us": u["time"]["median"] * 1e6}
-        row |= {"GB/s": u["bandwidth"] / 1e9, "of copy": _percent(u["of_copy"])}
-        share = u["of_datasheet_flops"] or u["of_datasheet"]
-        row |= {"of datasheet": None if share is None else _percent(share)}
+        row |= {"GB/s": u["bandwidth"] / 1e9, "of copy": share(u["of_copy"])}
+        promised = u["of_datasheet_flops"] or u["of_datasheet"]
+        row["of datasheet"] = None if promised is None else share(promised)
         row |= {f"x {baseline}": ratio for baseline, ratio in u["ratios"].items()}
         calls = u["calls"].get(u["backend"])
         row["call us"] = None if calls is None else calls["median"] * 1e6
@@ -202,17 +192,13 @@ def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - MOST} more" if len(names) > MOST else ""
 
 
-def _percent(share: float) -> str:
-    return f"{share:.0%}"
-
-
 def _unusable(unit: Found) -> bool:
-    """Whether more was reached than the ceiling by which the floor was reckoned."""
+    """Whether more was reached than the ceiling that the floor is from."""
     return unit.get("ceiling_missing") is not None
 
 
 def _of_floor(rate: float, unit: Found) -> str:
-    return "not usable" if _unusable(unit) else _percent(rate / unit["floor_tokens"])
+    return share(None if _unusable(unit) else rate / unit["floor_tokens"])
 
 
 def draw(results: Found, folder: Path) -> list[str]:
@@ -231,14 +217,16 @@ def draw(results: Found, folder: Path) -> list[str]:
         "models.png": (models, "tokens/s", "the measured ceiling"),
         "ops.png": (ops[:MOST_PANELS], "GB/s", "a copy of as many bytes"),
     }
+    drawn = []
     for name, (tasks, unit, ceiling) in pictures.items():
         title = f"elmkernels on {where}; dashed: {ceiling}"
-        chart.draw_rates(title, tasks, folder / name, unit)
-    return [name for name, (tasks, _, _) in pictures.items() if tasks]
+        drawn += chart.draw_rates(title, tasks, folder / name, unit)
+    return drawn
 
 
 def _op_panel(name: str, u: Found) -> Found:
-    """An op's bytes a second by each way, as the least bytes that it must move take so long."""
+    """Effective bandwidth of each runner: the least bytes that the op must move, over its time."""
     taken = {"ours": u["time"], **u["baselines"]}
     rates = {who: u["nbytes"] / t["median"] / 1e9 for who, t in taken.items()}
-    return {"task": name, "rates": rates, "ceiling": u["nbytes"] / u["copy"]["median"] / 1e9}
+    ceiling = u["nbytes"] / u["copy"]["median"] / 1e9
+    return {"task": name, "rates": rates, "ceiling": None if u["of_copy"] > 1 else ceiling}

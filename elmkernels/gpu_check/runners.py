@@ -1,4 +1,6 @@
-"""Those that decode and read prompts side by side on a GPU, beside the runners of the race."""
+"""Runners for a GPU: torch's own operations as a baseline, and the decode modes of the accelerated
+model.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +11,9 @@ from torch import Tensor
 from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
 from ..backends import SDPA
-from ..bench.runners import COMPILED, EAGER, OURS, Run, Runner, Task
-from ..bench.torch_baseline import TorchBaseline
+from ..bench.baselines.torch_baseline import TorchBaseline
+from ..bench.benchmark import ACCELERATED, COMPILED, EAGER, OURS, TORCH
+from ..bench.runners import Run, Runner, Task
 from ..generation.cuda_graph import BUCKET
 from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
@@ -18,11 +21,11 @@ from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from ..openelm.surgery import twin
 
-TORCH, COMPILED_FAIR, GRAPH = "torch baseline", "compiled", "accelerated, graph"
+GRAPH = f"{ACCELERATED}, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"
-ONE_LAUNCH = "accelerated, one launch"
-# The same by weights in other forms, by the names of `runners.compress`. Only those of a packed
-# one are the same weights.
+ONE_LAUNCH = f"{ACCELERATED}, one launch"
+# The same with weights in other forms, by the names of `runners.compress`. Only packed12 holds the
+# same values.
 OTHER_FORMS = {form: f"{ONE_LAUNCH}, {form}" for form in ("int8", "int4", "packed12")}
 QUANTIZED = (OTHER_FORMS["int8"], OTHER_FORMS["int4"])
 # Names of baselines that hold other weights: their tokens are not compared.
@@ -30,7 +33,7 @@ OLMO, COMPILED_OLMO = "OLMo-1B eager", "OLMo-1B compiled"
 
 
 def room_for(task: Task, model: OpenELM) -> int:
-    """The slots of a static cache: a whole number of what masks are aligned to, where it fits."""
+    """The slots of a static cache: a whole number of what masks are aligned to, if it fits."""
     wanted = -(-(task.length + 1) // (BUCKET // 2)) * (BUCKET // 2)
     return min(wanted, model.config.rope_max_length)
 
@@ -40,7 +43,7 @@ class TorchBaselineRunner(Runner):
 
     def __init__(self, model: OpenELM, options: dict[str, Any] | None = None) -> None:
         self.model, self.options = model, options
-        self.name = TORCH if options is None else COMPILED_FAIR
+        self.name = TORCH if options is None else COMPILED
         self.kind, self.facts = EAGER if options is None else COMPILED, {}
 
     def run(self, task: Task) -> Run:
@@ -82,7 +85,7 @@ class TorchBaselineRunner(Runner):
 
 
 def with_sdpa(model: OpenELM) -> OpenELM:
-    """A accelerated model's twin with torch's attention."""
+    """An accelerated model's twin with torch's attention."""
     model = twin(model)
     for layer in model.layers:
         layer.attn.attention_backend = SDPA
@@ -90,16 +93,15 @@ def with_sdpa(model: OpenELM) -> OpenELM:
 
 
 def with_cublas(model: OpenELM) -> OpenELM:
-    """A accelerated model's twin whose products are torch's, for few rows too."""
+    """An accelerated model's twin whose products are torch's, for few rows too."""
     model = twin(model)
     accelerate(model, plan=Plan(streamed=False))
     return model
 
 
 class DecoderRunner(Runner):
-    """A accelerated model by one of the modes of `decoding`; captured: False, as on a CPU, calls
-    the
-    same steps instead.
+    """An accelerated model in one decode mode. captured: False, as on a CPU, calls the same steps
+    without a CUDA graph.
     """
 
     def __init__(self, name: str, model: OpenELM, mode: str, captured: bool) -> None:
@@ -116,8 +118,8 @@ class DecoderRunner(Runner):
         decoder = Decoder(self.model, cache, self.mode, captured=self.captured)
         with torch.inference_mode():
             logits = self.model(prompts, cache=cache, logits_to_keep=1)[:, -1]
-        held = [[]] * batch
-        sampler = Sampler(Sampling(), held, self.model.config.vocab_size, device, steps)
+        prompted = [[]] * batch
+        sampler = Sampler(Sampling(), prompted, self.model.config.vocab_size, device, steps)
 
         def decode() -> list[list[int]]:
             cache.truncate(length)

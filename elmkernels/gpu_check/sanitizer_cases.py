@@ -31,7 +31,7 @@ def _small(op: str) -> Iterator[Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run them on every backend of a device, printing each verdict; 1 where one fails."""
+    """Run them on every backend of a device, printing each verdict; 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=2, help="of each op")

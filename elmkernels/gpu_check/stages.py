@@ -9,10 +9,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from ..bench.benchmark import SILENT, Report
+from ..bench.benchmark import Results as Found
 from ..checks import one_line
 
 DONE, FAILED, RUNNING, INTERRUPTED = "done", "failed", "running", "interrupted"
@@ -41,13 +42,10 @@ class Clock:
         return Clock(max(0.0, min(seconds, self.left())), self.now)
 
 
-Found = dict[str, Any]
-
-
 @dataclass(frozen=True)
 class Unit:
-    """run fills a dict, kept even where it fails, within about the time of its clock. limit: the
-    seconds after which it is taken to hang (see `watch`), LIMIT if None; where units split a
+    """run fills a dict, kept even if it fails, within about the time of its clock. limit: the
+    seconds after which it is taken to hang (see `watch`), LIMIT if None; if units split a
     stage's time, its part of that is added.
     """
 
@@ -72,28 +70,26 @@ def run_stages(
     stages: Sequence[Stage],
     results: Found,
     clock: Clock,
-    say: Callable[[str], None] = lambda text: None,
-    keep: Callable[[], None] = lambda: None,
+    report: Report = SILENT,
     lives: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Fill results["stages"]; what is there already is not done again. say is told what comes next,
-    keep is called before and after each unit, lives says whether the device still works after a
-    failure. Raises DeadDevice where it doesn't.
+    """Fill results["stages"]; what is there already is not done again. report: saves before and
+    after each unit. lives: whether the device still works after a failure; raises DeadDevice if it
+    doesn't.
     """
     kept = results.setdefault("stages", {})
     for i, stage in enumerate(stages):
         share = stage.share / sum(s.share for s in stages[i:])
         found = kept.setdefault(stage.name, {"seconds": 0.0, "units": {}, "left_out": {}})
-        given = clock.left() * share
-        _run_stage(stage, found, clock.part(given), say, keep, lives)
+        _run_stage(stage, found, clock.part(clock.left() * share), report, lives)
     results["complete"] = True
 
 
 def _run_stage(
-    stage: Stage, found: Found, clock: Clock, say: Callable, keep: Callable, lives: Callable
+    stage: Stage, found: Found, clock: Clock, report: Report, lives: Callable[[], bool]
 ) -> None:
-    given = max(0.0, clock.left())
-    say(f"{stage.name} ({given:.0f} s)")
+    seconds = max(0.0, clock.left())
+    report.stage(f"{stage.name} ({seconds:.0f} s)")
     units = list(stage.units())
     todo = [u for u in units if not _settled(found["units"].get(u.name))]
     todo = [u for u in todo if u.name not in found["left_out"]]
@@ -101,21 +97,21 @@ def _run_stage(
     try:
         for i, unit in enumerate(todo):
             if clock.left() <= 0:
-                found["left_out"][unit.name] = f"no time: the stage had {given:.0f} s"
+                found["left_out"][unit.name] = f"no time: the stage had {seconds:.0f} s"
                 continue
-            say(f"{stage.name}: {unit.name}")
+            report.stage(f"{stage.name}: {unit.name}")
             part = clock.part(clock.left() / (len(todo) - i)) if stage.split else clock
             limit = LIMIT if unit.limit is None else unit.limit
             limit += part.left() if stage.split else 0.0
             found["units"][unit.name] = {"state": RUNNING, "limit": limit}
-            _run_unit(unit, found, part, keep)
-            keep()
+            _run_unit(unit, found, part, report)
+            report.save()
             broken = found["units"].get(unit.name, {}).get("state") == FAILED and not lives()
             if broken:
                 raise DeadDevice(f"{stage.name}: {unit.name}")
     finally:
         found["seconds"] += clock.now() - begin
-        keep()
+        report.save()
 
 
 def _settled(unit: Found | None) -> bool:
@@ -128,11 +124,11 @@ def _settled(unit: Found | None) -> bool:
     return True
 
 
-def _run_unit(unit: Unit, stage: Found, clock: Clock, keep: Callable[[], None]) -> None:
+def _run_unit(unit: Unit, stage: Found, clock: Clock, report: Report) -> None:
     found: Found = stage["units"][unit.name]
     begin = clock.now()
     try:
-        keep()
+        report.save()
         unit.run(found, clock)
         found["state"] = DONE
     except LeftOut as why:
@@ -141,7 +137,7 @@ def _run_unit(unit: Unit, stage: Found, clock: Clock, keep: Callable[[], None]) 
     except (torch.OutOfMemoryError, MemoryError) as error:
         del stage["units"][unit.name]
         stage["left_out"][unit.name] = f"out of memory: {first_line(error)}"
-    except Exception as error:  # a check's job is to find what nobody expected
+    except Exception as error:  # a check is there to find what nobody expected
         where = traceback.format_exception(error)[-6:]
         found |= {"state": FAILED, "error": first_line(error), "trace": "".join(where)}
     except BaseException:

@@ -1,4 +1,4 @@
-"""Stages in a process of their own, which is ended where a unit of them hangs.
+"""Stages in a process of their own, which is ended if a unit of them hangs.
 
 A kernel that never ends can't be interrupted: whoever waits for it waits inside the driver, and
 only the end of the process frees the device. So a worker does the stages and keeps its results in a
@@ -30,18 +30,18 @@ class Stuck(RuntimeError):
 @dataclass(frozen=True)
 class Worker:
     """command: of a process that goes on with the results for so many seconds. read and write: the
-    results, as they are kept. say is told why a worker was ended, or ended early.
+    results, as they are kept. note is told why a worker was ended, or ended early.
     """
 
     command: Callable[[float], list[str]]
     read: Callable[[], Found]
     write: Callable[[Found], None]
-    say: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
 
 
 def run_watched(worker: Worker, clock: Clock) -> None:
     """Have everything done, by as many workers as it takes: the unit that one ends in, or hangs in,
-    has failed. Raises KeyboardInterrupt with what was done kept, Stuck where no worker gets on.
+    has failed. Raises KeyboardInterrupt with what was done kept, Stuck if no worker gets on.
     """
     while True:
         before = len(_settled(worker.read()))
@@ -60,7 +60,7 @@ def run_watched(worker: Worker, clock: Clock) -> None:
         where = "before its first unit" if unit is None else ": ".join(unit)
         if len(_settled(found)) <= before:
             raise Stuck(f"{where}: {why}")
-        worker.say(f"{where}: {why}; another process goes on")
+        worker.note(f"{where}: {why}; another process goes on")
 
 
 def _run_one(worker: Worker, clock: Clock) -> tuple[int | None, float]:
@@ -117,7 +117,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _interrupt(process: subprocess.Popen) -> None:
-    """Ask a worker to end and keep what it has, and kill it where it doesn't."""
+    """Ask a worker to end and keep what it has, and kill it if it doesn't."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGINT)
     try:

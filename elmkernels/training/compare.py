@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..bench import chart
+from ..bench.benchmark import ACCELERATED, EAGER
 from ..openelm.model import OpenELM
 from . import run
 from .journal import FILE, curve
@@ -25,7 +26,6 @@ from .loop import first_model
 from .parallel import World
 from .recipe import Recipe, model_config, to_mapping
 
-EAGER, ACCELERATED = "eager", "accelerated"
 FP32_BOUND = 1e-4
 WORST_FACTOR, RMS_FACTOR = 2.0, 1.5
 # Eager runs from moved weights, besides the one from the weights themselves.
@@ -164,7 +164,7 @@ def text(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
+def draw(results: Mapping[str, Any], path: Path) -> list[str]:
     """A PNG: the curves of each precision, and below them how far they are apart."""
     from matplotlib.figure import Figure
 
@@ -199,4 +199,4 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         below.set_xlabel("step", fontsize=8)
         for axis in (above, below):
             axis.legend(fontsize=8)
-    chart.write(figure, f"{results['steps']} steps, eager and accelerated", path)
+    return chart.write(figure, f"{results['steps']} steps, eager and accelerated", path)

@@ -6,19 +6,17 @@ import time
 import pytest
 import torch
 
-from elmkernels import OpenELMConfig
 from elmkernels.bench import (
     ceilings,
     end_to_end,
     generation_figures,
     machine,
     roofline,
-    training_step,
 )
-from elmkernels.bench.runners import EAGER, OURS, Task
+from elmkernels.bench.benchmark import ACCELERATED, EAGER, OURS
+from elmkernels.bench.runners import Task
 from elmkernels.cli import ops
 from elmkernels.cli.main import main
-from elmkernels.gpu_check import check, report
 
 CPU = torch.device("cpu")
 
@@ -42,7 +40,7 @@ def test_the_fastest_products_are_chosen(monkeypatch):
 
     monkeypatch.setattr(ceilings, "_products", products)
     chosen = ceilings.product_probes(torch.float32, CPU, True)
-    assert list(chosen) == ["prepacked 128x1024x512", "linear 128x1024x512"]
+    assert list(chosen) == ["prepacked 128x1024x512", "F.linear 128x1024x512"]
     assert {work for _, work in chosen.values()} == {2.0 * 128 * 1024 * 512}
 
 
@@ -64,8 +62,7 @@ def test_the_ceiling_of_a_dtype_is_positive(monkeypatch):
 def measured(seconds: float) -> roofline.Measured:
     """A task whose ceiling is 1 GB/s and whose work is 1 GB."""
     times = {
-        name: roofline.Timing(s, s, s, 3)
-        for name, s in ((roofline.EAGER, 4.0), (roofline.ACCELERATED, seconds))
+        name: roofline.Timing(s, s, s, 3) for name, s in ((EAGER, 4.0), (ACCELERATED, seconds))
     }
     return roofline.Measured("task", 8, times, dict.fromkeys(times), 1e9, 1e9, roofline.MEMORY)
 
@@ -118,49 +115,17 @@ def test_reading_slower_than_a_runner_is_not_usable(top, usable):
     assert "not usable" in text and "114%" not in text and "160%" not in text
 
 
-@pytest.mark.parametrize(("load", "said"), [(2.0, False), (2.1, True), (64.0, True)])
-def test_busy_is_half_a_thread_a_processor(monkeypatch, load, said):
+@pytest.mark.parametrize(("load", "named"), [(2.0, False), (2.1, True), (64.0, True)])
+def test_busy_is_half_a_thread_a_processor(monkeypatch, load, named):
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0))
     expected = f"busy: a load of {load:.1f} on 4 processors distorts all figures"
-    assert machine.busy() == (expected if said else None)
+    assert machine.busy() == (expected if named else None)
 
 
 def test_a_load_that_is_not_known_is_not_busy(monkeypatch):
     monkeypatch.delattr(machine.os, "getloadavg")
     assert machine.load() is None and machine.busy() is None
-
-
-def test_every_measurement_names_a_busy_machine(monkeypatch):
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
-    config = OpenELMConfig.from_name("OpenELM-270M")
-    job = end_to_end.Job(lambda dtype: None, "any", "none", (torch.float32,), CPU, end_to_end.QUICK)
-    found = end_to_end.start(job)
-    assert "busy: a load of 1000.0" in found["busy"]
-    assert end_to_end._headline(job, config, found).endswith(found["busy"])
-    assert "busy" in training_step.start(training_step.StepRace(config))["busy"]
-    rehearsal = check.start(check.Check(CPU, 60.0, True))
-    assert f"**{rehearsal['busy']}**" in report.summary(rehearsal)
-    rehearsal["busy"] = found["busy"] = None
-    assert "busy" not in report.summary(rehearsal)
-    assert "busy" not in end_to_end._headline(job, config, found)
-
-
-def test_bench_train_says_it_before_the_figures(monkeypatch):
-    """Emitted first, whatever the parity after it comes to."""
-
-    class Stop(Exception):
-        pass
-
-    def stage(text: str) -> None:
-        raise Stop
-
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
-    race, texts = training_step.StepRace(OpenELMConfig.from_name("OpenELM-270M")), []
-    monkeypatch.setattr(training_step, "_ids", lambda race: None)
-    with pytest.raises(Stop):
-        training_step.run(race, training_step.start(race), stage, texts.append)
-    assert len(texts) == 1 and "busy: a load of 1000.0" in texts[0]
 
 
 def test_bench_ops_names_a_busy_machine(capsys, monkeypatch):

@@ -2,15 +2,20 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers.reports import Recorded
 
 from elmkernels import OpenELM, OpenELMConfig
 from elmkernels.acceleration import projections, swap
-from elmkernels.bench import chart, generation, llama_cpp, machine
+from elmkernels.bench import chart, generation, machine
+from elmkernels.bench.baselines import llama_cpp
+from elmkernels.bench.benchmark import COMPILED, EAGER, OURS
+from elmkernels.bench.generation import Generation, GenerationSizes
 from elmkernels.bench.generation_figures import BEST
-from elmkernels.bench.runners import COMPILED, EAGER, OURS, Task, TorchRunner, compress
+from elmkernels.bench.runners import Task, TorchRunner, compress
 from elmkernels.cli.main import main
 
 # Heads and groups that llama.cpp and every format take.
@@ -28,7 +33,7 @@ CONFIG = OpenELMConfig(
     share_input_output_layers=True,
     rope_max_length=64,
 )
-SIZES = generation.Sizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
+SIZES = GenerationSizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
 BASELINES = {
     "fp32": {"eager fp32", "ours fp32"},
     "16-bit": {"eager bf16", "ours bf16", "ours packed12"},
@@ -57,19 +62,20 @@ def load(dtype: torch.dtype) -> OpenELM:
     return OpenELM.from_config(CONFIG, seed=3, dtype=dtype)
 
 
-def raced(**options) -> tuple[dict, list[str], list[str]]:
-    """The results, the stages and the texts of a race."""
-    options = {"sizes": SIZES, "compiled": False} | options
-    todo = generation.Race(load, "tiny", "random weights", **options)
-    results, stages, texts = generation.start(todo), [], []
-    generation.run(todo, results, stages.append, texts.append)
+def measured(**options) -> tuple[dict, list[str]]:
+    """The results and the printed texts of a benchmark."""
+    options = {"load": load, "sizes": SIZES, "compiled": False} | options
+    benchmark = Generation(name="tiny", weights="random weights", **options)
+    results, report = benchmark.start(), Recorded()
+    benchmark.run(results, report)
     absent = any(group["missing"] for group in results["groups"].values())
-    assert len(stages) < todo.stages if absent else len(stages) == todo.stages
-    return results, stages, texts
+    count = len(report.stages)
+    assert count < benchmark.stages if absent else count == benchmark.stages
+    return results, report.texts
 
 
 def test_every_group_has_every_figure(without_llama):
-    results, _, texts = raced()
+    results, texts = measured()
     assert results["complete"] is True
     assert set(results["groups"]) == set(BASELINES)
     assert results["sizes"]["steps"] == 4 and results["parameters"] == CONFIG.num_parameters
@@ -105,12 +111,13 @@ def test_every_group_has_every_figure(without_llama):
                 assert task["ratios"][mine] == pytest.approx({eager: expected})
     assert results["groups"]["fp32"]["missing"]["compiled fp32"] == "left out as asked for"
     assert results["groups"]["fp32"]["runners"]["ours fp32"]["agree"]["equal"] == 4
-    assert len(texts) == 5 and "missing llama.cpp Q4_0: llama_cpp can't be imported" in texts[-1]
+    assert len(texts) == 5 + bool(results["busy"])
+    assert "missing llama.cpp Q4_0: llama_cpp can't be imported" in texts[-1]
     json.dumps(results, default=str)
 
 
 def test_formats_choose_the_groups(without_llama):
-    results, _, _ = raced(formats=("packed12", "int4"), sizes=generation.replace(SIZES, batch=1))
+    results, _ = measured(formats=("packed12", "int4"), sizes=replace(SIZES, batch=1))
     assert list(results["groups"]) == ["16-bit", "int4"]
     assert set(results["groups"]["16-bit"]["runners"]) == {"eager bf16", "ours packed12"}
     assert len(results["groups"]["int4"]["tasks"]) == 2
@@ -128,7 +135,7 @@ def test_the_bytes_of_a_step():
 @pytest.mark.parametrize("load", [0.0, 1e3])
 def test_a_busy_machine_is_named(without_llama, monkeypatch, load):
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    results, _, texts = raced(formats=("fp32",))
+    results, texts = measured(formats=("fp32",))
     assert results["machine"]["load"] == load
     assert (results["busy"] is not None) == (load > 0)
     assert ("busy: a load of 1000.0" in texts[0]) == (load > 0)
@@ -142,7 +149,7 @@ def test_losses_are_printed(without_llama, monkeypatch):
         return (lambda: [run() for _ in range(40)][0]) if self.kind == OURS else run
 
     monkeypatch.setattr(TorchRunner, "run", slow)
-    _, _, texts = raced(formats=("fp32",))
+    _, texts = measured(formats=("fp32",))
     assert "ours fp32 is slower than eager fp32 (0." in texts[-1]
 
 
@@ -162,7 +169,7 @@ def test_what_fails_is_named(without_llama, monkeypatch):
         raise RuntimeError("no compiler\nand much more")
 
     monkeypatch.setattr(TorchRunner, "_compiled", broken)
-    results, _, _ = raced(formats=("fp32",), compiled=True)
+    results, _ = measured(formats=("fp32",), compiled=True)
     group = results["groups"]["fp32"]
     assert group["missing"]["compiled fp32, prefill 12"] == "no compiler"
     assert all(set(task["runners"]) == BASELINES["fp32"] for task in group["tasks"])
@@ -170,12 +177,11 @@ def test_what_fails_is_named(without_llama, monkeypatch):
 
 def test_a_format_that_does_not_fit_is_named(without_llama):
     narrow = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"ffn_dim_divisor": 32})
-    todo = generation.Race(
-        lambda dtype: OpenELM.from_config(narrow, seed=3, dtype=dtype), "tiny", "any",
-        ("int4",), SIZES,
-    )  # fmt: skip
-    results = generation.start(todo)
-    generation.run(todo, results, lambda text: None, lambda text: None)
+    results, _ = measured(
+        load=lambda dtype: OpenELM.from_config(narrow, seed=3, dtype=dtype),
+        formats=("int4",),
+        compiled=True,
+    )
     group = results["groups"]["int4"]
     if any(width % 64 for width in narrow.ffn_dims):
         assert "no multiple of group_size 64" in group["missing"]["ours int4"]
@@ -183,22 +189,18 @@ def test_a_format_that_does_not_fit_is_named(without_llama):
 
 
 def test_an_interruption_keeps_what_was_measured(without_llama):
-    todo = generation.Race(load, "tiny", "random weights", sizes=SIZES, compiled=False)
-    results, saved = generation.start(todo), []
-
-    def stage(text: str) -> None:
-        if text == "16-bit: decode 4 after 6, round 2/2":
-            raise KeyboardInterrupt
-
-    texts: list[str] = []
+    benchmark = Generation(
+        load=load, name="tiny", weights="random weights", sizes=SIZES, compiled=False
+    )
+    results = benchmark.start()
+    report = Recorded(results, stop="16-bit: decode 4 after 6, round 2/2")
     with pytest.raises(KeyboardInterrupt):
-        generation.run(
-            todo, results, stage, texts.append, lambda: saved.append(list(results["groups"]))
-        )
-    assert saved == [["fp32"]] and results["complete"] is False
+        benchmark.run(results, report)
+    assert [list(saved["groups"]) for saved in report.saved] == [["fp32"]]
+    assert results["complete"] is False
     tasks = results["groups"]["16-bit"]["tasks"]
     assert [task["rounds"] for task in tasks] == [2, 1]
-    assert tasks[1]["wanted_rounds"] == 2 and "decode 4 after 6" in texts[-1]
+    assert tasks[1]["wanted_rounds"] == 2 and "decode 4 after 6" in report.texts[-1]
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ def test_wrong_input(capsys, argv, message):
 def test_llama_cpp_runs_beside():
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    results, _, _ = raced()
+    results, _ = measured()
     for name, group in results["groups"].items():
         assert not [who for who in group["missing"] if who.startswith("llama.cpp")]
         for type in LLAMA[name]:

@@ -1,12 +1,15 @@
-"""The race of training steps: what it times is the same loss, and what it refuses."""
+"""Training steps side by side: what is timed is the same loss, and what is refused."""
 
 import math
 
 import pytest
 import torch
+from helpers.reports import Recorded
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.bench import roofline, training_step
+from elmkernels.bench import training_step
+from elmkernels.bench.benchmark import ACCELERATED, EAGER
+from elmkernels.bench.training_step import StepSizes, TrainingStep
 from elmkernels.cli.main import main
 
 CONFIG = OpenELMConfig(
@@ -23,23 +26,42 @@ CONFIG = OpenELMConfig(
 )
 
 
-def test_a_race_measures_both_models_on_the_same_loss():
-    sizes = training_step.Sizes(tokens=16, batch=2, rounds=3)
-    race = training_step.StepRace(CONFIG, ("bf16", "fp32"), sizes, compiled=False)
-    results, said, kept = training_step.start(race), [], []
-    training_step.run(race, results, said.append, said.append, lambda: kept.append(1))
-    assert results["complete"] and results["parity"]
-    assert len(kept) >= 2 * len(race.precisions)
+def benchmark(**options) -> TrainingStep:
+    sizes = StepSizes(tokens=16, batch=2, rounds=3)
+    return TrainingStep(config=CONFIG, sizes=sizes, compiled=False, **options)
+
+
+def test_both_models_are_measured_on_the_same_loss():
+    todo = benchmark()
+    results = todo.start()
+    report = Recorded(results)
+    todo.run(results, report)
+    assert results["complete"] and results["parity"] and todo.passed(results)
+    assert len(report.stages) == todo.stages
+    assert len(report.saved) >= 2 * len(todo.precisions)
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
         found = results["precisions"][precision]
         losses = found["losses"]
-        assert set(losses) == {roofline.EAGER, roofline.ACCELERATED}
+        assert set(losses) == {EAGER, ACCELERATED}
         assert math.isclose(*losses.values(), rel_tol=tolerance)
         assert found["tokens"] == 32
-        assert found["ratio"][roofline.EAGER] > 0
+        assert found["ratio"][EAGER] > 0
         for peaks in found["peak"].values():
             assert set(peaks) == {"first", "next"}
             assert all(bytes is not None and bytes >= 0 for bytes in peaks.values())
+
+
+def test_an_interruption_keeps_the_precisions_that_were_measured():
+    todo = benchmark(memory=False)
+    results = todo.start()
+    with pytest.raises(KeyboardInterrupt):
+        todo.run(results, Recorded(stop="fp32: time"))
+    assert results["complete"] is False and list(results["precisions"]) == ["bf16"]
+
+
+def test_a_parity_that_failed_is_no_pass():
+    assert not benchmark().passed({"parity": False})
+    assert benchmark().passed({"parity": None}), "stopped before it was measured"
 
 
 def test_a_step_leaves_no_gradient_and_has_the_z_loss():
@@ -56,7 +78,7 @@ def test_a_step_leaves_no_gradient_and_has_the_z_loss():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "named"),
     [
         (["bench", "train", "--tokens", "0"], "must be a positive integer, got '0'"),
         (["bench", "train", "--formats", "int8"], "unrecognized arguments: --formats int8"),
@@ -69,8 +91,8 @@ def test_a_step_leaves_no_gradient_and_has_the_z_loss():
         (["bench", "train", "--quick", "--no-compile"], "--no-compile has no effect"),
     ],
 )
-def test_wrong_options_are_named_in_one_line(arguments, said, capsys):
+def test_wrong_options_are_named_in_one_line(arguments, named, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
-    assert said in printed.err
+    assert named in printed.err
     assert printed.out == "" and len(printed.err.splitlines()) == 1

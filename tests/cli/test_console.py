@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -121,26 +122,31 @@ def test_output_says_what_it_wrote(capsys, tmp_path):
     output.save({"complete": False})
     output.save({"complete": True})
     output.write("summary.md", "any")
-    output.draw(lambda path: None, "nothing.png")
+    output.draw(lambda folder: [])
     output.tell()
     assert json.loads((tmp_path / "a/b/results.json").read_text()) == {"complete": True}
     written = f"elmkernels: wrote results.json, summary.md to {tmp_path / 'a' / 'b'}\n"
     assert capsys.readouterr() == ("", written)
 
 
+def picture(folder: Path) -> list[str]:
+    (folder / "chart.png").write_bytes(b"picture")
+    return ["chart.png"]
+
+
 def test_a_picture_is_named_once_it_is_there(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(chart, "available", lambda: None)
+    monkeypatch.setattr(chart, "missing", lambda: None)
     output = Output(str(tmp_path), charts=True)
-    output.draw(lambda path: path.write_bytes(b"picture"))
+    output.draw(picture)
     output.tell()
     assert capsys.readouterr().err == f"elmkernels: wrote chart.png to {tmp_path}\n"
 
 
 def test_without_matplotlib_that_is_said_before_the_work(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(chart, "available", lambda: "no picture: pip install it")
+    monkeypatch.setattr(chart, "missing", lambda: "no picture: pip install it")
     output = Output(str(tmp_path), charts=True)
     assert capsys.readouterr().err == "elmkernels: no picture: pip install it\n"
-    output.draw(lambda path: path.write_bytes(b"picture"))
+    output.draw(picture)
     assert not list(tmp_path.iterdir())
 
 

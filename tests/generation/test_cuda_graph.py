@@ -5,8 +5,8 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration.decode_modes import GRAPH, ONE_LAUNCH
+from elmkernels.bench.baselines.torch_baseline import TorchBaseline
 from elmkernels.bench.runners import Task
-from elmkernels.bench.torch_baseline import TorchBaseline
 from elmkernels.generation.cuda_graph import Window, bucket_of, step, width_of
 from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.generation.sampling import Sampler, Sampling

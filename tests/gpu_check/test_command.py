@@ -6,24 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from elmkernels.bench import chart
+from elmkernels.bench import chart, roofline
 from elmkernels.cli.main import main
 from elmkernels.gpu_check import (
     check,
     generation_units,
     model_units,
+    models,
     op_units,
     report,
     runners,
     targets,
 )
-from elmkernels.gpu_check import (
-    models as gpu_held,
-)
 from elmkernels.gpu_check.stages import Clock
 from elmkernels.testing import CASES
 from elmkernels.testing.parity import runnable
 
+COMPARED = models.GpuCheckSizes.quick().compared  # tokens
 COMPILED = runnable("decode_step", "cpu")
 QUICK = ["gpu-check", "--device", "cpu", "--quick", "--out"]
 
@@ -111,13 +110,13 @@ def test_tokens_of_the_step_that_a_gpu_captures(rehearsal):
     for dtype in ("float32", "bfloat16"):
         graph = units[f"tiny {dtype} graph"]
         assert graph["ok"] and graph["captured"] is False
-    assert units["tiny float32 graph"]["tokens"]["equal"] == gpu_held.QUICK.compared
+    assert units["tiny float32 graph"]["tokens"]["equal"] == COMPARED
 
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled CPU backend can run here")
 def test_tokens_of_one_launch_and_the_bits_of_packed_weights(rehearsal):
     units = rehearsal[1]["stages"]["generation"]["units"]
-    assert units["tiny float32 one-launch"]["tokens"]["equal"] == gpu_held.QUICK.compared
+    assert units["tiny float32 one-launch"]["tokens"]["equal"] == COMPARED
     packed = units["tiny bfloat16 packed"]
     assert packed["equal"] == packed["steps"] == generation_units.EXACT_STEPS
     decode = rehearsal[1]["stages"]["decode"]["units"]["tiny decode at 260 x 1"]
@@ -204,7 +203,7 @@ def test_a_dead_device_is_left_to_another_process(tmp_path, monkeypatch, capsys)
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(generation_units, "check_model", broken)
-    monkeypatch.setattr(check.devices, "lives", lambda device: False)
+    monkeypatch.setattr(check.gpu_facts, "lives", lambda device: False)
     assert main([*QUICK, str(tmp_path), "--stages", "generation"]) == 1
     found = found_in(tmp_path)
     after = states(found, "generation")
@@ -258,30 +257,30 @@ def test_no_gpu_is_one_line_with_the_rehearsal(capsys, tmp_path, more):
 
 
 def test_too_little_memory_and_too_old_a_gpu_are_left_out(monkeypatch):
-    models = gpu_held.Models(torch.device("cpu"), quick=True)
-    monkeypatch.setattr(gpu_held, "free_bytes", lambda device: 1 << 20)
-    with pytest.raises(gpu_held.LeftOut, match=r"weights need 0\.3 GiB, 0\.0 are free"):
-        models.get("tiny", torch.bfloat16)
-    monkeypatch.setattr(gpu_held, "capability", lambda device: (7, 5))
-    with pytest.raises(gpu_held.LeftOut, match=r"needs compute capability 8\.0"):
-        models.get("tiny", torch.bfloat16)
+    loaded = models.Models(torch.device("cpu"), quick=True)
+    monkeypatch.setattr(models, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(models.LeftOut, match=r"weights need 0\.3 GiB, 0\.0 are free"):
+        loaded.get("tiny", torch.bfloat16)
+    monkeypatch.setattr(models, "capability", lambda device: (7, 5))
+    with pytest.raises(models.LeftOut, match=r"needs compute capability 8\.0"):
+        loaded.get("tiny", torch.bfloat16)
 
 
 def test_a_task_beyond_the_positions_is_left_out():
-    models = gpu_held.Models(torch.device("cpu"), quick=True)
-    with pytest.raises(gpu_held.LeftOut, match="512 positions, 515 needed"):
-        model_units._task(models, models.config("tiny"), 1, 510, 4)
+    loaded = models.Models(torch.device("cpu"), quick=True)
+    with pytest.raises(models.LeftOut, match="512 positions, 515 needed"):
+        model_units._task(loaded, loaded.config("tiny"), model_units.Shape(1, 510, 4))
 
 
 def test_floors_by_the_datasheet(monkeypatch):
     monkeypatch.setattr(model_units, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
-    timing = model_units.roofline.Timing(1.0, 1.0, 1.0, 3)
+    timing = roofline.Timing(1.0, 1.0, 1.0, 3)
     times = {"eager": timing, "accelerated": timing}
     for bound, rate in (
-        (model_units.roofline.MEMORY, 3.35e12),
-        (model_units.roofline.PRODUCTS, 989e12),
+        (roofline.MEMORY, 3.35e12),
+        (roofline.PRODUCTS, 989e12),
     ):
-        measured = model_units.roofline.Measured("t", 10, times, {}, 2.0 * rate, rate / 4, bound)
+        measured = roofline.Measured("t", 10, times, {}, 2.0 * rate, rate / 4, bound)
         found = model_units.floors(measured, torch.device("cuda"))
         assert found == {"floor_tokens": 10 / 8, "datasheet_tokens": 5.0}
 

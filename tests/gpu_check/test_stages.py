@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.reports import Recorded
 
 from elmkernels.devices import datasheet, missing_on, runs_on
 from elmkernels.gpu_check import op_units
@@ -94,14 +95,14 @@ def test_units_without_time_are_named(time):
 
 
 def test_a_failure_is_recorded_and_the_rest_goes_on(time):
-    kept: list = []
+    report = Recorded()
     results: dict = {}
     stages = [
         stage("s", raises("bad", ValueError("first\nsecond")), takes(time, "good", 1)),
         stage("t", raises("absent", LeftOut("needs 8.0, got 7.5")), takes(time, "more", 1)),
         stage("u", raises("large", torch.OutOfMemoryError("tried 9 GiB"))),
     ]
-    run_stages(stages, results, Clock(100, time), keep=lambda: kept.append(1))
+    run_stages(stages, results, Clock(100, time), report)
     found = results["stages"]
     bad = found["s"]["units"]["bad"]
     assert bad["state"] == FAILED and bad["error"] == "ValueError: first" and bad["partial"] == 1
@@ -109,7 +110,8 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(time):
     assert found["s"]["units"]["good"]["state"] == found["t"]["units"]["more"]["state"] == DONE
     assert found["t"]["left_out"] == {"absent": "needs 8.0, got 7.5"}
     assert found["u"]["left_out"] == {"large": "out of memory: OutOfMemoryError: tried 9 GiB"}
-    assert len(kept) >= 5
+    assert len(report.saved) >= 5
+    assert report.stages[:2] == ["s (33 s)", "s: bad"]
 
 
 def test_an_interruption_keeps_what_there_is_and_can_go_on(time):

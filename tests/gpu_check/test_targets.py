@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from elmkernels.gpu_check import check as gpu_check
-from elmkernels.gpu_check import models as gpu_held
-from elmkernels.gpu_check import op_units, report, runners
+from elmkernels.gpu_check import models, op_units, report, runners
+from elmkernels.gpu_check.check import GpuCheck
 from elmkernels.gpu_check.targets import LARGE, TARGETS, verdicts
 
 EMPTY: dict = {"device": "cuda:0", "complete": True, "stages": {}}
@@ -85,6 +84,27 @@ def test_ops_by_the_worst_case_of_the_best_backend():
     assert row(results(ops=copied), name) == ("50.0%", "missed")
 
 
+def test_a_copy_that_was_slower_than_the_op_is_no_ceiling():
+    slow = op("rms_norm", LARGE, 20, None, of_copy=1.87)
+    both = op("rms_norm", 3 * LARGE, 60, None, of_copy=1.87, backward=True)
+    found = results(ops={"f": slow, "b": both})
+    assert row(found, "rms_norm from 64 MiB on, of the peak") == ("", "not measured")
+    assert row(found, "rms_norm's backward from 64 MiB on, of the peak") == ("", "not measured")
+    text = report.summary(found)
+    assert "| not usable |" in text and "187%" not in text
+    times = {"baselines": {}, "copy": {"median": 37.4e-6}}
+    assert report._op_panel("rms_norm", slow | times)["ceiling"] is None
+    assert report._op_panel("rms_norm", slow | times | {"of_copy": 0.9})["ceiling"] > 0
+
+
+def test_a_floor_below_what_was_reached_is_not_usable():
+    reason = "ceiling not usable: accelerated, graph reached 1.30 times as much"
+    unit = decoding(RATES) | {"floor_tokens": 1000.0, "ceiling_missing": reason}
+    text = report.summary(results(decode={"u": unit}))
+    assert text.count("not usable") == len(RATES) and "130%" not in text
+    assert "| 1000 |" not in text, "nor is the floor shown"
+
+
 def test_the_backward_alone():
     forward = op("rms_norm", LARGE, 25, 0.8)
     both = op("rms_norm", 3 * LARGE, 75, 0.8, backward=True)
@@ -125,8 +145,8 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
     assert not [name for name in wanted if f"{name} triton" not in names]
     first = [u.name for u in op_units.parity_units(torch.device("cuda"), False, first=True)]
     assert first == [f"{op} triton" for op in op_units.FIRST]
-    check = gpu_check.Check(torch.device("cuda"), 480.0)
-    stages = {s.name: [u.name for u in s.units()] for s in gpu_check.plan(check)}
+    check = GpuCheck(device=torch.device("cuda"), seconds=480.0)
+    stages = {s.name: [u.name for u in s.units()] for s in check.plan()}
     decode = stages["decode"]
     assert decode[:2] == ["1_1B decode at 128 x 1", "270M decode at 128 x 1"]
     grid = {f"{m} decode at {c} x {b}" for m in ("270M", "1_1B") for c in (128, 1024, 2048)
@@ -143,28 +163,28 @@ def test_the_check_measures_what_the_targets_ask_for(monkeypatch):
 
 
 def test_few_models_are_kept_with_their_other_forms(monkeypatch):
-    models = gpu_held.Models(torch.device("cpu"), True)
-    half = models.get("tiny", torch.bfloat16)
-    packed = models.compressed("tiny", "packed12")
-    models.get("tiny", torch.float32)
-    assert models.get("tiny", torch.bfloat16) is half
-    assert models.compressed("tiny", "packed12") is packed
-    monkeypatch.setattr(gpu_held, "KEPT", 1)
-    models.drop()
-    half = models.get("tiny", torch.bfloat16)
-    packed = models.compressed("tiny", "packed12")
-    models.get("tiny", torch.float32)
-    assert models.get("tiny", torch.bfloat16) is not half
-    assert models.compressed("tiny", "packed12") is not packed
+    loaded = models.Models(torch.device("cpu"), True)
+    half = loaded.get("tiny", torch.bfloat16)
+    packed = loaded.compressed("tiny", "packed12")
+    loaded.get("tiny", torch.float32)
+    assert loaded.get("tiny", torch.bfloat16) is half
+    assert loaded.compressed("tiny", "packed12") is packed
+    monkeypatch.setattr(models, "KEPT", 1)
+    loaded.drop()
+    half = loaded.get("tiny", torch.bfloat16)
+    packed = loaded.compressed("tiny", "packed12")
+    loaded.get("tiny", torch.float32)
+    assert loaded.get("tiny", torch.bfloat16) is not half
+    assert loaded.compressed("tiny", "packed12") is not packed
 
 
-def test_a_way_that_hung_or_failed_is_not_timed():
+def test_a_mode_that_hung_or_failed_is_not_timed():
     units = {"270M float32 one-launch": {"state": "failed", "error": "RuntimeError: odd"}}
     found = results(generation=units)
-    models = gpu_held.Models(torch.device("cpu"), True, results=found)
-    assert models.missing("one-launch", None) is None, "float32 says nothing of bfloat16"
+    loaded = models.Models(torch.device("cpu"), True, results=found)
+    assert loaded.missing("one-launch", None) is None, "float32 says nothing of bfloat16"
     units["270M bfloat16 one-launch"] = {"state": "failed", "error": "RuntimeError: wrong"}
-    assert "'270M bfloat16 one-launch': RuntimeError: wrong" in models.missing("one-launch", None)
-    assert models.missing("graph", None) is models.missing("one-launch", None, trial=True) is None
+    assert "'270M bfloat16 one-launch': RuntimeError: wrong" in loaded.missing("one-launch", None)
+    assert loaded.missing("graph", None) is loaded.missing("one-launch", None, trial=True) is None
     units["270M float32 one-launch"]["error"] = "hung: no answer for 75 s"
-    assert "hung" in models.missing("one-launch", None, trial=True)
+    assert "hung" in loaded.missing("one-launch", None, trial=True)

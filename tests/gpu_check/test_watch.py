@@ -100,11 +100,13 @@ sys.exit(main(sys.argv[1:]))
         if line == "begun\n":
             break
     process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     found = units_of(out)
     assert found["complete"] is False and found["tiny float32"]["state"] == "interrupted"
-    assert "Stopped early" in (out / "summary.md").read_text() and "# GPU check" in stdout
+    summary = (out / "summary.md").read_text()
+    assert "Stopped early" in summary and summary in stdout
+    assert f"wrote results.json, summary.md to {out}" in stderr
 
 
 def sleeper(results: dict, seconds: float) -> Worker:
@@ -132,7 +134,7 @@ def test_a_unit_may_not_outlast_all_the_time_by_much(monkeypatch):
 
 
 def test_a_worker_whose_parent_is_gone_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check.gpu_check, "run", lambda check, results, stages, keep: keep())
+    monkeypatch.setattr(gpu_check.GpuCheck, "run", lambda check, results, report: report.save())
     (tmp_path / "results.json").write_text(json.dumps({"stages": {}}))
     argv = ["gpu-check", "--device", "cpu", "--quick", "--worker", "9", "--out", str(tmp_path)]
     assert main(argv) == 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from elmkernels.bench.op_baselines import baselines
-from elmkernels.bench.ops import format_table, run_bench
+from elmkernels.bench.ops import run_bench
+from elmkernels.bench.table import format_table
 from elmkernels.bench.timing import copies_beyond_cache, fingerprint, interleave, summary
 from elmkernels.testing import CASES, OPS, bench_cases, check_parity, compare, make, run_parity
 from elmkernels.testing.cases.attention import mixed_lengths

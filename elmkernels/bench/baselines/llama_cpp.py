@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..openelm.config import OpenELMConfig
+from ...openelm.config import OpenELMConfig
 
 UBATCH = 512  # tokens of a prompt that go through its layers at once: its own default
 FLASH = {"flash attention": "ENABLED", "no flash attention": "DISABLED"}
@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 
 class Model:
-    """A GGUF file, mapped. Raises RuntimeError where llama.cpp can't load it."""
+    """A GGUF file, mapped. Raises RuntimeError if llama.cpp can't load it."""
 
     def __init__(self, path: Path, config: OpenELMConfig) -> None:
         import llama_cpp

@@ -1,7 +1,7 @@
 """OpenELM as one would write it for speed with torch's own operations: a baseline, not a reference.
 
 F.rms_norm, one rotation with cos and sin gathered once for all layers, SDPA that shares key/value
-heads, and a preallocated cache of rotated keys: torch to eager PyTorch and to `torch.compile`, for
+heads, and a preallocated cache of rotated keys: what suits eager PyTorch, and `torch.compile`, for
 which shapes and addresses are fixed. It rounds where those operations do, not where OpenELM does.
 """
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..openelm.model import OpenELM
-from ..testing.cases.qk_norm_rope import rotate
+from ...openelm.model import OpenELM
+from ...testing.cases.qk_norm_rope import rotate
 
 
 class TorchBaseline(nn.Module):
@@ -39,7 +39,7 @@ class TorchBaseline(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, seen: int | None = None) -> Tensor:
         """tokens [batch, length] at positions [length], which rise by one -> the logits of the
         last, [batch, vocab_size]. One token sees the cache's first `seen` slots, or by a mask all
-        up to its own where that is None; a prompt starts at 0 and sees itself alone.
+        up to its own if `seen` is None; a prompt starts at 0 and sees itself alone.
         """
         model = self.model
         rotation = self.cos[positions, None], self.sin[positions, None]

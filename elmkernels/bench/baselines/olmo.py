@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runners import COMPILED, EAGER, Run, Runner, Task
+from ..benchmark import COMPILED, EAGER
+from ..runners import Run, Runner, Task
 
 SHAPE = {
     "vocab_size": 50304,
@@ -39,7 +40,7 @@ def missing() -> str | None:
 
 
 def build(shape: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """OlmoForCausalLM with random weights. Raises ImportError where transformers is not."""
+    """OlmoForCausalLM with random weights. Raises ImportError without transformers."""
     if why := missing():
         raise ImportError(why)
     from transformers import OlmoConfig, OlmoForCausalLM

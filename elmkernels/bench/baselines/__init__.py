@@ -1,0 +1,1 @@
+"""Whole models of others, or written for torch's own operations, that ours are measured against."""
