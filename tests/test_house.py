@@ -278,11 +278,13 @@ def test_nothing_is_decided_by_the_name_of_an_op():
 
 
 LIMITS = {
-    "ops/qk_norm_rope.py": 220,
-    "ops/attention.py": 180,
-    "ops/linear_cross_entropy.py": 165,
-    "ops/decode_step.py": 190,
+    "ops/qk_norm_rope.py": 245,
+    "ops/attention.py": 190,
+    "ops/linear.py": 160,
+    "ops/linear_cross_entropy.py": 180,
+    "ops/decode_step.py": 205,
     "ops/_chunked_loss.py": 165,
+    "reference/qk_norm_rope.py": 65,
 }
 
 
