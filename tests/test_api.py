@@ -9,16 +9,16 @@ import torch
 
 import elmkernels
 from docs.generate import api
-from elmkernels import openelm
+from elmkernels import openelm, testing
 from elmkernels.openelm import OpenELM, OpenELMConfig
 
 CONFIG = OpenELMConfig(
-    num_transformer_layers=2, model_dim=64, head_dim=16, num_gqa_groups=2, ffn_dim_divisor=64,
-    qkv_multipliers=(1.0, 2.0), normalize_qk_projections=True, share_input_output_layers=True,
+    num_transformer_layers=2, model_dim=256, head_dim=64, num_gqa_groups=2, ffn_dim_divisor=64,
+    qkv_multipliers=(0.5, 1.0), ffn_multipliers=(1.0, 2.0), vocab_size=512,
+    normalize_qk_projections=True, share_input_output_layers=True,
 )  # fmt: skip
 ENTRIES = [entry for _, found in api.entries() for entry in found]
 ALL = [x for entry in ENTRIES for x in (entry, *entry.members)]
-FREE = {"*", "options", "overrides"}  # of what they hold, the text says where it is described
 
 # What an example's model has gone through already.
 BEFORE = {"elmkernels.restore": elmkernels.accelerate, "elmkernels.unpack": elmkernels.pack}
@@ -26,6 +26,33 @@ BEFORE = {"elmkernels.restore": elmkernels.accelerate, "elmkernels.unpack": elmk
 
 def named(entry: api.Entry) -> str:
     return entry.name
+
+
+@pytest.mark.parametrize("entry", ALL, ids=named)
+def test_what_is_taken_and_returned_is_described(entry):
+    doc = entry.doc
+    assert doc.prose
+    if isinstance(entry.value, property):
+        return
+    described = doc.named("Args") | doc.named("Attributes")
+    taken = {name for name, _ in api.taken(entry)} - {"*"}
+    assert taken - described == set()
+    assert doc.named("Args") <= taken
+    assert bool(api.returns(entry)) == ("Returns" in doc.sections)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=named)
+def test_there_is_an_example(entry):
+    assert ">>> " in entry.doc.sections.get("Example", "")
+
+
+def test_all_that_is_exported_is_described():
+    assert len(ENTRIES) >= 40
+    values = {id(entry.value) for entry in ENTRIES}
+    for module in (elmkernels, openelm, testing):
+        for name in module.__all__:
+            value = getattr(module, name)
+            assert id(value) in values or not callable(value), name
 
 
 def prepared(entry: api.Entry, folder: Path) -> dict:

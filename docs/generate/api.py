@@ -87,7 +87,9 @@ def _members(name: str, kind: type) -> list[Entry]:
     found = []
     for key, value in vars(kind).items():
         plain = getattr(value, "__func__", value)
-        if key.startswith("_") or not (inspect.isfunction(plain) or isinstance(value, property)):
+        if key.startswith("_") or key in inspect.get_annotations(kind):
+            continue
+        if not (inspect.isfunction(plain) or isinstance(value, property)):
             continue
         found.append(Entry(f"{name}.{key}", value, parsed(inspect.getdoc(value))))
     return found

@@ -1,7 +1,7 @@
 """Everything that a GPU can tell of this package in a few minutes, stage by stage.
 
 On a CPU the same calls run in small form. Results are one dict of plain values; see
-`testing.stages` for what is kept when a stage fails or is stopped.
+`gpu_check.stages` for what is kept when a stage fails or is stopped.
 """
 
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     keep: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill `results`; raises `testing.stages.DeadDevice` where only another process can go on."""
+    """Fill `results`; raises `stages.DeadDevice` where only another process can go on."""
     lives = partial(devices.lives, check.device)
     run_stages(plan(check, results), results, Clock(check.seconds), say, keep, lives)
 

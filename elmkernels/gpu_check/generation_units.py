@@ -97,7 +97,7 @@ def _need(models: Models, mode: str, accelerated: object) -> None:
 
 @torch.inference_mode()
 def _packed(models: Models, name: str, found: Found, clock: Clock) -> None:
-    """The logits of a step by packed weights and by plain ones, which must be the same bits."""
+    """The logits of a step by packed12 weights and by plain ones, which must be the same bits."""
     eager, accelerated, _ = models.get(name, torch.bfloat16)
     _need(models, ONE_LAUNCH, accelerated)
     found |= {"ok": False, "steps": EXACT_STEPS, "equal": 0}

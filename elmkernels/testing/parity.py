@@ -13,22 +13,20 @@ truncates instead of rounding. A yardstick of few elements may be small by luck:
 counts 1 + 8/n times.
 """
 
-import contextlib
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops
 from ..backends import BACKENDS, REFERENCE, implements
-from ..weights.formats import Arena
 from .cases import CASES, OPS
 from .cases.attention import SPEC as ATTENTION
 from .cases.draw import Case, make
+from .evaluation import as_tuple, detached, evaluate, poisoned, specification
 
 EPS32 = torch.finfo(torch.float32).eps
 SLACK = 4.0
@@ -41,7 +39,13 @@ DTYPES = {
 
 
 class ParityError(AssertionError):
-    """A candidate that doesn't compute what its reference computes."""
+    """A candidate doesn't compute what its reference computes; the message says by how much.
+
+    Example:
+        >>> raise ParityError("swiglu is not its reference")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ParityError
+    """
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,25 @@ def compare(
     what: str = "value",
     slack: float = SLACK,
 ) -> Comparison:
-    """Hold a candidate to the rule above. truth is float64; the yardstick is the reference's
-    result in the working dtype, which is the dtype that the candidate must have.
+    """Hold one tensor of a candidate to the rule of this module.
+
+    Args:
+        truth: float64, finite.
+        yardstick: the reference's result in the working dtype, which the candidate must have.
+        candidate: what is judged.
+        what: its name, for the verdict.
+        slack: units of eps32 of the largest truth that are allowed besides.
+
+    Returns:
+        A Comparison: errors, what is allowed, and the reason if it fails.
+
+    Raises:
+        ValueError: truth or yardstick isn't finite.
+
+    Example:
+        >>> truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> compare(truth, truth.float(), truth.float() + 1).ok
+        False
     """
     wide = truth.detach().double()
     if not bool(wide.isfinite().all()) or not bool(yardstick.isfinite().all()):
@@ -171,99 +192,20 @@ def compare(
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill new memory with NaN before a kernel gets it: what it forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    # Only the filling is wanted: an operation of torch without a deterministic form may run.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def specification(op: str) -> Callable:
-    """The reference of an op under the op's public signature, with what it writes in place."""
-    spec = OPS[op]
-    return spec.observe(spec.adapt(getattr(reference, op)))
-
-
-def _widen(x: Any, dtype: torch.dtype | None) -> Any:
-    """A fresh leaf with x's data, layout and need of a gradient; floats in `dtype` if given.
-    Weights in forms of their own and decoders of them are read only, in the dtype that they have.
-    """
-    if isinstance(x, Arena):
-        return x._replace(data=_widen(x.data, dtype))
-    if not isinstance(x, Tensor):
-        return x
-    copy = x.detach()
-    if x.is_floating_point():
-        copy = copy.to(dtype) if dtype else copy
-        # Caches are written: each run needs its own. Leaves are read: they keep their layout.
-        copy = copy if x.requires_grad else copy.clone()
-    return copy.requires_grad_(x.requires_grad)
-
-
-def _cotangents(case: Case, outputs: Sequence[Tensor], seed: int) -> list[Tensor | None]:
-    """The gradients that arrive at the outputs, random, laid out as the case says."""
-    found: list[Tensor | None] = []
-    for i, out in enumerate(outputs):
-        generator = torch.Generator(out.device).manual_seed(seed + 1 + i)
-        shape = list(out.shape)
-        if case.cotangent == "broadcast":
-            shape[:-1] = [1] * (len(shape) - 1)
-        elif case.cotangent == "strided":
-            shape[-1] *= 2
-        dy = torch.randn(shape, generator=generator, device=out.device).to(out.dtype)
-        if case.cotangent == "strided":
-            dy = dy[..., ::2]
-        found.append(None if i in case.unused else dy.expand(out.shape))
-    return found
-
-
-def _tuple(x: Tensor | tuple) -> tuple:
-    return x if isinstance(x, tuple) else (x,)
-
-
-def _run(
-    fn: Callable, case: Case, inputs: tuple[tuple, dict], dtype: torch.dtype | None, seed: int,
-    like: Sequence[Tensor] | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """{"y": ..., "grad x": ...}: a function's outputs and gradients on (widened) inputs. The
-    cotangents are drawn for the outputs `like`, so that every run gets the same ones."""
-    args = tuple(_widen(a, dtype) for a in inputs[0])
-    kwargs = {key: _widen(value, dtype) for key, value in inputs[1].items()}
-    outputs = _tuple(fn(*args, **kwargs))
-    names = OPS[case.op].outputs
-    found = {name: out.detach() for name, out in zip(names, outputs, strict=True)}
-    parameters = list(inspect.signature(getattr(ops, case.op)).parameters)
-    named = dict(zip(parameters, args, strict=False)) | kwargs
-    leaves = {name: a for name, a in named.items() if _needs_grad(a)}
-    pairs = [
-        (out, dy.to(out.dtype))
-        for out, dy in zip(outputs, _cotangents(case, like or outputs, seed), strict=True)
-        if dy is not None and out.requires_grad
-    ]
-    if pairs and leaves:
-        reached, arriving = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(reached, [*leaves.values()], arriving, allow_unused=True)
-        for (name, leaf), g in zip(leaves.items(), grads, strict=True):
-            # A leaf that no used output depends on: None and zeros say the same.
-            found[f"grad {name}"] = torch.zeros_like(leaf) if g is None else g
-    return found
-
-
-def _needs_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
-
-
 def runnable(op: str, device: torch.device | str = "cpu") -> list[str]:
-    """The backends, besides the reference, that can run an op on a device here."""
+    """Which backends, besides the reference, can run an op here.
+
+    Args:
+        op: its name.
+        device: where.
+
+    Returns:
+        Their names.
+
+    Example:
+        >>> "reference" in runnable("swiglu")
+        False
+    """
     kind = torch.device(device).type
     return [
         b.name
@@ -303,12 +245,28 @@ def check_parity(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Record:
-    """Run a case on a backend (None: the one the op prefers) and hold all it gives to truth."""
+    """Run a case on a backend and hold all that it gives, gradients too, to truth.
+
+    Args:
+        op: its name.
+        case: the inputs.
+        dtype: the working dtype.
+        backend: its name; None for the one that the op prefers.
+        device: where.
+        seed: of the inputs and of the gradients that arrive.
+
+    Returns:
+        A Record: `ok`, and a Comparison of each tensor.
+
+    Example:
+        >>> check_parity("swiglu", CASES["swiglu"][0], torch.float32, None).ok
+        True
+    """
     inputs = make(case, dtype, device, seed)
     spec = specification(op)
-    outputs = _tuple(spec(*_detached(inputs)[0], **_detached(inputs)[1]))
-    truth = _run(spec, case, inputs, torch.float64, seed, like=outputs)
-    yardstick = _run(spec, case, inputs, None, seed, like=outputs)
+    outputs = as_tuple(spec(*detached(inputs)[0], **detached(inputs)[1]))
+    truth = evaluate(spec, case, inputs, torch.float64, seed, like=outputs)
+    yardstick = evaluate(spec, case, inputs, None, seed, like=outputs)
 
     fn = OPS[op].observe(getattr(ops, op))
 
@@ -316,20 +274,11 @@ def check_parity(
         return fn(*args, backend=backend, **kwargs)
 
     with poisoned():
-        got = _run(candidate, case, inputs, None, seed, like=outputs)
+        got = evaluate(candidate, case, inputs, None, seed, like=outputs)
     slack = SLACK * OPS[op].slack
     comparisons = [compare(truth[k], yardstick[k], got[k], k, slack) for k in truth]
     name = str(dtype).removeprefix("torch.")
     return Record(op, case.name, name, backend or "preferred", str(device), comparisons)
-
-
-def _detached(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    def strip(x: Any) -> Any:
-        if isinstance(x, Arena):
-            return x._replace(data=x.data.clone())
-        return x.detach().clone() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return tuple(strip(a) for a in inputs[0]), {k: strip(v) for k, v in inputs[1].items()}
 
 
 def assert_parity(
@@ -340,7 +289,20 @@ def assert_parity(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Record:
-    """check_parity, raising ParityError that names the tensor, its error and what is allowed."""
+    """`check_parity` that raises.
+
+    Args:
+        op, case, dtype, backend, device, seed: as `check_parity` takes them.
+
+    Returns:
+        The Record.
+
+    Raises:
+        ParityError: a tensor isn't what it should be; it names the error and what is allowed.
+
+    Example:
+        >>> record = assert_parity("swiglu", CASES["swiglu"][0], torch.float32, None)
+    """
     record = check_parity(op, case, dtype, backend, device, seed)
     failures = [f"  {c.what}: {c.reason}" for c in record.comparisons if not c.ok]
     if failures:
@@ -356,8 +318,26 @@ def run_parity(
     device: torch.device | str = "cpu",
     progress: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Every case of the named ops (None: all) in every dtype on every backend that can run here
-    (None) or is named. `progress` is called with each record as it comes.
+    """`check_parity` of every case in every dtype on every backend.
+
+    Args:
+        op_names: the ops; None for all.
+        dtypes: or their names.
+        backends: their names; None for all that can run here.
+        device: where.
+        progress: called with each Record as it comes.
+
+    Returns:
+        The Records.
+
+    Raises:
+        ValueError: there is no op of that name.
+        RuntimeError: a named backend can run none of the ops here.
+
+    Example:
+        >>> records = run_parity(["swiglu"], ["float32"], ["reference"])
+        >>> all(record.ok for record in records)
+        True
     """
     records = []
     dtypes = [DTYPES[d] if isinstance(d, str) else d for d in dtypes]
