@@ -233,10 +233,22 @@ def usable(op: str, device: str) -> list[str]:
 
 
 def missing_kernels(device: str) -> str | None:
-    """Why none of our kernels runs on a device type ("cpu", "cuda") and, if an installation can
-    mend it, the command; None if there are some.
+    """Why none of our kernels runs on a type of device, and what mends it, if that is known.
 
     Models and ops then run as the reference does, and a measurement would compare it with itself.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        The reason and, if an installation can mend it, the command; None if there are kernels.
+
+    Raises:
+        ValueError: the device is of another type.
+
+    Example:
+        >>> if reason := missing_kernels("cpu"):
+        ...     print(reason)
     """
     if device not in PREFERENCE:
         raise ValueError(f"device must be {' or '.join(PREFERENCE)}, got {device!r}")

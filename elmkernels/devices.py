@@ -154,6 +154,10 @@ class BackendChoice:
         resolved: what it then takes, in words: "cuda up to 16 rows, then triton".
         why: {backend: why it isn't taken}, of the one that was asked for and of those that the
             device's type prefers.
+
+    Example:
+        >>> BackendChoice("swiglu", None, "triton", {}).resolved
+        'triton'
     """
 
     op: str
@@ -168,20 +172,23 @@ def never_fall_back() -> tuple[str, ...]:
 
 
 def backend_choices(device: torch.device, asked: str | None = None) -> dict[str, BackendChoice]:
-    """{op: which backend it takes in a model on a device}, of all ops that have kernels.
+    """Which backend each op takes in a model on a device.
 
     Args:
         device: what the model is on. Of a GPU its compute capability counts, not its type alone.
         asked: the backend that is asked for. An op that it has no kernels for takes the best other
             one, if it `falls_back`. None: the best of the device for each op.
 
+    Returns:
+        {op: its BackendChoice}, of all ops that have kernels.
+
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: the device isn't of a known type, or the backend can't run on it.
 
     Example:
-        >>> backend_choices(torch.device("cpu"))["swiglu"].resolved
-        'avx512'
+        >>> backend_choices(torch.device("cpu"), "reference")["swiglu"].resolved
+        'reference'
     """
     for op in never_fall_back():
         choose(op, device.type, asked)

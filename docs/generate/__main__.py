@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import figures, support
+from . import api, figures, support
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES: dict[str, Callable[[], str]] = {"docs/support.md": support.page}
+PAGES: dict[str, Callable[[], str]] = {"docs/api.md": api.page, "docs/support.md": support.page}
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": figures.six_results},
     "docs/benchmarks.md": figures.TABLES,

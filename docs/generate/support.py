@@ -7,7 +7,6 @@ import textwrap
 from functools import cache
 
 import torch
-from elmkernels.testing.cases.ops import CASES
 from torch import Tensor
 
 from elmkernels.backends import COMPOSED, PREFERENCE, REFERENCE, declared, defined, implements
@@ -15,6 +14,7 @@ from elmkernels.checks import DTYPES
 from elmkernels.ops._attention_choice import ON_GPU, TRITON_HEAD_DIM
 from elmkernels.ops._rows_choice import FEW, FEW_ROWS
 from elmkernels.ops.linear import MAX_ROWS
+from elmkernels.testing.cases import CASES
 from elmkernels.testing.cases.draw import make
 from elmkernels.weights.formats import BITS, GROUP_SIZES
 

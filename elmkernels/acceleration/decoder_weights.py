@@ -33,7 +33,8 @@ def decoder_weights_of(model: OpenELM) -> DecoderWeights:
 
     Example:
         >>> weights = decoder_weights_of(model)
-        >>> logits = elmkernels.decode_step(weights, tokens, cache.lengths, cache.arena)
+        >>> with torch.no_grad():
+        ...     logits = elmkernels.decode_step(weights, tokens, cache.lengths, cache.arena)
     """
     return snapshot_of(model).weights
 

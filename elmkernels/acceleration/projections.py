@@ -40,8 +40,20 @@ LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepac
 
 @dataclass(frozen=True)
 class Plan:
-    """Which routine a projection calls on a CPU, by the number of rows and by whether gradients are
-    kept; on a GPU it is F.linear, or few rows are `streamed`.
+    """Which routine a projection calls on a CPU; on a GPU it is F.linear, or few rows `streamed`.
+
+    Args:
+        one_row: without gradients, for 1 row: "F.linear", "torch.mv", "oneDNN" or "oneDNN
+            prepacked".
+        few_rows: up to FEW_ROWS (16).
+        many_rows: for more.
+        training: with gradients.
+        streamed: whether a GPU multiplies up to 8 rows by this package's kernel.
+
+    Example:
+        >>> report = elmkernels.accelerate(model, plan=Plan(one_row="torch.mv"))
+        >>> report.gemm.one_row
+        'torch.mv'
     """
 
     one_row: str = LINEAR
@@ -52,6 +64,7 @@ class Plan:
 
     @property
     def prepacks(self) -> bool:
+        """Whether a routine keeps a prepacked copy of the weights."""
         return PREPACKED in (self.one_row, self.few_rows, self.many_rows)
 
 

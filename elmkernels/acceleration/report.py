@@ -12,7 +12,7 @@ from .projections import Plan
 
 @dataclass
 class Report:
-    """What `accelerate` did: one line a fact, and the same as data.
+    """What `accelerate` did: one line a fact as text, and the same as data.
 
     Attributes:
         convention: the family of models that this one belongs to.
@@ -28,6 +28,11 @@ class Report:
         fallbacks: which backends this very GPU can't run, and what is taken instead.
         decode_modes: {mode: why not, or None}, of decoding on a GPU: see `decode_modes.modes_of`.
         notes: what else is worth knowing.
+
+    Example:
+        >>> report = elmkernels.accelerate(model)
+        >>> report.accelerated["layers"]
+        2
     """
 
     convention: str

@@ -199,9 +199,28 @@ def run_bench(
     rows: Sequence[int] | None = None,
     model: str = "1_1B",
 ) -> list[BenchRecord]:
-    """Every named op (None: all) forward and forward + backward, by every backend that can run it
-    here (None) or is named. quick: two row counts, shorter, without torch.compile (whose figure
-    then is absent, not guessed). `progress` is called with each record as it comes.
+    """Time every op, forward and forward + backward, beside its baselines.
+
+    Args:
+        op_names: the ops; None for all.
+        dtypes: or their names.
+        backends: their names; None for all that can run here.
+        device: where.
+        quick: two row counts, shorter, and without torch.compile, whose figure is then absent.
+        progress: called with each record as it comes.
+        rows: how many tokens at once; None for those of `quick` or all.
+        model: whose layers: "270M", "450M", "1_1B" or "3B".
+
+    Returns:
+        A BenchRecord for each op, backend, case, dtype and pass; times are in seconds.
+
+    Raises:
+        ValueError: there is no op of that name.
+        RuntimeError: a named backend can run none of the ops here.
+
+    Example:
+        >>> options = {"quick": True, "rows": [1], "model": "270M"}
+        >>> records = run_bench(["swiglu"], ["float32"], ["reference"], **options)
     """
     records = []
     dtypes = [DTYPES[d] if isinstance(d, str) else d for d in dtypes]

@@ -17,7 +17,18 @@ from ..ops.linear import dense_rows
 
 @dataclass
 class Conversion:
-    """What was done to the weights: how many matrices, those left with the reason, bytes."""
+    """What quantize, pack or unpack did; as text it is a line or more.
+
+    Attributes:
+        what: the deed: "quantized to 4 bits".
+        matrices: how many were converted.
+        left: (name of a module, why it stayed as it was).
+        bytes_before, bytes_after: of the converted matrices.
+
+    Example:
+        >>> print(Conversion("packed", 2, bytes_before=2 << 20, bytes_after=1 << 20))
+        packed 2 matrices: 2.0 MiB to 1.0 MiB
+    """
 
     what: str
     matrices: int = 0

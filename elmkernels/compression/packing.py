@@ -1,4 +1,4 @@
-"""Packing the weights of a model: bfloat16 without loss in 12 bits, see `compress.packed`."""
+"""Packing the weights of a model: bfloat16 without loss in 12 bits, see `weights.packed12`."""
 
 import torch
 from torch import nn
@@ -15,13 +15,27 @@ MAX_ESCAPES = 1 / 64
 
 
 def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> Conversion:
-    """Pack every bfloat16 projection of an OpenELM model in place, without loss; with embeddings,
-    those of tokens and the output as well. A matrix with more than 1 escape in 64 weights stays
-    as it is and is reported. An accelerated model stays accelerated. progress: show it on a
-    terminal.
+    """Pack the bfloat16 matrices of a model into 12 bits a weight, in place and without loss.
 
-    Raises TypeError for another model, ValueError for weights of another dtype and for quantized
-    ones; nothing is changed then. Stopped half way, it can be called again.
+    A matrix with more than 1 escape in 64 weights stays as it is and is reported. An accelerated
+    model stays accelerated. Interrupted, it can be called again and goes on.
+
+    Args:
+        model: an `elmkernels.OpenELM` with bfloat16 weights.
+        embeddings: whether those of tokens, and the output projection, are packed too.
+        progress: whether to show it on a terminal.
+
+    Returns:
+        A Conversion: how many matrices, which were left and why, bytes before and after.
+
+    Raises:
+        TypeError: the model is another one.
+        ValueError: weights have another dtype or are quantized; nothing is changed then.
+
+    Example:
+        >>> done = elmkernels.pack(model)
+        >>> done.bytes_after < done.bytes_before
+        True
     """
 
     def check(name: str, module: nn.Module) -> None:
@@ -47,14 +61,26 @@ def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> C
 
 
 def unpack(model: OpenELM, *, progress: bool = True) -> Conversion:
-    """Give a packed model its plain bfloat16 modules back (for training, or to be cast), in place.
+    """Give a model its plain bfloat16 matrices back, in place: to be trained, or cast.
 
-    Raises TypeError for another model, ValueError for one that holds no packed weights.
+    Args:
+        model: an `elmkernels.OpenELM` that `pack` has packed.
+        progress: whether to show it on a terminal.
+
+    Returns:
+        A Conversion: how many matrices, bytes before and after.
+
+    Raises:
+        TypeError: the model is another one.
+        ValueError: it holds no packed12 weights.
+
+    Example:
+        >>> print(elmkernels.unpack(model))
     """
     if isinstance(model, OpenELM) and not any(
         isinstance(m, Packed12Module) for m in model.modules()
     ):
-        raise ValueError("model must hold packed weights to be unpacked, it has none")
+        raise ValueError("model must hold packed12 weights to be unpacked, it has none")
 
     def make(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, Packed12Module):

@@ -1,4 +1,4 @@
-"""Quantizing the weights of a model, to 8 or 4 bits: see `compress.affine`."""
+"""Quantizing the weights of a model, to 8 or 4 bits: see `weights.affine`."""
 
 from torch import nn
 
@@ -16,12 +16,31 @@ def quantize(
     *,
     progress: bool = True,
 ) -> Conversion:
-    """Quantize every projection of an OpenELM model in place; with embeddings, those of tokens and
-    the output as well. A packed model is quantized from its exact weights; an accelerated one
-    stays accelerated. progress: show it on a terminal.
+    """Quantize the matrices of a model to 8 or 4 bits, in place.
 
-    Raises TypeError for another model, ValueError as `quantize_weight` does, and for a model that
-    is quantized in another way; nothing is changed then. Stopped half way, it can be called again.
+    A packed12 matrix is quantized from its exact weights. An accelerated model stays accelerated.
+    Interrupted, it can be called again and goes on.
+
+    Args:
+        model: an `elmkernels.OpenELM`.
+        bits: of a weight: 8 or 4.
+        group_size: columns that share a scale and a bias: 32 or 64.
+        embeddings: whether those of tokens, and the output projection, are quantized too.
+        progress: whether to show it on a terminal.
+
+    Returns:
+        A Conversion: how many matrices, bytes before and after.
+
+    Raises:
+        TypeError: the model is another one.
+        ValueError: bits or group_size is out of its range, the columns are no multiple of the
+            group, weights are of another dtype or not finite, or quantized with another scheme;
+            nothing is changed then.
+
+    Example:
+        >>> done = elmkernels.quantize(model, bits=4, group_size=64)
+        >>> done.bytes_after < done.bytes_before
+        True
     """
     check_scheme(bits, group_size)
 

@@ -11,7 +11,6 @@ generated, and the session goes on from there.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,21 +21,11 @@ from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from .gpu_decoder import Decoder
 from .prompts import Prompts, check_lengths, prompt_ids, stop_set
+from .row import Row
 from .sampling import Sampler, Sampling, is_integer
 from .step import next_logits
 
 CHUNK = 512
-
-
-@dataclass
-class Row:
-    """What one row generated, and why it ended: "length" (max_new_tokens), "stop" (a stop token,
-    `stopped_by`, which is not among the tokens), "interrupted" or "failed"; "" while it goes on.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    stopped_by: int | None = None
 
 
 class Session:
@@ -88,7 +77,11 @@ class Session:
             self._decoder = Decoder(model, self.cache, decode_mode)
 
     def decoder(self) -> Decoder | None:
-        """What decodes without waiting for the device, as the model is now; None: calls do."""
+        """What decodes without waiting for the device, for the model as it is now.
+
+        Returns:
+            The decoder; None if the model is called for every token.
+        """
         if self.decode_mode == CALLS:
             return None
         if self.decode_mode is None and not wanted(self.model, self.cache):
@@ -110,20 +103,40 @@ class Session:
         self.ids = [[] for _ in self.ids]
 
     def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> list[Row]:
-        """See the function `generate`; the prompts may begin with what the rows hold."""
+        """As the function `generate`; the prompts may begin with what the rows hold.
+
+        Args:
+            prompts, max_new_tokens, options: as `generate` takes them.
+
+        Returns:
+            A Row for each prompt.
+        """
         stream = self.stream(prompts, max_new_tokens, **options)
         for _ in stream:
             pass
         return stream.rows
 
     def stream(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> "Stream":
-        """See the function `stream`; one that has not ended can't go on after this."""
+        """As the function `stream`; a stream that has not ended can't go on after this.
+
+        Args:
+            prompts, max_new_tokens, options: as `generate` takes them.
+
+        Returns:
+            The Stream.
+        """
         self._current = Stream(self, prompts, max_new_tokens, **options)
         return self._current
 
     def begin(self, prompts: Sequence[list[int]]) -> list[int]:
         """Go back to the longest common prefix of each row with its prompt, less one token if it
-        is the whole prompt, as logits come from passes alone. Returns the tokens kept.
+        is the whole prompt, as logits come from passes alone.
+
+        Args:
+            prompts: the ids of each row.
+
+        Returns:
+            How many tokens of each were kept.
         """
         kept = []
         for held, ids, prompt in zip(self.cache.rows, self.ids, prompts, strict=True):
@@ -135,8 +148,13 @@ class Session:
 
     @torch.inference_mode()
     def prefill(self, chunk: int) -> Tensor:
-        """Run the ids that the cache doesn't hold, at least one a row, `chunk` at a time ->
-        the logits after each row's last, [batch, vocab_size].
+        """Run the ids that the cache doesn't hold, at least one a row.
+
+        Args:
+            chunk: how many at a time.
+
+        Returns:
+            The logits after each row's last, [batch, vocab_size].
         """
         logits: Tensor | None = None
         cache, device, decoder = self.cache, self.cache.device, self.decoder()
@@ -171,10 +189,19 @@ class Session:
 class Stream(Iterator[list[int | None]]):
     """The steps of one generation: each gives a token a row, None for a row that has ended.
 
+    Args:
+        session, prompts, max_new_tokens, stop_tokens, chunk, sampling: as `Session` and `generate`
+            have them; `Session.stream` and `stream` make one.
+
     Attributes:
         rows: what was generated so far.
         interrupted: whether a KeyboardInterrupt ended it; that one is not raised again.
         reused: the tokens of each prompt that the session held already.
+
+    Example:
+        >>> steps = Session(model).stream([[1, 2, 3]], 4)
+        >>> len([token for token, in steps]), steps.rows[0].finish_reason
+        (4, 'length')
     """
 
     def __init__(

@@ -29,7 +29,8 @@ def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
         ValueError: the cache is full, or is of another model.
 
     Example:
-        >>> logits = next_logits(model, tokens, cache)
+        >>> with torch.inference_mode():
+        ...     logits = next_logits(model, tokens, cache)
         >>> tokens = logits.argmax(-1)
     """
     known = _in_one_call(model, tokens, cache)

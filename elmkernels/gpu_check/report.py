@@ -103,10 +103,8 @@ def _generation(results: Found) -> str:
         row["equal"] = f"{tokens['equal']} of {tokens['steps']}"
         row["captured"] = u.get("captured")
         rows.append(row | {"decode_step": u.get("decode_step")})
-    note = (
-        "Greedy tokens equal to the reference's, up to a tie; of packed weights steps whose logits "
-    )
-    note += "are those of plain ones, bit for bit."
+    note = "Greedy tokens equal to the reference's, up to a tie; of packed12 weights steps whose "
+    note += "logits are those of plain ones, bit for bit."
     return "\n".join(["## Generation", "", note, "", markdown(rows)]) if rows else ""
 
 

@@ -17,7 +17,7 @@ from .model import OpenELM
 _ELSEWHERE = {
     "Plan": "acceleration.projections",
     "Report": "acceleration.report",
-    "Row": "generation.session",
+    "Row": "generation.row",
     "Session": "generation.session",
     "Stream": "generation.session",
     "accelerate": "acceleration.swap",

@@ -30,10 +30,30 @@ _ALIGNMENT = 64  # elements between the starts of blocks: whole cache lines in a
 
 
 class KVCache:
-    """Per layer i, `k[i]` and `v[i]` are [batch, max_length, kv_heads_i, head_dim], views of
-    `arena`. max_length: rope_max_length if None. dtype: floating, torch's default if None.
-    Raises ValueError or TypeError for sizes and dtypes that can't be, RuntimeError for a GPU that
-    isn't here, MemoryError where even the addresses are refused or a GPU's memory doesn't do.
+    """Keys and values of the tokens that each row of a batch has seen.
+
+    Args:
+        config: of the model.
+        batch: how many rows.
+        max_length: the most tokens of a row; None for the model's rope_max_length.
+        dtype: floating, that of the model's activations; None for torch's default.
+        device: None for torch's default.
+
+    Attributes:
+        k, v: of layer i, k[i] and v[i] [batch, max_length, kv_heads_i, head_dim]: views of arena.
+        arena: all of them in one buffer, which `ops.decode_step` takes.
+
+    Raises:
+        TypeError, ValueError: a size or the dtype is out of its range.
+        RuntimeError: the device isn't here.
+        MemoryError: not even the addresses are to be had, or the GPU's memory doesn't suffice.
+
+    Example:
+        >>> cache = KVCache(config, batch=1, max_length=16, dtype=torch.bfloat16)
+        >>> with torch.inference_mode():
+        ...     logits = model(torch.tensor([[1, 2, 3]]), cache=cache)
+        >>> cache.length
+        3
     """
 
     def __init__(
@@ -107,10 +127,12 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of keys and values."""
         return self.k[0].dtype
 
     @property
     def device(self) -> torch.device:
+        """Where they are."""
         return self.k[0].device
 
     @property
@@ -141,7 +163,11 @@ class KVCache:
         return not isinstance(self._filled, int)
 
     def check_room(self, n: int | Sequence[int] | Tensor) -> None:
-        """Raise ValueError where n more tokens (of every row, or one number a row) don't fit."""
+        """Raise ValueError unless more tokens fit.
+
+        Args:
+            n: how many more, of every row, or one number a row.
+        """
         if isinstance(n, int) and not self.ragged:
             if self._filled + n > self.max_length:
                 self._refuse("", self._filled, n)
@@ -167,8 +193,18 @@ class KVCache:
         return counts
 
     def append(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [batch, n, kv_heads, head_dim] after the tokens counted so far; return
-        views of all the layer's keys and values, [batch, length + n, kv_heads, head_dim].
+        """Write one layer's keys and values after the tokens counted so far, without counting them.
+
+        Args:
+            layer_index: which layer.
+            k, v: [batch, n, kv_heads, head_dim] in the cache's dtype, without gradients.
+
+        Returns:
+            Views of all the layer's keys and values, [batch, length + n, kv_heads, head_dim].
+
+        Raises:
+            ValueError: they don't fit, or have another shape or dtype.
+            RuntimeError: they require a gradient.
         """
         n = k.shape[1]
         self.check_room(n)
@@ -195,13 +231,23 @@ class KVCache:
         return self.filled(layer_index, n)
 
     def filled(self, layer_index: int, n: int = 0) -> tuple[Tensor, Tensor]:
-        """Views of a layer's first length + n keys and values."""
+        """What a layer holds.
+
+        Args:
+            layer_index: which layer.
+            n: tokens more than are counted.
+
+        Returns:
+            Views of its first length + n keys and values.
+        """
         end = self.length + n
         return self.k[layer_index][:, :end], self.v[layer_index][:, :end]
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
-        """Count n tokens as written, of every row or one number a row, once every layer has
-        them.
+        """Count tokens as written, once every layer has them. Raises ValueError if they don't fit.
+
+        Args:
+            n: how many, of every row, or one number a row.
         """
         self.check_room(n)
         if isinstance(n, int) and not self.ragged:
@@ -211,8 +257,10 @@ class KVCache:
             self._hold([held + more for held, more in zip(self.rows, counts, strict=True)])
 
     def truncate(self, length: int | Sequence[int] | Tensor) -> None:
-        """Forget every token from index `length` on; one number a row, or one for all that
-        shortens the rows that are longer.
+        """Forget every token from an index on. Raises ValueError for one beyond what is held.
+
+        Args:
+            length: one number a row, or one for all, which shortens the rows that are longer.
         """
         if isinstance(length, int):
             if not 0 <= length <= self.length:
@@ -226,6 +274,7 @@ class KVCache:
         self._hold(lengths)
 
     def reset(self) -> None:
+        """Forget all tokens."""
         self._filled = 0
 
     def _hold(self, rows: list[int]) -> None:

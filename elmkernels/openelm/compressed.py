@@ -27,7 +27,7 @@ def weight_of(module: nn.Module) -> Weight:
 
 
 class _Product(torch.autograd.Function):
-    """Dtypes that `ops.linear` doesn't take: float64, and packed weights with any but theirs."""
+    """Dtypes that `ops.linear` doesn't take: float64, and packed12 weights with any but theirs."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -274,11 +274,11 @@ class Packed12Module(Compressed):
 
 
 class Packed12Linear(Packed12Module, CompressedLinear):
-    """A projection by a packed weight."""
+    """A projection by a packed12 weight."""
 
 
 class Packed12Embedding(Packed12Module, CompressedEmbedding):
-    """Token embeddings by a packed weight, and the tied head's weight."""
+    """Token embeddings by a packed12 weight, and the tied head's weight."""
 
 
 def packed12_module(name: str, weight: Packed12) -> Packed12Linear | Packed12Embedding:

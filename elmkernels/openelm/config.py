@@ -67,9 +67,39 @@ def expand_multipliers(
 
 @dataclass(frozen=True)
 class OpenELMConfig:
-    """The shape of one model. After construction num_query_heads, num_kv_heads, ffn_multipliers
-    and ffn_dims are tuples of one entry a layer. Head counts given explicitly are honoured, even
-    where qkv_multipliers alone would give others.
+    """The shape of one model, checked when it is made.
+
+    Every field may be given; of num_query_heads, num_kv_heads, ffn_multipliers and ffn_dims there
+    is one entry a layer afterwards. Head counts that are given win over qkv_multipliers.
+
+    Attributes:
+        num_transformer_layers: how many layers.
+        model_dim: the width of what goes from layer to layer.
+        head_dim: the width of a head, even.
+        num_gqa_groups: query heads for each key/value head.
+        qkv_multipliers, ffn_multipliers: a number, a pair (first, last) or one number a layer, from
+            which a layer's heads, and its feed-forward's width, follow.
+        ffn_with_glu: whether the feed-forward is gated.
+        ffn_dim_divisor: what feed-forward widths are multiples of.
+        activation_fn_name, normalization_layer_name: "swish" and "rms_norm"; there are no others.
+        normalize_qk_projections: whether queries and keys go through an RMS norm.
+        share_input_output_layers: whether the output projection is the embedding's weight.
+        rope_freq_constant: the base of the rotary frequencies.
+        rope_max_length: how many positions there are, in tokens.
+        vocab_size: how many token ids.
+        max_context_length: the tokens that a model is trained with.
+        norm_eps: what RMS norms add to the mean of the squares.
+        padding_index: the id whose embedding gets no gradient; None for none.
+        num_query_heads, num_kv_heads: of each layer; None if they follow from the multipliers.
+        model_name: what it is called; None for a model without a name.
+
+    Raises:
+        TypeError, ValueError: a field has a wrong type or value.
+
+    Example:
+        >>> config = OpenELMConfig.from_name("OpenELM-270M")
+        >>> config.num_query_heads[0], config.num_query_heads[-1]
+        (12, 20)
     """
 
     num_transformer_layers: int = 12
@@ -170,7 +200,11 @@ class OpenELMConfig:
         return q_heads, kv_heads
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's name (CoreNet's) and shape, in the model's order."""
+        """The name (CoreNet's) and shape of every parameter.
+
+        Returns:
+            {name: shape}, in the model's order.
+        """
         dim = self.model_dim
         shapes: dict[str, tuple[int, ...]] = {"token_embeddings.weight": (self.vocab_size, dim)}
         for i in range(self.num_transformer_layers):
@@ -190,11 +224,23 @@ class OpenELMConfig:
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers a model of this shape holds."""
         return sum(prod(shape) for shape in self.parameter_shapes().values())
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "OpenELMConfig":
-        """One of VARIANTS, with fields replaced by `overrides`."""
+        """The shape of one of Apple's models.
+
+        Args:
+            name: one of VARIANTS, as "OpenELM-270M".
+            overrides: fields that get other values.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: there is no variant of that name.
+        """
         if name not in _VARIANT_SHAPES:
             raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
         layers, model_dim, head_dim = _VARIANT_SHAPES[name]
@@ -213,7 +259,17 @@ class OpenELMConfig:
 
     @classmethod
     def from_hf_dict(cls, values: Mapping[str, Any]) -> "OpenELMConfig":
-        """From a Hugging Face config.json; keys that say nothing about the shape are ignored."""
+        """The shape that a Hugging Face config.json gives.
+
+        Args:
+            values: what the file holds; keys that say nothing about the shape are ignored.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: it is of another type of model, or lacks a key.
+        """
         model_type = values.get("model_type")
         if model_type != "openelm":
             raise ValueError(f"model_type must be 'openelm', got {model_type!r}")
@@ -224,7 +280,11 @@ class OpenELMConfig:
         return cls(**{name: values[name] for name in known if name in values})
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """Apple's config.json keys, and those it can't say only where they differ from Apple's."""
+        """What a Hugging Face config.json says.
+
+        Returns:
+            Apple's keys, and those that Apple's lacks only if they differ from what Apple's has.
+        """
         hidden = {"ffn_dims", "model_name", "norm_eps", "padding_index"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         values |= {
@@ -245,9 +305,18 @@ class OpenELMConfig:
 
     @classmethod
     def from_corenet_yaml(cls, source: Mapping[str, Any] | str | Path) -> "OpenELMConfig":
-        """From a CoreNet training configuration, parsed or as a path. CoreNet's file names one of
-        VARIANTS under model.language_modeling.general_gpt and overrides its vocabulary, context
-        and padding index.
+        """The shape that a CoreNet training configuration gives.
+
+        Args:
+            source: the YAML's path or what it holds. Under model.language_modeling.general_gpt it
+                names one of VARIANTS, and may override vocabulary, context and padding index.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ImportError: PyYAML isn't installed.
+            ValueError: it is no such configuration.
         """
         if isinstance(source, Mapping):
             origin, values = "the configuration", source

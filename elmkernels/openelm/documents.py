@@ -1,4 +1,4 @@
-"""Packed12 sequences in the model: documents one after another in the rows of a batch."""
+"""Varlen rows in the model: documents one after another in the rows of a batch."""
 
 from collections.abc import Iterable, Iterator
 

@@ -38,10 +38,22 @@ def export_gguf(
 ) -> None:
     """Write a model, plain or compressed, to a GGUF file, which is replaced in one step.
 
-    type: of the matrices, one of TYPES. tokenizer: a SentencePiece tokenizer.model to embed;
-    without one the file has no vocabulary, and takes and gives token ids only. name: the model's.
-    Raises ImportError where a package is missing, ValueError for what llama.cpp's OpenELM has not
-    and for weights that the type can't hold.
+    Args:
+        model: an `elmkernels.OpenELM`.
+        path: the file.
+        type: of the matrices: "f32", "f16", "bf16", "q8_0" or "q4_0".
+        tokenizer: a SentencePiece tokenizer.model to embed; without one the file has no vocabulary,
+            and takes and gives token ids alone.
+        name: the model's name in the file; None for its configuration's.
+
+    Raises:
+        ImportError: a package is missing.
+        TypeError: the model is another one.
+        ValueError: llama.cpp's OpenELM can't say this configuration, or the type can't hold the
+            weights.
+
+    Example:
+        >>> export_gguf(model, "model.gguf", "q8_0")
     """
     gguf = _package("gguf", "GGUF files", "elmkernels[gguf]")
     if type not in TYPES:

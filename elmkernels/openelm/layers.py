@@ -5,18 +5,20 @@ The protocol between them, which any replacement of a module keeps: `layer(x, co
 shared by its layers.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import fail
 from ..reference import attention, qk_norm_rope, rms_norm, swiglu
 from ..weights.formats import Weight
 from .cache import KVCache
 from .compressed import product
 from .config import OpenELMConfig
-from .documents import in_one_row
+from .documents import check_documents, in_one_row, positions_of
 
 
 class Context(NamedTuple):
@@ -130,3 +132,124 @@ class LogitsHead(nn.Module):
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         return model.project(model.norm(x))
+
+
+def check_inputs(
+    config: OpenELMConfig, dtype: torch.dtype, input_ids: Tensor, cache: KVCache | None
+) -> None:
+    """Raise TypeError or ValueError unless a model whose activations have the dtype can read the
+    tokens after those that the cache holds.
+    """
+    if not isinstance(input_ids, Tensor):
+        fail(
+            "input_ids",
+            "a tensor [batch, length] of int64 or int32, as torch.tensor([[1, 2]]) is",
+            type(input_ids).__name__,
+            TypeError,
+        )
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "input_ids must be int64 or int32 [batch, length], "
+            f"got {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    batch, length = input_ids.shape
+    past = 0 if cache is None else cache.length
+    _check_ids(config, input_ids)
+    if past + length > config.rope_max_length:
+        raise ValueError(
+            f"the rotary table has {config.rope_max_length} positions (rope_max_length), "
+            f"got {past} past + {length} new tokens"
+        )
+    if cache is not None:
+        _check_cache(config, dtype, cache, input_ids)
+
+
+def _check_ids(config: OpenELMConfig, input_ids: Tensor) -> None:
+    # On a GPU the check would wait for the device; there the embedding itself fails.
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    low, high = (int(i) for i in torch.aminmax(input_ids))
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), got {low} to {high}")
+
+
+def _check_cache(
+    config: OpenELMConfig, dtype: torch.dtype, cache: KVCache, input_ids: Tensor
+) -> None:
+    batch, length = input_ids.shape
+    for name, expected, got in (
+        ("batch", batch, cache.batch),
+        ("dtype", dtype, cache.dtype),
+        ("device", input_ids.device, cache.device),
+        ("key/value heads of each layer", list(config.num_kv_heads),
+         list(cache.kv_heads)),
+        ("head_dim", config.head_dim, cache.head_dim),
+    ):  # fmt: skip
+        if got != expected:
+            raise ValueError(f"cache: {name} must be {expected}, got {got}")
+    cache.check_room(length)
+
+
+def check_counts(
+    counts: Sequence[int] | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache: KVCache | None,
+) -> list[int] | None:
+    """counts as a list; None where every token counts."""
+    if counts is None:
+        return None
+    if cache is None or attention_mask is not None:
+        raise ValueError("counts must be given with a cache and without attention_mask")
+    counts = [int(count) for count in counts]
+    batch, length = input_ids.shape
+    if len(counts) != batch or not all(0 <= count <= length for count in counts):
+        raise ValueError(f"counts must be {batch} numbers in [0, {length}], got {counts}")
+    return None if min(counts) == length else counts
+
+
+def context_of(
+    rope_table: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache: KVCache | None,
+    cu_seqlens: Tensor | None,
+) -> Context:
+    """The places of checked tokens: their positions, where they are written, what they may see."""
+    batch, length = input_ids.shape
+    past = 0 if cache is None else cache.length
+    if cu_seqlens is not None:
+        if cache is not None or attention_mask is not None:
+            raise ValueError("cu_seqlens must be given without cache and attention_mask")
+        check_documents(cu_seqlens, input_ids)
+        positions = positions_of(cu_seqlens, batch * length).view(batch, length)
+        return Context(positions, rope_table, None, None, None, None, cu_seqlens)
+    if cache is not None and cache.ragged:
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask must be None for a cache whose rows differ, got {cache.rows}"
+            )
+        offsets = cache.lengths.to(input_ids.device)
+        new = offsets[:, None] + torch.arange(length, device=input_ids.device)
+        return Context(new, rope_table, None, cache, new, offsets)
+    new = torch.arange(past, past + length, device=input_ids.device).expand(batch, -1)
+    slots = None if cache is None else new
+    if attention_mask is None:
+        return Context(new, rope_table, None, cache, slots)
+    if attention_mask.shape != (batch, past + length):
+        raise ValueError(
+            f"attention_mask must be {[batch, past + length]} (past + new tokens), "
+            f"got {list(attention_mask.shape)}"
+        )
+    key_mask = attention_mask.bool()
+    positions = (key_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return Context(positions, rope_table, key_mask, cache, slots)
+
+
+def kept(x: Tensor, last: int, counts: list[int] | None) -> Tensor:
+    """The last positions of x [batch, length, ...], of the first counts[b] in row b; 0 = all."""
+    if counts is None or not last:
+        return x[:, -last:]
+    at = [[max(count - last + i, 0) for i in range(last)] for count in counts]
+    index = torch.tensor(at, device=x.device)[..., None]
+    return x.gather(1, index.expand(-1, -1, x.shape[2]))

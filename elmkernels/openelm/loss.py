@@ -11,14 +11,24 @@ from .surgery import unhooked
 
 
 class LossHead(nn.Module):
-    """Projection and cross-entropy, the logits lying in memory; no parameters of its own.
+    """Projection and cross-entropy, the logits lying in memory; it has no parameters of its own.
 
-    weight: what the projection multiplies by, None where it is more than a product with a plain
-    matrix; project: hidden states to logits. options: of `reference.cross_entropy`.
+    `accelerate` puts one in its place that makes no logits.
+
+    Example:
+        >>> head, hidden = LossHead(), torch.randn(1, 4, 256, dtype=torch.bfloat16)
+        >>> loss = head(hidden, next_tokens(input_ids), None, model.project)
     """
 
     def shared_gradient(self, embedding: nn.Module) -> TiedWeightGradient | None:
-        """How embedding and projection share one gradient; None if they don't."""
+        """How embedding and projection share one gradient.
+
+        Args:
+            embedding: the module of the tied weight.
+
+        Returns:
+            None: they don't.
+        """
         return None
 
     def forward(
@@ -29,6 +39,19 @@ class LossHead(nn.Module):
         project: Callable[[Tensor], Tensor],
         **options,
     ) -> Tensor:
+        """The loss of hidden states.
+
+        Args:
+            hidden: [..., model_dim].
+            targets: int64 [...].
+            weight: what the projection multiplies by; None if it is more than a product with a
+                plain matrix.
+            project: hidden states to logits.
+            options: of `reference.cross_entropy`: ignore_index, z_loss, label_smoothing, reduction.
+
+        Returns:
+            float32: one number, or with reduction "none" [...].
+        """
         return cross_entropy(project(hidden), targets, **options)
 
 
@@ -46,8 +69,19 @@ def plain_weight(head: nn.Module) -> Tensor | None:
 def next_tokens(
     input_ids: Tensor, attention_mask: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """int64 targets like input_ids [batch, length]: each position's next token, `ignore_index` at
-    the last position and, with an attention_mask, wherever one of the two isn't real.
+    """The targets of predicting each position's next token.
+
+    Args:
+        input_ids: integers [batch, length].
+        attention_mask: [batch, length], 1 = real and 0 = padding; None if all are real.
+        ignore_index: the target of the last position, and wherever a token or its next isn't real.
+
+    Returns:
+        int64 [batch, length].
+
+    Example:
+        >>> next_tokens(torch.tensor([[1, 2, 3]]))
+        tensor([[   2,    3, -100]])
     """
     targets = F.pad(input_ids[:, 1:].long(), (0, 1), value=ignore_index)
     if attention_mask is None:
@@ -59,8 +93,21 @@ def next_tokens(
 def next_token_loss(
     logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy, in float32, of predicting input_ids[:, 1:] from logits[:, :-1]. With an
-    attention_mask only the pairs of two real tokens count; 0 where there is none.
+    """Mean cross-entropy, in float32, of predicting input_ids[:, 1:] from logits[:, :-1].
+
+    Args:
+        logits: [batch, length, vocab_size].
+        input_ids: integers [batch, length].
+        attention_mask: [batch, length]; with one, only pairs of two real tokens count.
+
+    Returns:
+        float32, one number; 0 if no pair counts.
+
+    Raises:
+        ValueError: the shapes don't fit.
+
+    Example:
+        >>> loss = next_token_loss(model(input_ids), input_ids)
     """
     batch, length, vocab = logits.shape
     if input_ids.shape != (batch, length):

@@ -21,8 +21,16 @@ from .cache import KVCache
 from .checkpoint import load, save
 from .compressed import weight_of
 from .config import OpenELMConfig
-from .documents import check_documents, positions_of
-from .layers import Context, DecoderLayer, LogitsHead, RMSNorm, TiedHead
+from .layers import (
+    DecoderLayer,
+    LogitsHead,
+    RMSNorm,
+    TiedHead,
+    check_counts,
+    check_inputs,
+    context_of,
+    kept,
+)
 from .loss import LossHead, plain_weight
 from .surgery import set_module
 
@@ -30,10 +38,25 @@ from .surgery import set_module
 class OpenELM(nn.Module):
     """The language model: token ids in, logits out.
 
-    `seed` draws the initial weights from a generator of its own (the stream depends on the
-    device's kind); without it the default generator is used. `gradient_checkpointing`, True or
-    the layers by their numbers, recomputes them in the backward pass instead of keeping their
-    activations.
+    Args:
+        config: its shape.
+        seed: of the initial weights, from a generator of their own (the numbers depend on the kind
+            of device); None draws them from torch's default generator.
+        dtype: of the weights; None for torch's default.
+        device: where they are; None for torch's default. "meta" makes none.
+
+    Attributes:
+        gradient_checkpointing: True, or the numbers of layers whose activations the backward pass
+            computes again instead of keeping them.
+
+    Raises:
+        TypeError, ValueError: config or dtype is something else.
+        RuntimeError: the device isn't here.
+
+    Example:
+        >>> model = OpenELM(config, seed=0)
+        >>> model(torch.tensor([[1, 2, 3]])).shape == (1, 3, config.vocab_size)
+        True
     """
 
     def __init__(
@@ -91,8 +114,14 @@ class OpenELM(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> "OpenELM":
-        """A freshly initialized model of a configuration or of a variant's name ("OpenELM-270M");
-        the same seed gives the same weights.
+        """A freshly initialized model; the same seed gives the same weights. Raises as the class.
+
+        Args:
+            config: a configuration, or a variant's name ("OpenELM-270M").
+            seed, dtype, device: as the class takes them.
+
+        Returns:
+            The model.
         """
         if isinstance(config, str):
             config = OpenELMConfig.from_name(config)
@@ -107,7 +136,25 @@ class OpenELM(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> "OpenELM":
-        """See `checkpoint.load`: a Hugging Face folder, or CoreNet's .pt with its `config`."""
+        """A model with the weights of a file or folder on this machine; nothing is downloaded.
+
+        Args:
+            path: a Hugging Face folder, or one CoreNet (.pt) or safetensors file.
+            config: of a file, not of a folder: a configuration, a variant's name or a CoreNet YAML.
+            dtype: of the weights (of quantized ones: of scales and biases); None: as stored.
+            device: where they are; None for torch's default.
+
+        Returns:
+            The model; compressed matrices stay compressed.
+
+        Raises:
+            FileNotFoundError: there is no such path.
+            TypeError, ValueError: what is stored isn't an OpenELM of that configuration.
+            RuntimeError: the device isn't here.
+
+        Example:
+            >>> model = OpenELM.from_pretrained("OpenELM-270M", dtype="bfloat16")
+        """
         loaded = load(path, config=config, dtype=dtype, device=device)
         model = cls(loaded.config, device="meta")
         for name, module in loaded.modules.items():
@@ -117,7 +164,15 @@ class OpenELM(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int | None = None) -> None:
-        """See `checkpoint.save`: a Hugging Face folder, replaced in one step."""
+        """Write a Hugging Face folder, in one step in place of a checkpoint that is already there.
+
+        Args:
+            path: the folder.
+            max_shard_bytes: a file of more bytes is split between tensors; None for one file.
+
+        Raises:
+            ValueError: the path is a file, or holds something else.
+        """
         save(self, self.config, path, max_shard_bytes=max_shard_bytes)
 
     @property
@@ -128,7 +183,12 @@ class OpenELM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal with std in_features^-0.5, out_proj and proj_2 model_dim^-0.5 (2 layers)^-0.5."""
+        """Draw the weights anew: normal with std in_features^-0.5, of out_proj and proj_2
+        model_dim^-0.5 (2 layers)^-0.5.
+
+        Args:
+            generator: what draws; None for torch's default one.
+        """
         residual_std = (2 * len(self.layers) * self.config.model_dim) ** -0.5
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
@@ -147,19 +207,28 @@ class OpenELM(nn.Module):
         counts: Sequence[int] | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """input_ids integer [batch, length] -> logits [batch, length, vocab_size], or of the last
-        `logits_to_keep` positions where that is not 0. With a cache the tokens follow those that
-        each row holds. attention_mask [batch, past + length], 1 = real and 0 = padding, moves the
-        positions: the first real token of a row is at 0.
+        """Token ids to logits.
 
-        counts, with a cache and instead of a mask: row b's tokens are its first counts[b], from 0
-        to length, the rest is padding on the right. The cache counts the tokens alone, but needs
-        room for all. logits_to_keep then keeps the last of each row's tokens (repeating its first
-        position where it has fewer).
+        Args:
+            input_ids: int64 or int32 [batch, length].
+            attention_mask: [batch, past + length], 1 = real and 0 = padding: the first real
+                token of a row is at position 0. None if all are real.
+            cache: what each row holds already: the tokens follow it, and are counted at the end.
+            logits_to_keep: how many of the last positions get logits; 0 for all.
+            counts: with a cache and without a mask: row b's tokens are its first counts[b], from 0
+                to length; the rest is padding on the right, which the cache has room for but
+                doesn't count. logits_to_keep then keeps the last of each row's tokens, repeating
+                its first position if it has fewer.
+            cu_seqlens: int64 [documents + 1], rising from 0 to batch * length: where documents end
+                in the rows one after another; every row begins one. Positions restart in each, and
+                its tokens see no other. Without mask, cache and counts.
 
-        cu_seqlens, instead of all these but logits_to_keep: int64 [documents + 1], rising from 0
-        to batch * length, where documents end in the rows one after another; every row begins one.
-        Positions restart in each document, and its tokens see no other.
+        Returns:
+            logits [batch, length or logits_to_keep, vocab_size].
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, shape or value; the cache is then
+                as it was.
         """
         x, new = self._hidden(
             input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
@@ -179,7 +248,14 @@ class OpenELM(nn.Module):
         counts: Sequence[int] | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """What `forward` projects to logits, [batch, length, model_dim], of the same arguments."""
+        """What `forward` projects to logits.
+
+        Args:
+            input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens: see `forward`.
+
+        Returns:
+            [batch, length or logits_to_keep, model_dim], after the last norm.
+        """
         x, new = self._hidden(
             input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
             self.token_embeddings,
@@ -190,11 +266,25 @@ class OpenELM(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """The logits of what the last layer gives, [..., model_dim]."""
+        """The logits of what the last layer gives.
+
+        Args:
+            x: [..., model_dim], before the last norm.
+
+        Returns:
+            [..., vocab_size].
+        """
         return self.logits_head(self, x)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states [..., model_dim]."""
+        """The logits of hidden states.
+
+        Args:
+            hidden: [..., model_dim], after the last norm.
+
+        Returns:
+            [..., vocab_size].
+        """
         if self.classifier is None:
             return self.tied_head(hidden, weight_of(self.token_embeddings))
         return self.classifier(hidden)
@@ -211,11 +301,28 @@ class OpenELM(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> Tensor:
-        """The float32 loss of predicting targets, int64 [batch, length] like input_ids, at every
-        position: see `elmkernels.linear_cross_entropy`, which it is in an accelerated model, so
-        that no logits lie in memory. Targets that are `ignore_index` don't count; padding has to
-        be among them (`openelm.next_tokens` gives targets). A plain method: wrappers that act on
-        `forward` alone (DDP) don't see it.
+        """The loss of predicting targets at every position.
+
+        In an accelerated model it is `elmkernels.linear_cross_entropy`: no logits lie in memory. A
+        plain method: wrappers that act on `forward` alone (DDP) don't see it.
+
+        Args:
+            input_ids: int64 or int32 [batch, length].
+            targets: int64 [batch, length], as `openelm.next_tokens` gives them; padding has to be
+                `ignore_index` among them.
+            cu_seqlens, attention_mask: as `forward` takes them.
+            z_loss, label_smoothing, ignore_index, reduction: as `elmkernels.linear_cross_entropy`
+                takes them.
+
+        Returns:
+            float32: one number, or with reduction "none" [batch, length].
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, shape or value.
+
+        Example:
+            >>> loss = model.loss(input_ids, next_tokens(input_ids))
+            >>> loss.backward()
         """
         if targets.shape != input_ids.shape:
             raise ValueError(
@@ -246,8 +353,10 @@ class OpenELM(nn.Module):
         """The last layer's output, and how many tokens are new to a cache, of each row or all."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
-        context = self._context(input_ids, attention_mask, cache, cu_seqlens)
-        counts = self._check_counts(counts, input_ids, attention_mask, cache)
+        check_inputs(self.config, self.activation_dtype, input_ids, cache)
+        self._place_rope_table(input_ids.device)
+        context = context_of(self.rope_table, input_ids, attention_mask, cache, cu_seqlens)
+        counts = check_counts(counts, input_ids, attention_mask, cache)
         x = embed(input_ids)
         recomputed = self._recomputed() if cache is None and torch.is_grad_enabled() else ()
         again = context._replace(checkpointed=True)
@@ -257,7 +366,7 @@ class OpenELM(nn.Module):
                 if i in recomputed
                 else layer(x, context)
             )
-        x = _kept(x, logits_to_keep, counts)
+        x = kept(x, logits_to_keep, counts)
         return x, input_ids.shape[1] if counts is None else counts
 
     def _recomputed(self) -> Collection[int]:
@@ -270,104 +379,6 @@ class OpenELM(nn.Module):
                 f"gradient_checkpointing must be a bool or layers in [0, {count}), got {chosen}"
             )
         return chosen
-
-    def _context(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: KVCache | None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Context:
-        if not isinstance(input_ids, Tensor):
-            fail(
-                "input_ids",
-                "a tensor [batch, length] of int64 or int32, as torch.tensor([[1, 2]]) is",
-                type(input_ids).__name__,
-                TypeError,
-            )
-        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "input_ids must be int64 or int32 [batch, length], "
-                f"got {input_ids.dtype} {list(input_ids.shape)}"
-            )
-        batch, length = input_ids.shape
-        past = 0 if cache is None else cache.length
-        self._check_ids(input_ids)
-        if past + length > self.config.rope_max_length:
-            raise ValueError(
-                f"the rotary table has {self.config.rope_max_length} positions (rope_max_length), "
-                f"got {past} past + {length} new tokens"
-            )
-        if cache is not None:
-            self._check_cache(cache, batch, length, input_ids.device)
-        self._place_rope_table(input_ids.device)
-        if cu_seqlens is not None:
-            if cache is not None or attention_mask is not None:
-                raise ValueError("cu_seqlens must be given without cache and attention_mask")
-            check_documents(cu_seqlens, input_ids)
-            positions = positions_of(cu_seqlens, batch * length).view(batch, length)
-            return Context(positions, self.rope_table, None, None, None, None, cu_seqlens)
-        if cache is not None and cache.ragged:
-            if attention_mask is not None:
-                raise ValueError(
-                    f"attention_mask must be None for a cache whose rows differ, got {cache.rows}"
-                )
-            offsets = cache.lengths.to(input_ids.device)
-            new = offsets[:, None] + torch.arange(length, device=input_ids.device)
-            return Context(new, self.rope_table, None, cache, new, offsets)
-        new = torch.arange(past, past + length, device=input_ids.device).expand(batch, -1)
-        slots = None if cache is None else new
-        if attention_mask is None:
-            return Context(new, self.rope_table, None, cache, slots)
-        if attention_mask.shape != (batch, past + length):
-            raise ValueError(
-                f"attention_mask must be {[batch, past + length]} (past + new tokens), "
-                f"got {list(attention_mask.shape)}"
-            )
-        key_mask = attention_mask.bool()
-        positions = (key_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        return Context(positions, self.rope_table, key_mask, cache, slots)
-
-    def _check_counts(
-        self,
-        counts: Sequence[int] | None,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: KVCache | None,
-    ) -> list[int] | None:
-        """counts as a list; None where every token counts."""
-        if counts is None:
-            return None
-        if cache is None or attention_mask is not None:
-            raise ValueError("counts must be given with a cache and without attention_mask")
-        counts = [int(count) for count in counts]
-        batch, length = input_ids.shape
-        if len(counts) != batch or not all(0 <= count <= length for count in counts):
-            raise ValueError(f"counts must be {batch} numbers in [0, {length}], got {counts}")
-        return None if min(counts) == length else counts
-
-    def _check_ids(self, input_ids: Tensor) -> None:
-        # On a GPU the check would wait for the device; there the embedding itself fails.
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
-            return
-        low, high = (int(i) for i in torch.aminmax(input_ids))
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"input_ids must lie in [0, {self.config.vocab_size}), got {low} to {high}"
-            )
-
-    def _check_cache(self, cache: KVCache, batch: int, length: int, device: torch.device) -> None:
-        for name, expected, got in (
-            ("batch", batch, cache.batch),
-            ("dtype", self.activation_dtype, cache.dtype),
-            ("device", device, cache.device),
-            ("key/value heads of each layer", list(self.config.num_kv_heads),
-             list(cache.kv_heads)),
-            ("head_dim", self.config.head_dim, cache.head_dim),
-        ):  # fmt: skip
-            if got != expected:
-                raise ValueError(f"cache: {name} must be {expected}, got {got}")
-        cache.check_room(length)
 
     def _place_rope_table(self, device: torch.device) -> None:
         """Make the table on the CPU, for the same bits on every device, and bring it there."""
@@ -386,12 +397,3 @@ class OpenELM(nn.Module):
         super()._apply(fn, recurse)
         self._place_rope_table(self.norm.weight.device)
         return self
-
-
-def _kept(x: Tensor, last: int, counts: list[int] | None) -> Tensor:
-    """The last positions of x [batch, length, ...], of the first counts[b] in row b; 0 = all."""
-    if counts is None or not last:
-        return x[:, -last:]
-    at = [[max(count - last + i, 0) for i in range(last)] for count in counts]
-    index = torch.tensor(at, device=x.device)[..., None]
-    return x.gather(1, index.expand(-1, -1, x.shape[2]))

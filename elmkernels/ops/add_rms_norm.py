@@ -58,11 +58,28 @@ class _AddRMSNorm(torch.autograd.Function):
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition and RMS normalization: returns (normed, sum), as CoreNet rounds them.
+    """Residual addition, then RMS normalization of the sum, as CoreNet rounds them.
 
-    x, residual: [..., n] of one dtype (float32, bfloat16 or float16) and shape, any strides.
-    weight: [n] in that dtype or float32. Both results are [..., n], contiguous, in x's dtype.
-    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    Args:
+        x: [..., n] float32, bfloat16 or float16, any strides.
+        residual: like x, what is added to it.
+        weight: [n] in x's dtype or float32.
+        eps: what is added to the mean of the squares.
+        backend: a backend by its name, which never falls back; None for the best here.
+
+    Returns:
+        (normed, sum), each [..., n], contiguous, in x's dtype. Differentiable by x, residual and
+        weight.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> x, residual, weight = torch.randn(3, 64), torch.randn(3, 64), torch.ones(64)
+        >>> normed, total = elmkernels.add_rms_norm(x, residual, weight)
+        >>> torch.equal(total, x + residual)
+        True
     """
     floating("x", x)
     if x.dim() == 0:

@@ -133,18 +133,36 @@ def attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention; query i of row b sees the keys 0..offsets[b] + i.
+    """Causal grouped-query attention: query i of row b sees the keys 0 to offsets[b] + i.
 
-    q: [batch, lq, q_heads, head_dim]; k, v: [batch, lk, kv_heads, head_dim], lk >= lq, any strides
-    with a contiguous head_dim; key_mask: bool [batch, lk], False for padding; offsets: int64
-    [batch],
-    each in [0, lk - lq], the place among the keys of a row's first query (None: lk - lq), beyond
-    whose last query keys may be anything; scale: above 0, head_dim^-0.5 by default.
-    cu_seqlens: int64 [documents + 1], rising from 0 to lk: the one row (batch 1, lq == lk, neither
-    key_mask nor offsets) is documents one after another, document d from cu_seqlens[d] up to
-    cu_seqlens[d + 1], which may be the same; a query sees the keys of its document up to itself.
-    Returns [batch, lq, q_heads, head_dim]; a query that sees no key gives zeros.
-    Raises TypeError or ValueError for a wrong argument.
+    Args:
+        q: [batch, lq, q_heads, head_dim] float32, bfloat16 or float16, any strides.
+        k: [batch, lk, kv_heads, head_dim] like q, with lk >= lq; kv_heads divides q_heads.
+        v: like k.
+        key_mask: bool [batch, lk], False for padding, which nothing sees; None for none.
+        offsets: int64 [batch], each in [0, lk - lq]: the place among the keys of a row's first
+            query; what lies beyond its last query may be anything. None: lk - lq in every row.
+        cu_seqlens: int64 [documents + 1], rising from 0 to lk: one row (batch 1, lq == lk, without
+            key_mask and offsets) holds documents one after another, document d from cu_seqlens[d]
+            up to cu_seqlens[d + 1]. A query sees the keys of its own document up to itself.
+        scale: what scores are multiplied by, above 0; None for head_dim^-0.5.
+        backend: a backend by its name, which never falls back; None for the best of this call.
+
+    Returns:
+        [batch, lq, q_heads, head_dim] in q's dtype; zeros for a query that sees no key.
+        Differentiable by q, k and v.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; offsets
+            and cu_seqlens that point outside the keys raise on a CPU alone.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> q, k = torch.randn(1, 5, 4, 16), torch.randn(1, 5, 2, 16)
+        >>> elmkernels.attention(q, k, k).shape
+        torch.Size([1, 5, 4, 16])
+        >>> documents = torch.tensor([0, 2, 5])
+        >>> out = elmkernels.attention(q, k, k, cu_seqlens=documents)
     """
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)

@@ -137,17 +137,37 @@ def decode_step(
     chosen: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The next logits of every sequence, whose keys and values are written on the way.
+    """The next logits of every sequence; the keys and values of its token are written on the way.
 
-    tokens, positions: int64 [batch], batch up to MAX_BATCH; row b's token goes to position (and
-    slot) positions[b] and sees the positions before. arena: its keys and values, in the dtype of
-    the norms. Weights may be plain, `Affine` or `Packed12`. Returns [batch, vocab_size].
-    chosen: int64 [batch], contiguous, receives the most likely token of each row, as torch.argmax
-    finds it: the first of the largest, NaN being the largest. It may be `tokens` itself.
-    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
-    The CUDA kernel can't raise for a token or position out of range, as nobody waits for it: that
-    row's logits are NaN, its chosen token is 0, and nothing is written to its keys and values.
-    No gradients: call it with weights that need none, or under torch.no_grad().
+    There are no gradients: call it with weights that need none, or under torch.no_grad().
+
+    Args:
+        weights: a decoder, as `openelm.decoder_weights_of` gives it; its matrices may be plain,
+            `Affine` or `Packed12`.
+        tokens: int64 [batch], up to 8 sequences.
+        positions: int64 [batch]: row b's token goes to position (and slot) positions[b] and sees
+            what is before it.
+        arena: the keys and values of the sequences, in the dtype of the norms (`KVCache.arena`).
+        chosen: int64 [batch], contiguous, receives the most likely token of each row as
+            torch.argmax finds it: the first of the largest, NaN being the largest. It may be
+            `tokens` itself.
+        backend: a backend by its name, which never falls back; None for the best here.
+
+    Returns:
+        logits [batch, vocab_size] in the dtype of the norms.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value. The CUDA
+            kernel can't raise for a token or position out of range, as nobody waits for it: that
+            row's logits are NaN, its chosen token is 0, and its keys and values stay as they were.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> weights = decoder_weights_of(model)
+        >>> cache = KVCache(model.config, 1, 16, dtype=model.activation_dtype)
+        >>> with torch.no_grad():
+        ...     logits = elmkernels.decode_step(weights, tokens, cache.lengths, cache.arena)
+        >>> cache.advance(1)
     """
     tensor("arena.data", arena.data)
     integers("tokens", tokens, arena.data.device)

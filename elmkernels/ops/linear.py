@@ -69,14 +69,29 @@ def linear(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Product with a weight in any form.
+    """The product x weight^T with a weight in any form, and what stands before and after it.
 
-    x: [..., k] float32, bfloat16 or float16, any strides. weight: a tensor [n, k] of x's dtype, an
-    `Affine` (scales in any of the dtypes) or a `Packed12` (x must be bfloat16). norm: [k] in x's
-    dtype or float32, x's RMS norm's (with eps). swiglu: the weight is [gate | up], n is even.
-    residual: [..., n] in x's dtype, what the product is added to; not together with swiglu.
-    Returns [..., n] (swiglu: n / 2), contiguous, in x's dtype; sums are float32.
-    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    Args:
+        x: [..., k] float32, bfloat16 or float16, any strides.
+        weight: a tensor [n, k] of x's dtype, an `Affine` (scales in any of the dtypes) or a
+            `Packed12` (x must then be bfloat16). A compressed one takes no gradient.
+        norm: [k] in x's dtype or float32: the weight of an RMS norm that x goes through first.
+        eps: of that norm.
+        swiglu: whether the product goes through `swiglu`: weight is [gate | up], n is even.
+        residual: [..., n] in x's dtype, what the product is added to; None with swiglu.
+        backend: a backend by its name, which never falls back; None for the best here.
+
+    Returns:
+        [..., n] (with swiglu n / 2), contiguous, in x's dtype; sums are float32.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> x, weight = torch.randn(3, 64), torch.randn(128, 64)
+        >>> elmkernels.linear(x, weight, norm=torch.ones(64), swiglu=True).shape
+        torch.Size([3, 64])
     """
     _check(x, weight, norm, swiglu, residual)
     chosen = choose("linear", x.device.type, backend)

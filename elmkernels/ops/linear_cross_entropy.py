@@ -124,16 +124,33 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of softmax(hidden weight^T) at targets, plus z_loss logsumexp^2.
+    """Cross-entropy of softmax(hidden weight^T) at targets; the logits never lie in memory at once.
 
-    hidden: [..., d] float32, bfloat16 or float16, any strides (copied only where its rows can't be
-    one list). weight: [v, d] in hidden's dtype or float32, which is multiplied in hidden's dtype
-    and gets its gradient in float32; under autocast both are multiplied in autocast's dtype.
-    targets: int64 [...], each in [0, v) or ignore_index, whose tokens have loss 0 and no gradient.
-    Returns float32: the losses [...] ("none"), their "sum", or their "mean" over the tokens that
-    aren't ignored, which is 0 with gradients 0 where all are. label_smoothing as F.cross_entropy's.
-    A target out of range raises ValueError on a CPU; a GPU isn't asked: that token's loss and
-    gradients are NaN. Raises TypeError or ValueError for a wrong argument.
+    Args:
+        hidden: [..., d] float32, bfloat16 or float16, any strides; copied if its rows can't be one
+            list.
+        weight: [v, d] in hidden's dtype or float32; it is multiplied in hidden's dtype and gets its
+            gradient in its own. Under autocast both are multiplied in autocast's dtype.
+        targets: int64 [...], each in [0, v) or ignore_index.
+        ignore_index: the target of tokens whose loss is 0, without gradients.
+        z_loss: what the square of each token's logsumexp is multiplied by and added; at least 0.
+        label_smoothing: as F.cross_entropy's, in [0, 1].
+        reduction: "none", "sum", or "mean" over the tokens that aren't ignored.
+        backend: a backend by its name, which never falls back; None for the best here.
+
+    Returns:
+        float32, the losses [...] ("none") or one number: 0 with gradients 0 if all are ignored.
+        Differentiable by hidden and weight.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value. A target
+            out of range raises on a CPU alone: on a GPU its loss and gradients are NaN.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 64), torch.randn(100, 64, requires_grad=True)
+        >>> loss = elmkernels.linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4, -100]))
+        >>> loss.backward()
     """
     _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction)
     kind = hidden.device.type

@@ -120,7 +120,10 @@ def _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table) ->
         fail("rope_table", f"on {qkv.device} like qkv", rope_table.device)
 
 
-def _check_cache(qkv, kv_heads, head_dim, k_cache, v_cache, slots) -> None:
+def _check_cache(qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache, slots) -> None:
+    if qkv.dim() == 2:
+        fail("qkv", "[batch, length, width] when a cache is written", list(qkv.shape))
+    head_dim = rope_table.shape[1]
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache is None or slots is None:
             fail("k_cache, v_cache and slots", "given together", f"{name} or slots as None")
@@ -134,6 +137,11 @@ def _check_cache(qkv, kv_heads, head_dim, k_cache, v_cache, slots) -> None:
         fail("v_cache", f"{list(k_cache.shape)} like k_cache", list(v_cache.shape))
     integers("slots", slots, qkv.device)
     broadcastable("slots", slots, qkv.shape[:-1])
+    if _wants_gradient(qkv, q_weight, k_weight):
+        raise RuntimeError(
+            "qkv and the weights must not require a gradient when a cache is written: "
+            "call under torch.no_grad()"
+        )
 
 
 def qk_norm_rope(
@@ -153,29 +161,45 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From qkv_proj's output to the rotated queries and keys of one layer, in one pass.
 
-    qkv: [batch, length, (q_heads + 2 kv_heads) head_dim] or [tokens, ...], columns q | k | v.
-    q_weight, k_weight: [head_dim] in qkv's dtype or float32, or both None (no QK norm).
-    positions: int64, broadcastable to qkv.shape[:-1]; one per token, so that ragged and padded
-    batches work. On a CPU a position outside the table is an error; on a GPU, where the check
-    would cost a synchronization, its q and k are NaN.
-    rope_table: float32 [table_length, head_dim] from `rope_table()`.
-    Returns q [..., q_heads, head_dim], k and v [..., kv_heads, head_dim]; v is a view of qkv.
-    With k_cache and v_cache [batch, max_length, kv_heads, head_dim] and slots (int64,
-    broadcastable to [batch, length]: where along max_length each token goes), k and v are written
-    there and the caches themselves are returned in their place; that way carries no gradient.
+    With k_cache, v_cache and slots, k and v are written there, without gradients.
+
+    Args:
+        qkv: [batch, length, (q_heads + 2 kv_heads) head_dim] or [tokens, ...], columns q | k | v;
+            float32, bfloat16 or float16, any strides.
+        q_weight: [head_dim] in qkv's dtype or float32: the weight of the queries' RMS norm; None,
+            as k_weight then is, for no norm.
+        k_weight: the same of the keys.
+        positions: int64, broadcastable to qkv's dimensions without the last: one a token.
+        q_heads: how many heads ask.
+        kv_heads: how many heads of keys, and of values.
+        rope_table: float32 [table_length, head_dim] of `rope_table`.
+        eps: of the norms.
+        k_cache: [batch, max_length, kv_heads, head_dim] in qkv's dtype, written in place.
+        v_cache: like k_cache.
+        slots: int64, broadcastable to [batch, length]: each token's place along max_length.
+        backend: a backend by its name, which never falls back; None for the best here.
+
+    Returns:
+        (q, k, v): q [..., q_heads, head_dim], k and v [..., kv_heads, head_dim]. v is a view of
+        qkv. With a cache k and v are k_cache and v_cache themselves.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device. A position
+            outside the table raises on a CPU alone: on a GPU its q and k are NaN.
+        RuntimeError: the named backend can't run here, or a gradient is wanted through a cache.
+
+    Example:
+        >>> qkv, weight = torch.randn(1, 5, (4 + 2 * 2) * 16), torch.ones(16)
+        >>> table = elmkernels.rope_table(5, 16)
+        >>> q, k, v = elmkernels.qk_norm_rope(qkv, weight, weight, torch.arange(5), 4, 2, table)
+        >>> q.shape, k.shape
+        (torch.Size([1, 5, 4, 16]), torch.Size([1, 5, 2, 16]))
     """
     _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
     cached = k_cache is not None or v_cache is not None or slots is not None
     flat = qkv.dim() == 2
     if cached:
-        if flat:
-            fail("qkv", "[batch, length, width] when a cache is written", list(qkv.shape))
-        _check_cache(qkv, kv_heads, rope_table.shape[1], k_cache, v_cache, slots)
-        if _wants_gradient(qkv, q_weight, k_weight):
-            raise RuntimeError(
-                "qkv and the weights must not require a gradient when a cache is written: "
-                "call under torch.no_grad()"
-            )
+        _check_cache(qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache, slots)
     backend = rows_backend("qk_norm_rope", backend, qkv, q_weight, k_weight)
     if backend == REFERENCE:
         return _by_reference(

@@ -50,9 +50,24 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
     """RMS normalization over the last dimension, as CoreNet's `rms_norm.py` rounds it.
 
-    x: [..., n] float32, bfloat16 or float16, any strides (a last dimension of stride other than 1
-    is copied). weight: [n] in x's dtype or float32. Returns [..., n], contiguous, in x's dtype.
-    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    Args:
+        x: [..., n] float32, bfloat16 or float16, any strides; a last dimension whose stride isn't 1
+            is copied.
+        weight: [n] in x's dtype or float32.
+        eps: what is added to the mean of the squares.
+        backend: a backend by its name, which never falls back; None for the best here.
+
+    Returns:
+        [..., n], contiguous, in x's dtype. Differentiable by x and weight.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 64), torch.ones(64)
+        >>> elmkernels.rms_norm(x, weight).shape
+        torch.Size([2, 3, 64])
     """
     floating("x", x)
     if x.dim() == 0:

@@ -41,10 +41,22 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
-    """The gated activation of OpenELM's feed-forward network on proj_1's output.
+    """The gated activation of OpenELM's feed-forward network, of proj_1's output.
 
-    gate_up: [..., 2n] float32, bfloat16 or float16, any strides. Returns [..., n], contiguous.
-    Raises TypeError or ValueError for a wrong argument, RuntimeError for a backend that can't run.
+    Args:
+        gate_up: [..., 2n] float32, bfloat16 or float16, any strides: the gate, then what it gates.
+        backend: a backend by its name, which never falls back; None for the best here.
+
+    Returns:
+        [..., n], contiguous, in gate_up's dtype: silu(gate) * up. Differentiable.
+
+    Raises:
+        TypeError, ValueError: gate_up isn't a floating tensor, or its last dimension is odd.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> elmkernels.swiglu(torch.randn(3, 128)).shape
+        torch.Size([3, 64])
     """
     floating("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:

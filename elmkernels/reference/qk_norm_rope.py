@@ -14,7 +14,21 @@ from .rms_norm import normalize
 def rope_table(
     length: int, head_dim: int, base: float = 10000.0, device: torch.device | str | None = None
 ) -> Tensor:
-    """float32 [length, head_dim], row p: cos(p f_i) then sin(p f_i), f_i = base^(-2i/head_dim)."""
+    """The cosines and sines of rotary positions, which `qk_norm_rope` reads.
+
+    Args:
+        length: how many positions, from 0 on.
+        head_dim: an even number.
+        base: f_i = base^(-2 i / head_dim) are the frequencies, in radians a position.
+        device: where the table is made; None for torch's default.
+
+    Returns:
+        float32 [length, head_dim]; row p is cos(p f_i), then sin(p f_i).
+
+    Example:
+        >>> elmkernels.rope_table(2048, 64).shape
+        torch.Size([2048, 64])
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / base**exponents)

@@ -29,7 +29,13 @@ DTYPES = {
 
 
 class ParityError(AssertionError):
-    """A candidate that doesn't compute what its reference computes."""
+    """A candidate doesn't compute what its reference computes; the message says by how much.
+
+    Example:
+        >>> raise ParityError("swiglu is not its reference")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ParityError
+    """
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,19 @@ def _needs_grad(x: Any) -> bool:
 
 
 def runnable(op: str, device: torch.device | str = "cpu") -> list[str]:
-    """The backends, besides the reference, that can run an op on a device here."""
+    """Which backends, besides the reference, can run an op here.
+
+    Args:
+        op: its name.
+        device: where.
+
+    Returns:
+        Their names.
+
+    Example:
+        >>> "reference" in runnable("swiglu")
+        False
+    """
     kind = torch.device(device).type
     return [
         b.name
@@ -256,7 +274,23 @@ def check_parity(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Record:
-    """Run a case on a backend (None: the one the op prefers) and hold all it gives to truth."""
+    """Run a case on a backend and hold all that it gives, gradients too, to truth.
+
+    Args:
+        op: its name.
+        case: the inputs.
+        dtype: the working dtype.
+        backend: its name; None for the one that the op prefers.
+        device: where.
+        seed: of the inputs and of the gradients that arrive.
+
+    Returns:
+        A Record: `ok`, and a Comparison of each tensor.
+
+    Example:
+        >>> check_parity("swiglu", CASES["swiglu"][0], torch.float32, None).ok
+        True
+    """
     fn = OPS[op].observe(getattr(ops, op))
     comparisons = Expected(op, case, dtype, device, seed).compare(partial(fn, backend=backend))
     name = str(dtype).removeprefix("torch.")
@@ -280,7 +314,20 @@ def assert_parity(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Record:
-    """check_parity, raising ParityError that names the tensor, its error and what is allowed."""
+    """`check_parity` that raises.
+
+    Args:
+        op, case, dtype, backend, device, seed: as `check_parity` takes them.
+
+    Returns:
+        The Record.
+
+    Raises:
+        ParityError: a tensor isn't what it should be; it names the error and what is allowed.
+
+    Example:
+        >>> record = assert_parity("swiglu", CASES["swiglu"][0], torch.float32, None)
+    """
     record = check_parity(op, case, dtype, backend, device, seed)
     failures = [f"  {c.what}: {c.reason}" for c in record.comparisons if not c.ok]
     if failures:
@@ -296,8 +343,26 @@ def run_parity(
     device: torch.device | str = "cpu",
     progress: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Every case of the named ops (None: all) in every dtype on every backend that can run here
-    (None) or is named. `progress` is called with each record as it comes.
+    """`check_parity` of every case in every dtype on every backend.
+
+    Args:
+        op_names: the ops; None for all.
+        dtypes: or their names.
+        backends: their names; None for all that can run here.
+        device: where.
+        progress: called with each Record as it comes.
+
+    Returns:
+        The Records.
+
+    Raises:
+        ValueError: there is no op of that name.
+        RuntimeError: a named backend can run none of the ops here.
+
+    Example:
+        >>> records = run_parity(["swiglu"], ["float32"], ["reference"])
+        >>> all(record.ok for record in records)
+        True
     """
     records = []
     dtypes = [DTYPES[d] if isinstance(d, str) else d for d in dtypes]

@@ -21,7 +21,16 @@ BENCH_ROWS = (1, 8, 64, 512, 4096)
 def bench_cases(
     op: str, rows: tuple[int, ...] = BENCH_ROWS, model: str = "1_1B", layer: int = -1
 ) -> list[Case]:
-    """The op in one layer of one model, as many tokens at once as `rows` says.
+    """The op in one layer of one model.
+
+    Args:
+        op: its name.
+        rows: how many tokens at once; a case for each.
+        model: "270M", "450M", "1_1B" or "3B".
+        layer: its number; -1 is the last.
+
+    Returns:
+        The cases.
 
     Example:
         >>> [case.name for case in bench_cases("swiglu", (1, 8), "270M")]

@@ -51,9 +51,21 @@ Inputs = tuple[tuple, dict]
 
 @dataclass(frozen=True)
 class Case:
-    """One input to an op. `unused`: outputs that receive no gradient. `cotangent`: the layout of
-    the gradients that arrive: "contiguous", "broadcast" (stride 0, as sum() gives) or "strided".
-    `check`: a smaller case whose parity stands for that of one too large to repeat in float64.
+    """One input to an op: a recipe of which `make` draws the tensors.
+
+    Attributes:
+        op: the op's name.
+        name: its own.
+        build: `(Draw)` to the (args, kwargs) of the op.
+        dtypes: those that it may be drawn in.
+        unused: the numbers of the outputs that receive no gradient.
+        cotangent: how the gradients that arrive are laid out: "contiguous", "broadcast" (stride 0,
+            as sum() gives) or "strided".
+        check: a smaller case whose parity stands for that of one too large to repeat in float64.
+
+    Example:
+        >>> CASES["swiglu"][0].op
+        'swiglu'
     """
 
     op: str
@@ -71,7 +83,21 @@ class Case:
 def make(
     case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> Inputs:
-    """The (args, kwargs) of a case for the op's public signature."""
+    """The tensors of a case.
+
+    Args:
+        case: the recipe.
+        dtype: of the floating tensors.
+        device: where they are drawn.
+        seed: of the generator.
+
+    Returns:
+        (args, kwargs) for the op's public signature; gradients are required wherever a model would.
+
+    Example:
+        >>> args, kwargs = make(CASES["swiglu"][0], torch.bfloat16)
+        >>> y = elmkernels.swiglu(*args, **kwargs)
+    """
     device = torch.device(device)
     return case.build(Draw(dtype, device, torch.Generator(device).manual_seed(seed)))
 
