@@ -27,8 +27,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     of chosen files stays in this process, which is there sooner than workers are.
     """
     option = config.option
-    if not hasattr(option, "numprocesses"):
-        return
+    if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):
+        return  # without pytest-xdist, or in a worker, which must not start workers of its own
     whole = str(TESTS) in map(os.path.abspath, config.args) and option.markexpr in FAST
     if whole and option.numprocesses is None and option.dist == "no":
         option.numprocesses, option.maxprocesses = "auto", MOST_WORKERS
