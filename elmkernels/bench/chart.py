@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import Reason
-from ..openelm.storage import replacing
+from ..weights.storage import replacing
 from .benchmark import ACCELERATED, COMPILED, EAGER, EVERY_LOGIT, LLAMA, OURS, TORCH
 
 COLORS = {

@@ -17,7 +17,7 @@ from .. import __version__
 from ..bench import chart
 from ..bench.benchmark import Benchmark, Report, Results
 from ..openelm.progress import elapsed_and_left, seconds_left
-from ..openelm.storage import replacing
+from ..weights.storage import replacing
 
 OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 # What loading, choosing and checking raise for wrong input.

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from ..checks import to_dtype
 from ..devices import check_here
-from . import storage
+from ..weights import storage
+from ..weights.storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 from .compressed import STORED_FORMS, Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
 from .progress import progress
-from .storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 
 _CONFIG = "config.json"
 MOST_PROBLEMS = 8  # that one error names
@@ -150,7 +150,11 @@ def save(
         total = sum(weight.nbytes for weight in weights.values())
         texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
     writers = {
-        name: partial(storage.write_safetensors, weights=shard, what=f"saving {folder.name}/{name}")
+        name: partial(
+            storage.write_safetensors,
+            weights=shard,
+            shown=partial(progress, what=f"saving {folder.name}/{name}"),
+        )
         for name, shard in zip(names, shards, strict=True)
     }
     writers |= {name: partial(storage.write_json, values=text) for name, text in texts.items()}

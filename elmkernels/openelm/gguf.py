@@ -17,11 +17,11 @@ from torch import Tensor
 from ..ops.linear import dense_rows
 from ..weights.chunks import each_chunk
 from ..weights.formats import form_of
+from ..weights.storage import replacing
 from .compressed import weight_of
 from .config import OpenELMConfig
 from .model import OpenELM
 from .progress import progress
-from .storage import replacing
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _QUANTISED = ("q8_0", "q4_0")

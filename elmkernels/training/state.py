@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from ..openelm.config import OpenELMConfig
-from ..openelm.storage import read_json, sync_folder, write_json
+from ..weights.storage import read_json, sync_folder, write_json
 from .journal import NotSaved
 from .parallel import World
 

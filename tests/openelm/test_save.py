@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.checkpoints import CONFIG, assert_same
 
-from elmkernels.openelm import OpenELM, OpenELMConfig, pack, storage
+from elmkernels.openelm import OpenELM, OpenELMConfig, pack
+from elmkernels.weights import storage
 
 OTHER = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"norm_eps": 1e-5, "rope_max_length": 32})
 
@@ -73,7 +74,8 @@ def test_a_save_that_fails_anywhere_leaves_one_whole_checkpoint(
 
 KILLED = """
 import os, signal, sys
-from elmkernels.openelm import OpenELM, OpenELMConfig, storage
+from elmkernels.openelm import OpenELM, OpenELMConfig
+from elmkernels.weights import storage
 
 folder, config, where = sys.argv[1], OpenELMConfig.from_hf_dict(eval(sys.argv[2])), sys.argv[3]
 

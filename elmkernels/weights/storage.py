@@ -16,7 +16,7 @@ import pickle
 import re
 import secrets
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from .progress import progress
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -134,7 +132,9 @@ def read_torch_file(file: Path) -> list[Stored]:
     return stored
 
 
-def write_safetensors(file: Path, weights: Mapping[str, Tensor], what: str) -> None:
+def write_safetensors(
+    file: Path, weights: Mapping[str, Tensor], shown: Callable[[list[str]], Iterable[str]] = list
+) -> None:
     """One tensor at a time: the library's own writer holds a copy of all of them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -153,7 +153,7 @@ def write_safetensors(file: Path, weights: Mapping[str, Tensor], what: str) -> N
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for key in progress(order, what):
+        for key in shown(order):
             weight = weights[key].detach().to("cpu").contiguous()
             out.write(weight.reshape(-1, 1).view(torch.uint8).numpy())
         _sync_file(out)
