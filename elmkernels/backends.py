@@ -253,11 +253,12 @@ def missing_kernels(device: str) -> str | None:
     if device not in PREFERENCE:
         raise ValueError(f"device must be {' or '.join(PREFERENCE)}, got {device!r}")
     found = [BACKENDS[name].missing for name in PREFERENCE[device] if name not in COMPOSED]
-    if None in found:
+    reasons = [reason for reason in found if reason is not None]
+    if len(reasons) < len(found):
         return None
     # A processor that lacks AVX2 lacks the others too; one that has it needs its library alone.
-    reasons = found[-1:] if device == "cpu" else dict.fromkeys(found)
-    return f"no compiled kernels: {'; '.join(reasons)}"
+    told = reasons[-1:] if device == "cpu" else dict.fromkeys(reasons)
+    return f"no compiled kernels: {'; '.join(told)}"
 
 
 def _decide(op: str) -> None:

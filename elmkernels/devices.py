@@ -249,7 +249,7 @@ def gpus() -> list[dict]:
             {
                 "device": str(device),
                 "name": p.name,
-                "capability": ".".join(map(str, capability(device))),
+                "capability": ".".join(map(str, capability(device) or ())),
                 "memory": p.total_memory,
                 "backends": {n: why for n, why in missing.items() if "cuda" in BACKENDS[n].devices},
             }

@@ -25,7 +25,8 @@ def without_unseen(k: Tensor, v: Tensor, lq: int, offsets: Tensor) -> tuple[Tens
     """k and v with zeros beyond the end of each row: what lies there may be NaN, which a weight of
     0 would keep."""
     beyond = torch.arange(k.shape[1], device=k.device) >= offsets[:, None] + lq
-    return tuple(t.masked_fill(beyond[..., None, None], 0.0) for t in (k, v))
+    beyond = beyond[..., None, None]
+    return k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
 
 
 def attention(
