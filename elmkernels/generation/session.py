@@ -29,17 +29,18 @@ CHUNK = 512
 
 
 class Session:
-    """A cache for `batch` rows, and the ids in it: ids[b][: cache.rows[b]].
+    """Generations that share one cache: of a prompt only what a row doesn't hold yet is read.
 
-    The cache belongs to the weights that filled it: `reset()` if they change. What a session has
-    captured serves all its generations, so on a GPU keep one.
+    The cache belongs to the weights that filled it: `reset()` if they change. On a GPU keep one
+    session for many generations: it captures the graphs of a step once.
 
     Args:
         model: the model, accelerated or not.
         batch: rows that are generated together.
         max_length: the most tokens a row can hold; None for the model's rope_max_length.
-        decode_mode: "one-launch", "graph" or "calls" (see `gpu_decoder`), None for the fastest; a
-            CPU has "calls" alone.
+        decode_mode: how a GPU decodes a token: "one-launch" (one kernel runs all layers), "graph"
+            (the model's kernels, replayed as a CUDA graph) or "calls" (the model is called); None
+            for the fastest that is possible. A CPU has "calls" alone.
 
     Raises:
         ValueError: batch, max_length or decode_mode is out of its range.
@@ -49,7 +50,7 @@ class Session:
     Example:
         >>> session = Session(model)
         >>> row, = session.generate([[1, 2, 3]], 20)
-        >>> row, = session.generate([[1, 2, 3, *row.tokens, 4]], 20)  # only the new id is read
+        >>> row, = session.generate([[1, 2, 3, *row.tokens, 4]], 20)  # 4 is new
     """
 
     def __init__(
