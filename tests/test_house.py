@@ -278,8 +278,9 @@ def test_nothing_is_decided_by_the_name_of_an_op():
 
 
 LIMITS = {
-    "ops/qk_norm_rope.py": 250, "ops/attention.py": 190, "ops/linear.py": 160, "reference/qk_norm_rope.py": 65,
+    "ops/qk_norm_rope.py": 250, "ops/attention.py": 190, "ops/linear.py": 160,
     "ops/linear_cross_entropy.py": 185, "ops/decode_step.py": 205, "ops/_chunked_loss.py": 165,
+    "reference/qk_norm_rope.py": 65,
 }  # fmt: skip
 
 
@@ -320,8 +321,7 @@ def test_modules_are_described_and_validate_by_raising(path):
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert vanishes under -O"
         if isinstance(node, ast.ExceptHandler):
-            name = getattr(node.type, "id", "")
-            broad = node.type is None or name in ("Exception", "BaseException")
+            broad = not node.type or ast.unparse(node.type) in ("Exception", "BaseException")
             assert not (broad and all(isinstance(s, ast.Pass) for s in node.body)), node.lineno
 
 
