@@ -49,8 +49,8 @@ class Session:
 
     Example:
         >>> session = Session(model)
-        >>> row, = session.generate([[1, 2, 3]], 20)
-        >>> row, = session.generate([[1, 2, 3, *row.tokens, 4]], 20)  # 4 is new
+        >>> (row,) = session.generate([[1, 2, 3]], 20)
+        >>> (row,) = session.generate([[1, 2, 3, *row.tokens, 4]], 20)  # 4 is new
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Stream(Iterator[list[int | None]]):
 
     Example:
         >>> steps = Session(model).stream([[1, 2, 3]], 4)
-        >>> len([token for token, in steps]), steps.rows[0].finish_reason
+        >>> len([token for (token,) in steps]), steps.rows[0].finish_reason
         (4, 'length')
     """
 
@@ -334,7 +334,7 @@ def stream(
         TypeError, ValueError: as `generate` does.
 
     Example:
-        >>> for token, in stream(model, [[1, 2, 3]], 20):
+        >>> for (token,) in stream(model, [[1, 2, 3]], 20):
         ...     print(token)
     """
     ids = prompt_ids(prompts, model.config.vocab_size)
@@ -383,7 +383,7 @@ def generate(
             prompts that don't fit rope_max_length with what is to follow.
 
     Example:
-        >>> row, = elmkernels.generate(model, [[1, 2, 3]], 20, temperature=0.8, seed=0)
+        >>> (row,) = elmkernels.generate(model, [[1, 2, 3]], 20, temperature=0.8, seed=0)
         >>> row.tokens, row.finish_reason
     """
     run = stream(
