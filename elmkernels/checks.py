@@ -1,12 +1,14 @@
 """Argument validation of the ops, in one form of message: `weight must be [1280], got [64]`."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def fail(name: str, expected: object, got: object, kind: type[Exception] = ValueError) -> None:
+def fail(name: str, expected: object, got: object, kind: type[Exception] = ValueError) -> NoReturn:
     """Raise `kind` saying what argument `name` must be and what it was."""
     raise kind(f"{name} must be {expected}, got {got}")
 

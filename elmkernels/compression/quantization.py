@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..openelm.compressed import Compressed, Quantized, quantized_module
+from ..openelm.compressed import Compressed, Quantized, quantized_module, weight_of
 from ..openelm.model import OpenELM
 from ..weights.affine import DTYPES, check_scheme, quantize_weight
 from .conversion import Conversion, convert, dense_weight
@@ -52,7 +52,7 @@ def quantize(
                     f"{module.group_size}; asked for {bits} bits in groups of {group_size}"
                 )
             return
-        k = module.in_features if hasattr(module, "in_features") else module.embedding_dim
+        k = weight_of(module).shape[1]
         if k % group_size:
             raise ValueError(f"{name} has {k} columns, no multiple of group_size {group_size}")
         dtype = module.dtype if isinstance(module, Compressed) else module.weight.dtype

@@ -29,17 +29,18 @@ CHUNK = 512
 
 
 class Session:
-    """A cache for `batch` rows, and the ids in it: ids[b][: cache.rows[b]].
+    """Generations that share one cache: of a prompt only what a row doesn't hold yet is read.
 
-    The cache belongs to the weights that filled it: `reset()` if they change. What a session has
-    captured serves all its generations, so on a GPU keep one.
+    The cache belongs to the weights that filled it: `reset()` if they change. On a GPU keep one
+    session for many generations: it captures the graphs of a step once.
 
     Args:
         model: the model, accelerated or not.
         batch: rows that are generated together.
         max_length: the most tokens a row can hold; None for the model's rope_max_length.
-        decode_mode: "one-launch", "graph" or "calls" (see `gpu_decoder`), None for the fastest; a
-            CPU has "calls" alone.
+        decode_mode: how a GPU decodes a token: "one-launch" (one kernel runs all layers), "graph"
+            (the model's kernels, replayed as a CUDA graph) or "calls" (the model is called); None
+            for the fastest that is possible. A CPU has "calls" alone.
 
     Raises:
         ValueError: batch, max_length or decode_mode is out of its range.
@@ -48,8 +49,8 @@ class Session:
 
     Example:
         >>> session = Session(model)
-        >>> row, = session.generate([[1, 2, 3]], 20)
-        >>> row, = session.generate([[1, 2, 3, *row.tokens, 4]], 20)  # only the new id is read
+        >>> (row,) = session.generate([[1, 2, 3]], 20)
+        >>> (row,) = session.generate([[1, 2, 3, *row.tokens, 4]], 20)  # 4 is new
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class Stream(Iterator[list[int | None]]):
 
     Example:
         >>> steps = Session(model).stream([[1, 2, 3]], 4)
-        >>> len([token for token, in steps]), steps.rows[0].finish_reason
+        >>> len([token for (token,) in steps]), steps.rows[0].finish_reason
         (4, 'length')
     """
 
@@ -333,7 +334,7 @@ def stream(
         TypeError, ValueError: as `generate` does.
 
     Example:
-        >>> for token, in stream(model, [[1, 2, 3]], 20):
+        >>> for (token,) in stream(model, [[1, 2, 3]], 20):
         ...     print(token)
     """
     ids = prompt_ids(prompts, model.config.vocab_size)
@@ -382,7 +383,7 @@ def generate(
             prompts that don't fit rope_max_length with what is to follow.
 
     Example:
-        >>> row, = elmkernels.generate(model, [[1, 2, 3]], 20, temperature=0.8, seed=0)
+        >>> (row,) = elmkernels.generate(model, [[1, 2, 3]], 20, temperature=0.8, seed=0)
         >>> row.tokens, row.finish_reason
     """
     run = stream(

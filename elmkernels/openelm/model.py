@@ -26,6 +26,7 @@ from .layers import (
     LogitsHead,
     RMSNorm,
     TiedHead,
+    check_cache,
     check_counts,
     check_inputs,
     context_of,
@@ -40,8 +41,7 @@ class OpenELM(nn.Module):
 
     Args:
         config: its shape.
-        seed: of the initial weights, from a generator of their own (the numbers depend on the kind
-            of device); None draws them from torch's default generator.
+        seed: of the initial weights; None draws them from torch's default generator.
         dtype: of the weights; None for torch's default.
         device: where they are; None for torch's default. "meta" makes none.
 
@@ -141,7 +141,7 @@ class OpenELM(nn.Module):
         Args:
             path: a Hugging Face folder, or one CoreNet (.pt) or safetensors file.
             config: of a file, not of a folder: a configuration, a variant's name or a CoreNet YAML.
-            dtype: of the weights (of quantized ones: of scales and biases); None: as stored.
+            dtype: of weights, of quantized ones' scales and biases; None: as stored.
             device: where they are; None for torch's default.
 
         Returns:
@@ -227,8 +227,7 @@ class OpenELM(nn.Module):
             logits [batch, length or logits_to_keep, vocab_size].
 
         Raises:
-            TypeError, ValueError: an argument has a wrong type, shape or value; the cache is then
-                as it was.
+            TypeError, ValueError: an argument has a wrong type, shape or value.
         """
         x, new = self._hidden(
             input_ids, attention_mask, cache, logits_to_keep, counts, cu_seqlens,
@@ -303,8 +302,8 @@ class OpenELM(nn.Module):
     ) -> Tensor:
         """The loss of predicting targets at every position.
 
-        In an accelerated model it is `elmkernels.linear_cross_entropy`: no logits lie in memory. A
-        plain method: wrappers that act on `forward` alone (DDP) don't see it.
+        In an accelerated model no logits lie in memory (`elmkernels.linear_cross_entropy`).
+        Wrappers that act on `forward` alone (DDP) don't see this method.
 
         Args:
             input_ids: int64 or int32 [batch, length].
@@ -353,7 +352,9 @@ class OpenELM(nn.Module):
         """The last layer's output, and how many tokens are new to a cache, of each row or all."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
-        check_inputs(self.config, self.activation_dtype, input_ids, cache)
+        check_inputs(self.config, input_ids, cache)
+        if cache is not None:
+            check_cache(self.config, self.activation_dtype, cache, input_ids)
         self._place_rope_table(input_ids.device)
         context = context_of(self.rope_table, input_ids, attention_mask, cache, cu_seqlens)
         counts = check_counts(counts, input_ids, attention_mask, cache)

@@ -35,12 +35,13 @@ def by_sdpa(
     if lq == 1:
         # The query heads of a group become the rows of one small matrix: each key is read once.
         queries = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
-        how = {"attn_mask": visible}
+        out = scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale)
     else:
-        queries = q.transpose(1, 2)
-        how = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": True}
-    out = scaled_dot_product_attention(queries, keys, values, scale=scale, **how)
-    if key_mask is not None:
+        queries, causal = q.transpose(1, 2), visible is None
+        out = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=True
+        )
+    if key_mask is not None and visible is not None:
         out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return out.reshape(q.shape) if lq == 1 else out.transpose(1, 2)
 
@@ -49,6 +50,9 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float
     """One document after the other. split: its gradient is one concatenation, where a slice's is
     the whole tensor again for every document."""
     documents = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
-    found = [by_sdpa(*document, None, None, None, scale) for document in documents
-             if document[0].shape[1]]  # fmt: skip
+    found = [
+        by_sdpa(queries, keys, values, None, None, None, scale)
+        for queries, keys, values in documents
+        if queries.shape[1]
+    ]
     return torch.cat(found, dim=1)

@@ -48,7 +48,7 @@ def _fields(weight: Weight) -> list[int]:
     n, k = weight.shape
     row_bytes = data.stride(0) * data.element_size()
     scales, biases, *packed12 = (0 if x is None else x.data_ptr() for x in rest)
-    element = _ELEMENTS[rest[0].dtype] if scales else 0
+    element = _ELEMENTS[rest[0].dtype] if rest[0] is not None and scales else 0
     form = _FORMS[bits] if bits else _ELEMENTS[data.dtype]
     group = form_of(weight).group_size
     return [form, n, k, row_bytes, data.data_ptr(), element, scales, biases, group, *packed12]

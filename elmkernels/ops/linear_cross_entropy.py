@@ -44,7 +44,8 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        return _gradients(ctx, *ctx.saved_tensors, dloss.contiguous())
+        hidden, weight, targets = ctx.saved_tensors
+        return _gradients(ctx, hidden, weight, targets, dloss.contiguous())
 
 
 class _Sum(torch.autograd.Function):
@@ -168,11 +169,14 @@ def linear_cross_entropy(
     rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).contiguous()
     options = ignore_index, float(z_loss), float(label_smoothing)
     wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if not wants:
-        losses = run(rows, weight, flat, None, *options, False, False, backend)[0]
-    elif reduction == "none":
-        losses = _Losses.apply(rows, weight, flat, options, backend)
-    if reduction == "none":
-        return losses.view(targets.shape)
-    total = _Sum.apply(rows, weight, flat, options, backend) if wants else losses.sum()
+    if wants and reduction != "none":
+        total = _Sum.apply(rows, weight, flat, options, backend)
+    else:
+        if wants:
+            losses = _Losses.apply(rows, weight, flat, options, backend)
+        else:
+            losses = run(rows, weight, flat, None, *options, False, False, backend)[0]
+        if reduction == "none":
+            return losses.view(targets.shape)
+        total = losses.sum()
     return total if reduction == "sum" else total / (flat != ignore_index).sum().clamp(min=1)

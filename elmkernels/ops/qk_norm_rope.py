@@ -120,13 +120,17 @@ def _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table) ->
         fail("rope_table", f"on {qkv.device} like qkv", rope_table.device)
 
 
-def _check_cache(qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache, slots) -> None:
+def _checked_cache(
+    qkv, q_weight, k_weight, kv_heads, rope_table,
+    k_cache: Tensor | None, v_cache: Tensor | None, slots: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if qkv.dim() == 2:
         fail("qkv", "[batch, length, width] when a cache is written", list(qkv.shape))
     head_dim = rope_table.shape[1]
+    if k_cache is None or v_cache is None or slots is None:
+        name = "v_cache" if k_cache is not None and slots is not None else "k_cache"
+        fail("k_cache, v_cache and slots", "given together", f"{name} or slots as None")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache is None or slots is None:
-            fail("k_cache, v_cache and slots", "given together", f"{name} or slots as None")
         if cache.dtype != qkv.dtype or cache.device != qkv.device:
             expected = f"{qkv.dtype} on {qkv.device} like qkv"
             fail(name, expected, f"{cache.dtype} on {cache.device}", TypeError)
@@ -142,6 +146,7 @@ def _check_cache(qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache
             "qkv and the weights must not require a gradient when a cache is written: "
             "call under torch.no_grad()"
         )
+    return k_cache, v_cache, slots
 
 
 def qk_norm_rope(
@@ -196,23 +201,25 @@ def qk_norm_rope(
         (torch.Size([1, 5, 4, 16]), torch.Size([1, 5, 2, 16]))
     """
     _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
-    cached = k_cache is not None or v_cache is not None or slots is not None
+    cache = None
     flat = qkv.dim() == 2
-    if cached:
-        _check_cache(qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache, slots)
+    if k_cache is not None or v_cache is not None or slots is not None:
+        cache = _checked_cache(
+            qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache, slots
+        )
     backend = rows_backend("qk_norm_rope", backend, qkv, q_weight, k_weight)
     if backend == REFERENCE:
         return _by_reference(
-            qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table, eps,
-            k_cache, v_cache, slots,
-        )  # fmt: skip
+            qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table, eps, cache
+        )
     qkv = last_dim_contiguous(qkv)
     if flat:
         qkv = qkv.unsqueeze(0)
     if positions.shape != qkv.shape[:2]:
         positions = positions.expand(qkv.shape[:2])
     inputs = (qkv, q_weight, k_weight, positions, rope_table, q_heads, kv_heads, eps)
-    if cached:
+    if cache is not None:
+        k_cache, v_cache, slots = cache
         slots = slots.expand(qkv.shape[:2])
         q = kernel("qk_norm_rope_cache", backend)(*inputs, k_cache, v_cache, slots)
         return q, k_cache, v_cache
@@ -225,15 +232,16 @@ def qk_norm_rope(
 
 
 def _by_reference(
-    qkv, q_weight, k_weight, positions, q_heads, kv_heads, table, eps, k_cache, v_cache, slots
+    qkv, q_weight, k_weight, positions, q_heads, kv_heads, table, eps, cache
 ) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
         within("positions", positions, table.shape[0], "rope_table's length")
     q, k, v = reference.qk_norm_rope(
         qkv, q_weight, k_weight, positions, q_heads, kv_heads, table, eps
     )
-    if k_cache is None:
+    if cache is None:
         return q, k, v
+    k_cache, v_cache, slots = cache
     if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
         within("slots", slots, k_cache.shape[1], "the cache's length")
     index = slots.expand(qkv.shape[:2])[..., None, None].expand(k.shape)

@@ -24,8 +24,8 @@ def visible_keys(lq: int, lk: int, key_mask, offsets, device: torch.device) -> T
 def without_unseen(k: Tensor, v: Tensor, lq: int, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with zeros beyond the end of each row: what lies there may be NaN, which a weight of
     0 would keep."""
-    beyond = torch.arange(k.shape[1], device=k.device) >= offsets[:, None] + lq
-    return tuple(t.masked_fill(beyond[..., None, None], 0.0) for t in (k, v))
+    beyond = (torch.arange(k.shape[1], device=k.device) >= offsets[:, None] + lq)[..., None, None]
+    return k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
 
 
 def attention(

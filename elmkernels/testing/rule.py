@@ -105,7 +105,7 @@ def compare(
     factors: tuple[float, float] = FACTORS,
     floor: tuple[float, float] = (0.0, 0.0),
 ) -> Comparison:
-    """Hold a candidate to the rule above.
+    """Hold one tensor of a candidate to the rule of this module.
 
     Args:
         truth: wider than the working dtype.
@@ -118,8 +118,16 @@ def compare(
         factors: times the yardstick's max and rms error.
         floor: what the yardstick is never below, as `relative_errors` gives it.
 
+    Returns:
+        A Comparison: errors, what is allowed, and the reason if it fails.
+
     Raises:
         ValueError: truth or a yardstick is not finite, or there is no yardstick.
+
+    Example:
+        >>> truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> compare(truth, truth.float(), truth.float() + 1).ok
+        False
     """
     wide = truth.detach().double()
     scale, errors, largest = _magnitudes(wide), (math.inf, math.inf), (0.0, 0.0)

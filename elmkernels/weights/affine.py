@@ -46,7 +46,8 @@ def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 64) -> Affine:
 
     each_chunk(encode, n, k)
     words = torch.from_numpy(q).view(torch.uint32)
-    return Affine(*(t.to(w.device) for t in (words, scales, biases)), bits, group_size)
+    device = w.device
+    return Affine(words.to(device), scales.to(device), biases.to(device), bits, group_size)
 
 
 def _float32(w: Tensor) -> np.ndarray:

@@ -103,7 +103,8 @@ class Dense(Form):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.weight.shape
+        n, k = self.weight.shape
+        return n, k
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,7 @@ are escapes: a list of their columns and values for each row. Every bit comes ba
 too. `formats.Packed12` is the layout, `reference.dense` the way back.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +64,8 @@ def pack_weight(w: Tensor, table: Table | None = None) -> Packed12:
     starts = np.concatenate(([0], counts.cumsum())).astype(np.int32)
     tensors = [torch.from_numpy(t) for t in (data, table.exponents, starts, columns, values)]
     tensors[-1] = tensors[-1].view(torch.bfloat16)
-    return Packed12(*(t.to(w.device) for t in tensors), k)
+    packed, exponents, starts, columns, values = (t.to(w.device) for t in tensors)
+    return Packed12(packed, exponents, starts, columns, values, k)
 
 
 def _bits(w: Tensor) -> np.ndarray:
@@ -91,7 +92,7 @@ def _codes(exponents: np.ndarray, table: Table) -> np.ndarray:
     A look-up in a table would need an int64 index a weight; the exponents of a matrix are mostly
     one run of adjacent values, and a run takes a few operations on bytes, which are vectorized.
     """
-    codes = np.uint8(ESCAPE)
+    codes: Any = np.uint8(ESCAPE)
     values = table.exponents[: table.size]
     breaks = np.flatnonzero(np.diff(values.astype(int)) != 1) + 1
     for run in np.split(np.arange(table.size, dtype=np.uint8), breaks):
