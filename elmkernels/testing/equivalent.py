@@ -6,9 +6,8 @@ in place. In exact arithmetic that changes nothing, forward or backward; in a wo
 another sample of the reference's error. `parity` takes the largest of several as its yardstick.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +32,13 @@ class Orders:
     def heads(self, kv_heads: int, group: int) -> Tensor:
         """An order of the query heads within the group that shares a key head."""
         return torch.cat([group * i + self(group) for i in range(kv_heads)])
+
+    def scale(self, dtype: torch.dtype) -> float:
+        """A factor that a norm undoes: all of its roundings are others, few columns or many. It
+        rounds its inputs too, by half a unit in the last place at most, which float32 doesn't
+        feel beside its sums; a half type would, so that there it is 1."""
+        drawn = 1 + float(torch.rand((), generator=self.generator))
+        return drawn if dtype.itemsize >= 4 else 1.0
 
 
 def take(x: Tensor, *orders: Tensor | None) -> Tensor:
@@ -61,14 +67,3 @@ def reordered(function: Callable, seed: int) -> Callable:
         return function(Orders(seed, device), *args, **kwargs)
 
     return run
-
-
-@contextlib.contextmanager
-def other_threads() -> Iterator[None]:
-    """One thread where there are several, two where there is one: torch cuts sums by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 if before == 1 else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

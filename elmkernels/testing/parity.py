@@ -17,7 +17,7 @@ from ..backends import BACKENDS, REFERENCE, implements
 from ..weights.formats import Arena
 from .cases import CASES, OPS
 from .cases.draw import Case, make
-from .equivalent import other_threads, reordered
+from .equivalent import reordered
 from .rule import SLACK, Comparison, compare
 
 EVALUATIONS = 8  # of the reference in the working dtype, at most
@@ -242,11 +242,8 @@ class Expected:
     def evaluation(self, i: int) -> dict[str, Tensor]:
         """The reference's i-th result in the working dtype; 0 is the plain one."""
         while len(self.evaluated) <= i:
-            # Its order follows from the case's seed, and odd ones run on other threads.
-            count = len(self.evaluated)
-            fn = specification(self.op, self.seed * EVALUATIONS + count)
-            with other_threads() if count % 2 else contextlib.nullcontext():
-                self.evaluated.append(self.run(fn))
+            order = self.seed * EVALUATIONS + len(self.evaluated)
+            self.evaluated.append(self.run(specification(self.op, order)))
         return self.evaluated[i]
 
     def compare(self, candidate: Callable, evaluations: int = EVALUATIONS) -> list[Comparison]:

@@ -1,16 +1,15 @@
 """What is known of `add_rms_norm`: its cases and its baselines."""
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import reference
-from ..equivalent import Orders, flat_rows, put_back, take
+from ..equivalent import Orders
 from ._norms import norm_bench_cases, norm_cases
 from .draw import LAYOUTS, Case, Draw, Inputs, grad
+from .rms_norm import reordered as norm_reordered
 from .spec import OpSpec, liger
 
 
@@ -49,12 +48,9 @@ def baselines(args: tuple, kwargs: dict, device: torch.device) -> dict[str, Call
 def reordered(
     orders: Orders, x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """As `rms_norm`."""
-    rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
-    both = (take(flat_rows(t), rows, columns) for t in (x, residual))
-    found = reference.add_rms_norm(*both, take(weight, columns), eps)
-    normed, total = (put_back(t, rows, columns).view(x.shape) for t in found)
-    return normed, total
+    """What `rms_norm` does with the sum."""
+    total = x + residual
+    return norm_reordered(orders, total, weight, eps), total
 
 
 SPEC = OpSpec(

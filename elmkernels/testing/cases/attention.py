@@ -252,8 +252,9 @@ def reordered(
     offsets: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Columns of q and k, which a score sums, and of v, which the backward does; keys, with what
-    each query sees of them; queries and the heads of a group, which the gradients of k and v sum.
+    """Columns of q and k, which a score sums, and of v, which the backward does; the heads of a
+    group, which the gradients of k and v sum; and where nothing but sums rounds, keys, with what
+    each query sees of them, and queries.
     """
     group, lq, lk = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     if offsets is not None:
@@ -262,44 +263,40 @@ def reordered(
     if cu_seqlens is not None:
         document = document_of(cu_seqlens, lk)
         visible = visible & (document[:, None] == document)
-    queries, keys, heads = orders(lq), orders(lk), orders.heads(k.shape[2], group)
-    columns, of_v = orders(q.shape[3]), orders(q.shape[3])
+    wide = q.dtype.itemsize >= 4
+    # Every head of a group sees the same keys: only the queries have to come in the heads' order.
+    heads, columns, of_v = orders.heads(k.shape[2], group), orders(q.shape[3]), orders(q.shape[3])
+    queries, keys = (orders(lq), orders(lk)) if wide else (None, None)
     visible = take(visible, None, None, queries, keys)
     real = visible.any(-1, keepdim=True)
-    # Every head of a group sees the same keys: only the queries have to come in the heads' order.
     q = take(q, None, queries, heads, columns).transpose(1, 2)
-    k = take(k, None, keys, None, columns).repeat_interleave(group, dim=2).transpose(1, 2)
-    v = take(v, None, keys, None, of_v).repeat_interleave(group, dim=2).transpose(1, 2)
-    if q.dtype.itemsize >= 4 and q.numel():
-        again = orders(q.shape[3])
-        out = _scored_twice(
-            q,
-            k,
-            v,
-            take(q, None, None, None, again),
-            take(k, None, None, None, again),
-            visible | ~real,
-            scale,
-        )
+    k = take(k, None, keys, None, columns).transpose(1, 2)
+    v = take(v, None, keys, None, of_v).transpose(1, 2)
+    if wide and q.numel():
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        out = _scored_twice(q, k, v, orders(q.shape[3]), visible | ~real, scale)
     else:
-        mask = None if bool(visible.all()) else visible
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        # Half types round what each block of queries and each head gives k and v; torch has one
+        # way for heads that are repeated and one for those that are not.
+        out = F.scaled_dot_product_attention(
+            q, k, v, None if bool(visible.all()) else visible, scale=scale, enable_gqa=group > 1
+        )
     if key_mask is not None:
         out = out.masked_fill(~real, 0.0)
     return put_back(out.transpose(1, 2), None, queries, heads, of_v)
 
 
 def _scored_twice(
-    q: Tensor, k: Tensor, v: Tensor, q_again: Tensor, k_again: Tensor, visible: Tensor,
-    scale: float | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor, visible: Tensor, scale: float | None
+) -> Tensor:
     """Attention whose backward makes the weights again, from the forward's log-sums and scores
     summed in another order: as right as from the same scores, and what a kernel does whose
     forward and backward have other blocks. Where scores are large it is far from the same: the
     weights no longer add up to 1. On some processors torch's own backward does it too."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    again = (take(t, None, None, None, order) for t in (q, k))
     first, second = (
-        (a @ b.mT * scale).masked_fill(~visible, -math.inf) for a, b in ((q, k), (q_again, k_again))
+        (a @ b.mT * scale).masked_fill(~visible, -math.inf) for a, b in ((q, k), tuple(again))
     )
     sums = _with_gradient(first.logsumexp(-1, keepdim=True), second.logsumexp(-1, keepdim=True))
     return _with_gradient(first.softmax(-1) @ v, (second - sums).exp() @ v)

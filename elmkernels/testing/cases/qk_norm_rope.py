@@ -192,27 +192,28 @@ def reordered(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of a head's columns, which the norm sums; tokens and heads, which the weights'
-    gradients sum."""
+    gradients sum; another scale of what is normalized."""
     shape, heads = qkv.shape[:-1], q_heads + 2 * kv_heads
     width = qkv.shape[-1] // heads
     tokens, columns = orders(math.prod(shape)), orders.pairs(width)
     of_q, of_k, of_v = orders(q_heads), orders(kv_heads), orders(kv_heads)
     of_all = torch.cat((of_q, q_heads + of_k, q_heads + kv_heads + of_v))
+    scale = orders.scale(qkv.dtype) if q_weight is not None and k_weight is not None else 1.0
     found = reference.qk_norm_rope(
-        take(qkv.reshape(len(tokens), heads, width), tokens, of_all, columns).flatten(1),
+        scale * take(qkv.reshape(len(tokens), heads, width), tokens, of_all, columns).flatten(1),
         None if q_weight is None else take(q_weight, columns),
         None if k_weight is None else take(k_weight, columns),
         take(positions.expand(shape).reshape(-1), tokens),
         q_heads,
         kv_heads,
         take(rope_table, None, columns),
-        eps,
+        eps * scale**2,
     )
-    q, k, v = (
+    q, k, _ = (
         put_back(t, tokens, order, columns).view(*shape, *t.shape[1:])
         for t, order in zip(found, (of_q, of_k, of_v), strict=True)
     )
-    return q, k, v
+    return q, k, qkv.unflatten(-1, (heads, width))[..., q_heads + kv_heads :, :]
 
 
 SPEC = OpSpec(

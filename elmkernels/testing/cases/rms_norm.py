@@ -29,9 +29,11 @@ def baselines(args: tuple, kwargs: dict, device: torch.device) -> dict[str, Call
 
 
 def reordered(orders: Orders, x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """Columns, which the mean sums; rows, which the weight's gradient sums."""
+    """Columns, which the mean sums; rows, which the weight's gradient sums; another scale of x."""
     rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
-    y = reference.rms_norm(take(flat_rows(x), rows, columns), take(weight, columns), eps)
+    scale = orders.scale(x.dtype)
+    scaled = scale * take(flat_rows(x), rows, columns)
+    y = reference.rms_norm(scaled, take(weight, columns), eps * scale**2)
     return put_back(y, rows, columns).view(x.shape)
 
 
