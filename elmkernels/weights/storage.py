@@ -33,7 +33,7 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-DTYPE_NAMES = {
+DTYPE_NAMES: dict[Any, str] = {
     dtype: name
     for name, dtype in (
         FLOATS | {"U32": torch.uint32, "I32": torch.int32, "U8": torch.uint8}
@@ -90,6 +90,7 @@ def folder_weights(folder: Folder) -> list[Stored]:
     return [
         stored
         for name, file in files.items()
+        if file is not None
         for stored in read_safetensors(file)
         if weight_map.get(stored.key, name) == name
     ]
@@ -126,8 +127,8 @@ def read_torch_file(file: Path) -> list[Stored]:
     stored = []
     for key, value in values.items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        dtype = getattr(value, "dtype", type(value).__name__)
-        dtype = DTYPE_NAMES.get(dtype, str(dtype))
+        found = getattr(value, "dtype", None)
+        dtype = DTYPE_NAMES.get(found, str(found or type(value).__name__))
         stored.append(Stored(file, str(key), shape, dtype, lambda value=value: value))
     return stored
 
@@ -155,7 +156,7 @@ def write_safetensors(
         out.write(len(text).to_bytes(8, "little") + text)
         for key in shown(order):
             weight = weights[key].detach().to("cpu").contiguous()
-            out.write(weight.reshape(-1, 1).view(torch.uint8).numpy())
+            out.write(weight.reshape(-1, 1).view(torch.uint8).numpy().data)
         _sync_file(out)
 
 
