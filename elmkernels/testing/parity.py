@@ -57,6 +57,13 @@ class Record:
     def worst(self) -> Comparison:
         return max(self.comparisons, key=lambda c: (not c.ok, c.used))
 
+    def assert_ok(self) -> None:
+        """Raise a ParityError that names each tensor that fails, its error and what is allowed."""
+        failures = [f"  {c.what}: {c.reason}" for c in self.comparisons if not c.ok]
+        if failures:
+            head = f"{self.op} by {self.backend} on {self.case} in {self.dtype}"
+            raise ParityError("\n".join([f"{head} is not its reference:", *failures]))
+
     def row(self) -> dict[str, Any]:
         """The record as one line of a table."""
         worst = self.worst
@@ -229,6 +236,7 @@ class Expected:
         seed: int = 0,
     ):  # fmt: skip
         self.op, self.case, self.seed = op, case, seed
+        self.dtype, self.device = str(dtype).removeprefix("torch."), str(device)
         self.inputs = make(case, dtype, device, seed)
         args, kwargs = _detached(self.inputs)
         self.outputs = _tuple(specification(op)(*args, **kwargs))
@@ -262,6 +270,13 @@ class Expected:
             for name in self.truth
         ]
 
+    def record(self, backend: str | None) -> Record:
+        """The verdict on a backend; None: the one that the op prefers."""
+        fn = OPS[self.op].observe(getattr(ops, self.op))
+        comparisons = self.compare(partial(fn, backend=backend))
+        name = backend or "preferred"
+        return Record(self.op, self.case.name, self.dtype, name, self.device, comparisons)
+
 
 def check_parity(
     op: str,
@@ -288,10 +303,7 @@ def check_parity(
         >>> check_parity("swiglu", CASES["swiglu"][0], torch.float32, None).ok
         True
     """
-    fn = OPS[op].observe(getattr(ops, op))
-    comparisons = Expected(op, case, dtype, device, seed).compare(partial(fn, backend=backend))
-    name = str(dtype).removeprefix("torch.")
-    return Record(op, case.name, name, backend or "preferred", str(device), comparisons)
+    return Expected(op, case, dtype, device, seed).record(backend)
 
 
 def _detached(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
@@ -326,10 +338,7 @@ def assert_parity(
         >>> record = assert_parity("swiglu", CASES["swiglu"][0], torch.float32, None)
     """
     record = check_parity(op, case, dtype, backend, device, seed)
-    failures = [f"  {c.what}: {c.reason}" for c in record.comparisons if not c.ok]
-    if failures:
-        head = f"{op} by {record.backend} on {case.name} in {record.dtype} is not its reference:"
-        raise ParityError("\n".join([head, *failures]))
+    record.assert_ok()
     return record
 
 
