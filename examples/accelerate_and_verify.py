@@ -12,7 +12,8 @@ import sys
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.testing.model_parity import check_model, twin
+from elmkernels.openelm.surgery import twin
+from elmkernels.testing.model_parity import check_model
 
 TINY = OpenELMConfig(
     num_transformer_layers=2, model_dim=64, head_dim=16, num_gqa_groups=2, vocab_size=256,

@@ -13,6 +13,7 @@ import elmkernels
 from elmkernels import backends
 from elmkernels.bench import chart, end_to_end, roofline
 from elmkernels.cli.main import main
+from elmkernels.openelm.surgery import twin
 from elmkernels.testing import CASES, model_parity, parity
 
 QUICK = ["--quick", "--checkpoint", str(TINY), "--device", "cpu", "--dtype", "bf16"]
@@ -142,7 +143,7 @@ def test_main_job_finds_a_wrong_kernel(capsys, wrong_swiglu):
 def test_without_truth_a_weaker_rule_still_finds_a_wrong_kernel(wrong_swiglu):
     model = elmkernels.OpenELM.from_pretrained(TINY)
     ids = torch.arange(24).view(1, 24)
-    plain, accelerated = model_parity.twin(model), model_parity.twin(model)
+    plain, accelerated = twin(model), twin(model)
     elmkernels.accelerate(accelerated)
     assert model_parity.check_model(model, plain, ids, 4, truth=False).ok
     found = model_parity.check_model(model, accelerated, ids, 4, truth=False)
