@@ -45,12 +45,12 @@ print(json.dumps({
 
 
 def run(*command: str | Path, folder: Path, **environment: str) -> str:
-    """What a command prints; it must succeed."""
-    env = {**os.environ, **environment}
+    """All that a command prints; it must succeed."""
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+        list(map(str, command)), cwd=folder, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
     return done.stdout
 
 
@@ -72,8 +72,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the sdist with the torch of this Python, as `pip install` of it does."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
-    said = run(*pip, sdist, "-w", folder, folder=folder)
+    pip = [sys.executable, "-m", "pip", "--no-cache-dir", "wheel", "-v", "-w", folder, sdist]
+    said = run(*pip, "--no-build-isolation", "--no-deps", folder=folder)
     assert re.search(r"elmkernels: \[\d+/\d+\] avx2: \S+\.cpp, \d+\.\d s", said)
     (built,) = folder.iterdir()
     return built
