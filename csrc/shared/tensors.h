@@ -83,7 +83,7 @@ struct Rows {
   HOST_DEVICE const T* at(int64_t row) const {
     const T* start = static_cast<const T*>(data);
     if (dims == 1) return start + row * stride[0];
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
     for (int d = 0; d < dims; ++d) {

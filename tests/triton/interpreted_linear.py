@@ -14,7 +14,6 @@ from elmkernels.testing.cases.weights import FORMS, compressed, many_escapes
 from elmkernels.testing.parity import compare, poisoned
 from elmkernels.triton import linear as kernels
 from elmkernels.weights.affine import quantize_weight
-from elmkernels.weights.checks import parts
 from elmkernels.weights.formats import Packed12
 from elmkernels.weights.packed12 import pack_weight
 
@@ -35,9 +34,9 @@ def held(x, weight: Packed12, norm=None, swiglu=False, residual=None):
     around = (norm, 1e-6, swiglu, residual)
     with poisoned():
         if norm is None and residual is None and not swiglu:
-            got = kernels.linear_fwd(x, *parts(weight))
+            got = kernels.linear_fwd(x, *weight.parts())
         else:
-            got = kernels.linear_fused(x, *parts(weight), *around)
+            got = kernels.linear_fused(x, *weight.parts(), *around)
     dense = reference.dense(weight)
     wide = [None if t is None else t.double() for t in (norm, residual)]
     truth = reference.linear(x.double(), dense.double(), wide[0], 1e-6, swiglu, wide[1])

@@ -60,7 +60,7 @@ def test_parity_of_every_case(op):
 
 
 def test_contract():
-    names = ("contract", "layouts", "attention_contract", "attention_choice", "packed12")
+    names = ("contract", "layouts", "attention_contract", "attention_choice", "packed")
     run(*(str(TESTS / "ops" / f"test_{name}.py") for name in names), "-k", "triton")
 
 
