@@ -81,11 +81,10 @@ inline bool softmax_block(float* s, Lane<T>* p, int64_t seen, int64_t count, flo
 template <class T>
 inline void attend_block(const Tile<T>& tile, const AttendScratch<T>& s, int64_t first,
                          int64_t block, bool few) {
-  const auto key = [&](int64_t j) { return tile.k(first + j); };
-  const auto value = [&](int64_t j) { return tile.v(first + j); };
+  const SeenRows<const T> keys = tile.k.from(first), values = tile.v.from(first);
   if (!few) {
-    gather_columns<T>(key, block, tile.head_dim, s.keys.data, s.keys.stride);
-    gather_stacked<T>(value, block, tile.head_dim, s.values.data, s.values.stride);
+    gather_columns<T>(keys, block, tile.head_dim, s.keys.data, s.keys.stride);
+    gather_stacked<T>(values, block, tile.head_dim, s.values.data, s.values.stride);
   }
   for (int64_t r = 0; r < tile.rows; r += kTileRows) {
     const int64_t rows = std::min(kTileRows, tile.rows - r);
@@ -94,7 +93,8 @@ inline void attend_block(const Tile<T>& tile, const AttendScratch<T>& s, int64_t
     const int64_t count = round_up(seen, Vec::size);
     if constexpr (Operand<T>::per == 1)
       if (few)
-        few_scores<T>({s.queries.data, s.queries.stride}, key, s.scores, rows, seen, tile.head_dim);
+        few_scores<T>({s.queries.data, s.queries.stride}, keys, s.scores, rows, seen,
+                      tile.head_dim);
     if (!few)
       product(s.queries.from(r, 0), s.keys, {s.scores, kKeyBlock}, rows, count, s.depth, false);
     for (int64_t i = 0; i < rows; ++i) {
@@ -108,7 +108,7 @@ inline void attend_block(const Tile<T>& tile, const AttendScratch<T>& s, int64_t
           store(row + d, load(row + d, Full{}) * shrink, Full{});
     }
     if constexpr (Operand<T>::per == 1)
-      if (few) few_totals<T>(s.weights, value, s.total, rows, seen);
+      if (few) few_totals<T>(s.weights, values, s.total, rows, seen);
     if (!few)
       product({s.weights, kKeyBlock}, s.values, s.total.from(r, 0), rows, s.width,
               lanes_of<T>(seen), true);

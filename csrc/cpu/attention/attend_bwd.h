@@ -123,11 +123,10 @@ inline void gather_queries(const TileBwd<T>& b, const AttendBwdScratch<T>& s) {
 template <class T>
 inline void gather_keys(const Tile<T>& tile, const AttendBwdScratch<T>& s, int64_t first,
                         int64_t count) {
-  const auto key = [&](int64_t j) { return tile.k(first + j); };
-  const auto value = [&](int64_t j) { return tile.v(first + j); };
-  gather_rows<T>(key, count, tile.head_dim, s.keys.data, s.keys.stride);
-  gather_rows<T>(value, count, tile.head_dim, s.values.data, s.values.stride);
-  gather_stacked<T>(key, count, tile.head_dim, s.keys_stacked.data, s.keys_stacked.stride);
+  const SeenRows<const T> keys = tile.k.from(first);
+  gather_rows<T>(keys, count, tile.head_dim, s.keys.data, s.keys.stride);
+  gather_rows<T>(tile.v.from(first), count, tile.head_dim, s.values.data, s.values.stride);
+  gather_stacked<T>(keys, count, tile.head_dim, s.keys_stacked.data, s.keys_stacked.stride);
   const auto* stacked = reinterpret_cast<const float*>(s.keys_stacked.data);
   gather_columns<float>([&](int64_t j) { return stacked + j * s.width; }, lanes_of<T>(count),
                         s.width, reinterpret_cast<float*>(s.keys_turned.data),

@@ -29,10 +29,9 @@ struct FewRowsBwd {
   void weigh(int64_t first, int64_t seen) {
     const Tile<T>& tile = b.tile;
     const int64_t count = round_up(seen, Vec::size);
-    const auto key = [&](int64_t j) { return tile.k(first + j); };
-    const auto value = [&](int64_t j) { return tile.v(first + j); };
-    few_scores<T>({queries, tile.head_dim}, key, p, tile.rows, seen, tile.head_dim);
-    few_scores<T>({douts, tile.head_dim}, value, ds, tile.rows, seen, tile.head_dim);
+    const SeenRows<const T> keys = tile.k.from(first);
+    few_scores<T>({queries, tile.head_dim}, keys, p, tile.rows, seen, tile.head_dim);
+    few_scores<T>({douts, tile.head_dim}, tile.v.from(first), ds, tile.rows, seen, tile.head_dim);
     for (int64_t r = 0; r < tile.rows; ++r) {
       float *weights = p + r * kKeyBlock, *slopes = ds + r * kKeyBlock;
       const int64_t own = std::clamp<int64_t>(tile.limit(r) - first, 0, seen);
@@ -46,7 +45,7 @@ struct FewRowsBwd {
         store(slopes + j, weight * (load(slopes + j, Full{}) - vec(delta[r])), Full{});
       }
     }
-    few_totals<T>(ds, key, {total, tile.head_dim}, tile.rows, seen);
+    few_totals<T>(ds, keys, {total, tile.head_dim}, tile.rows, seen);
   }
 
   // The gradient of one key or value: c times the rows of x, each by its weight.

@@ -18,8 +18,10 @@ struct Matrix {
   Matrix from(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
 };
 
+// Always inline: a tile is so little work that a call would show.
 template <int M, int N, class Lane>
-inline void product_tile(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c, int64_t depth, bool add) {
+[[gnu::always_inline]] inline void product_tile(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c,
+                                                int64_t depth, bool add) {
   Vec acc[M][N];
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) acc[i][j] = vec(0.0f);

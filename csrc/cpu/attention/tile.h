@@ -33,6 +33,11 @@ struct SeenRows {
   const int64_t* index;
 
   T* operator()(int64_t j) const { return first + (index == nullptr ? j : index[j]) * stride; }
+  // Those from the j-th on.
+  SeenRows from(int64_t j) const {
+    if (index == nullptr) return {first + j * stride, stride, nullptr};
+    return {first, stride, index + j};
+  }
 };
 
 // A row sees the first keys: those before its token, and its token's own. With a mask `counts`
