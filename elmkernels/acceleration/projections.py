@@ -14,6 +14,7 @@ can't see is a write through `weight.data` between two calls without gradients: 
 then.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,16 +74,53 @@ def onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-@cache
 def onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies a dtype on this processor: float16 it doesn't on every one."""
+    """Whether oneDNN multiplies a dtype here, and right, with torch's present number of threads:
+    float16 it doesn't take on every processor, and if OpenMP grants fewer threads than torch asks
+    for (OMP_THREAD_LIMIT), it leaves a part of a product unwritten.
+    """
+    return _onednn_is_right(dtype, torch.get_num_threads())
+
+
+@cache
+def _onednn_is_right(dtype: torch.dtype, threads: int) -> bool:
+    """By the products of a projection and its backward, plain and prepacked, once for each number
+    of threads. They are large enough to be shared out.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
-    x = torch.ones(16, 16, dtype=dtype, device="cpu")
-    try:
-        onednn(x, x)
-    except RuntimeError:
-        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        x, weight, dy = (
+            torch.randn(size, generator=generator, device="cpu").to(dtype)
+            for size in ((96, 256), (512, 256), (96, 512))
+        )
+        try:
+            return (
+                agrees(lambda: onednn(x, weight), x, weight)
+                and agrees(lambda: onednn(dy, weight.t()), dy, weight.t())
+                and agrees(lambda: onednn(dy.t(), x.t()), dy.t(), x.t())
+                and agrees(lambda: onednn(x, prepacked_copy(weight)), x, weight)
+                and agrees(lambda: onednn(x[:1], weight), x[:1], weight)
+            )
+        except RuntimeError:
+            return False
+
+
+def agrees(candidate: Callable[[], Tensor], x: Tensor, weight: Tensor) -> bool:
+    """Whether a routine's x @ weight.T is no further from the product in float64 than twice
+    F.linear's, one rounding, and what the order of k float32 sums may do. Where it writes nothing,
+    it leaves NaN: memory that was just freed could hold the right product.
+    """
+    truth = x.double() @ weight.double().t()
+    linear = (F.linear(x, weight).double() - truth).abs().max()
+    sums = x.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+    allowed = 2 * linear + (torch.finfo(x.dtype).eps + sums) * truth.abs().max()
+    for _ in range(2):
+        poison = torch.full_like(truth, torch.nan, dtype=x.dtype)
+        del poison
+        if not bool(((candidate().double() - truth).abs() <= allowed).all()):
+            return False
     return True
 
 
@@ -279,39 +317,56 @@ def _fastest(seconds: dict[str, float]) -> str:
     return best if seconds[best] <= MARGIN * seconds[LINEAR] else LINEAR
 
 
-@cache
 def measure_plan(dtype: torch.dtype, prepacked: bool = False) -> Plan:
-    """The fastest routine for each class of rows on this CPU, by timing a [4096, 1280] weight.
+    """The fastest right routine for each class of rows on this CPU, by timing a [4096, 1280]
+    weight.
 
-    prepacked: also time weights in oneDNN's own layout. Takes about half a second, once a process:
-    what was fastest then is kept. If oneDNN doesn't take the dtype, everything is F.linear.
+    prepacked: also time weights in oneDNN's own layout. Takes about a second, once a process and
+    number of threads: what was fastest then is kept. A routine whose product isn't F.linear's isn't
+    timed: what does a part of the work looks fast. If oneDNN doesn't take the dtype, everything is
+    F.linear.
     """
+    return _measured(dtype, prepacked, torch.get_num_threads())
+
+
+@cache
+def _measured(dtype: torch.dtype, prepacked: bool, threads: int) -> Plan:
     if not onednn_takes(dtype):
         return Plan()
     generator = torch.Generator().manual_seed(0)
     # Four weights in turn, so that a single row reads from memory as it does in a model.
     weights = [torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype) for _ in range(4)]
     prepacks = [prepacked_copy(w) for w in weights] if prepacked else []
-    turn = [0]
-
-    def take(candidates: list[Tensor]) -> Tensor:
-        turn[0] += 1
-        return candidates[turn[0] % len(candidates)]
-
-    def candidates(rows: int) -> dict[str, Callable[[], object]]:
-        x = torch.randn(rows, 1280, generator=generator).to(dtype)
-        fns: dict[str, Callable[[], object]] = {LINEAR: lambda: F.linear(x, take(weights))}
-        if rows == 1:
-            fns[MV] = lambda: mv(x, take(weights))
-        fns[ONEDNN] = lambda: onednn(x, take(weights))
-        if prepacked:
-            fns[PREPACKED] = lambda: onednn(x, take(prepacks))
-        return fns
-
     with torch.inference_mode():
         one, few, many = (
-            _best_seconds(candidates(rows), rounds)
+            _best_seconds(_candidates(rows, weights, prepacks, generator), rounds)
             for rows, rounds in ((1, 40), (8, 30), (256, 10))
         )
     training = {name: seconds for name, seconds in many.items() if name != PREPACKED}
     return Plan(_fastest(one), _fastest(few), _fastest(many), _fastest(training))
+
+
+def _candidates(
+    rows: int, weights: list[Tensor], prepacks: list[Tensor], generator: torch.Generator
+) -> dict[str, Callable[[], object]]:
+    """F.linear and the other routines that are right, each with the next weight at each call."""
+    x = torch.randn(rows, weights[0].shape[1], generator=generator).to(weights[0].dtype)
+    routines = {ONEDNN: (onednn, weights)}
+    if rows == 1:
+        routines[MV] = mv, weights
+    if prepacks:
+        routines[PREPACKED] = onednn, prepacks
+    right = {
+        name: (routine, of)
+        for name, (routine, of) in routines.items()
+        if agrees(lambda routine=routine, of=of: routine(x, of[0]), x, weights[0])
+    }
+
+    def in_turn(routine: Callable, of: list[Tensor]) -> Callable[[], object]:
+        turn = itertools.cycle(of)
+        return lambda: routine(x, next(turn))
+
+    return {
+        name: in_turn(routine, of)
+        for name, (routine, of) in ({LINEAR: (F.linear, weights)} | right).items()
+    }
