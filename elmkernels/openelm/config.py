@@ -27,8 +27,6 @@ _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-3B": (36, 3072, 128),
 }
 VARIANTS = tuple(_VARIANT_SHAPES)
-# None until a configuration is made, never afterwards: whoever reads a field finds its numbers.
-_FROM_MULTIPLIERS: Any = None
 _HF_REQUIRED = ("num_transformer_layers", "model_dim", "head_dim", "vocab_size")
 
 
@@ -93,7 +91,7 @@ class OpenELMConfig:
         max_context_length: the tokens that a model is trained with.
         norm_eps: what RMS norms add to the mean of the squares.
         padding_index: the id whose embedding gets no gradient; None for none.
-        num_query_heads, num_kv_heads: of each layer; if left out, they follow from the multipliers.
+        num_query_heads, num_kv_heads: of each layer; None if they follow from the multipliers.
         model_name: what it is called; None for a model without a name.
 
     Raises:
@@ -123,8 +121,9 @@ class OpenELMConfig:
     max_context_length: int = 2048
     norm_eps: float = 1e-6
     padding_index: int | None = None
-    num_query_heads: Sequence[int] = _FROM_MULTIPLIERS
-    num_kv_heads: Sequence[int] = _FROM_MULTIPLIERS
+    # None is what one may give; whoever reads these fields finds numbers.
+    num_query_heads: Sequence[int] = None  # pyright: ignore[reportAssignmentType]
+    num_kv_heads: Sequence[int] = None  # pyright: ignore[reportAssignmentType]
     model_name: str | None = None
     ffn_dims: tuple[int, ...] = field(init=False)
 
