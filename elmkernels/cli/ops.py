@@ -13,7 +13,7 @@ from ..bench.machine import busy
 from ..bench.table import format_table
 from ..bench.timing import fingerprint
 from ..testing.cases import CASES
-from ..testing.parity import runnable
+from ..testing.parity import RULE, runnable
 from .console import FAILED, OK, Output, Progress, WrongInput, checked, measure, note
 from .options import (
     Parser,
@@ -63,6 +63,7 @@ def run_records(
         "complete": False,
         "elmkernels": __version__,
         "command": command,
+        "rule": RULE,
         "machine": fingerprint(device),
         **({"busy": busy()} if timed else {}),
         "records": [],
@@ -90,6 +91,8 @@ def run_records(
         if records:
             print(format_table([r.row() for r in records]))
         print(f"{command}: {len(records)} records, {len(failed)} failed parity")
+        if not timed:
+            print(f"rule: {RULE}")
         if reason:
             print(reason)
     elif reason:

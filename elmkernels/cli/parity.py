@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..testing.margins import run_margins
 from ..testing.parity import run_parity
 from .ops import Keep, add_options, run_records
 from .options import dtypes_of, new_command
@@ -23,6 +24,11 @@ def add_parser(commands: Any) -> None:
         "Outputs and gradients may be off by little more than the reference's own rounding.",
     )
     add_options(parser, "all")
+    parser.add_argument(
+        "--margins",
+        action="store_true",
+        help="count the cases that pass by less than a third of what is allowed",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
     dtypes = dtypes_of(args, DTYPES)
 
     def one(op: str, backend: str, device: torch.device, keep: Keep) -> None:
-        run_parity([op], dtypes, [backend], device, progress=keep)
+        if args.margins:
+            run_margins([op], dtypes, [backend], device, keep)
+        else:
+            run_parity([op], dtypes, [backend], device, progress=keep)
 
     return run_records(args, NAME, one, lambda record: record.ok, timed=False)

@@ -40,7 +40,7 @@ __all__ = [
     "gguf",
     "next_token_loss",
     "next_tokens",
-    *_ELSEWHERE,
+    *_ELSEWHERE,  # pyright: ignore[reportUnsupportedDunderAll]
 ]
 
 

@@ -168,9 +168,10 @@ class KVCache:
         Args:
             n: how many more, of every row, or one number a row.
         """
-        if isinstance(n, int) and not self.ragged:
-            if self._filled + n > self.max_length:
-                self._refuse("", self._filled, n)
+        filled = self._filled
+        if isinstance(n, int) and isinstance(filled, int):
+            if filled + n > self.max_length:
+                self._refuse("", filled, n)
             return
         for row, (held, more) in enumerate(zip(self.rows, self._counts("n", n), strict=True)):
             if held + more > self.max_length:
@@ -250,8 +251,9 @@ class KVCache:
             n: how many, of every row, or one number a row.
         """
         self.check_room(n)
-        if isinstance(n, int) and not self.ragged:
-            self._filled += n
+        filled = self._filled
+        if isinstance(n, int) and isinstance(filled, int):
+            self._filled = filled + n
         else:
             counts = self._counts("n", n)
             self._hold([held + more for held, more in zip(self.rows, counts, strict=True)])

@@ -86,7 +86,7 @@ def load(
         read = storage.read_safetensors if is_safetensors else storage.read_torch_file
         stored = read(path)
     only = None if scheme is None else scheme.form.only_dtype
-    if only is not None and dtype not in (None, only):
+    if scheme is not None and only is not None and dtype not in (None, only):
         raise ValueError(
             f"dtype must be {str(only).removeprefix('torch.')} (or None) for the "
             f"{scheme.form.label} weights of {path}, got {dtype}: "
@@ -103,10 +103,12 @@ def load(
     marks = tuple(f".{form.mark}" for form in STORED_FORMS.values())
     names = [name.rpartition(".")[0] for name in weights if name.endswith(marks)]
     shapes = config.parameter_shapes()
-    modules = {
-        name: _take_module(name, weights, scheme, shapes[f"{name}.weight"][1], path)
-        for name in names
-    }
+    modules = {}
+    if scheme is not None:  # else there are no such names, `_match` has seen to it
+        modules = {
+            name: _take_module(name, weights, scheme, shapes[f"{name}.weight"][1], path)
+            for name in names
+        }
     return Loaded(config, weights, modules)
 
 
@@ -144,7 +146,7 @@ def save(
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else [WEIGHTS]
     texts = {_CONFIG: config.to_hf_dict() | _scheme_to_save(model)}
-    texts[_CONFIG]["torch_dtype"] = str(model.norm.weight.dtype).split(".")[-1]
+    texts[_CONFIG]["torch_dtype"] = str(model.get_parameter("norm.weight").dtype).split(".")[-1]
     if count > 1:
         weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(weight.nbytes for weight in weights.values())
@@ -231,8 +233,8 @@ def _expected(
             expected[name] = shape, None
             continue
         found.add(marked)
-        if marked is form:
-            parts = form.stored(shape, scheme.values)
+        if scheme is not None and marked is form:
+            parts = marked.stored(shape, scheme.values)
             expected |= {f"{module}.{part}": value for part, value in parts.items()}
     for other in found - {form}:
         raise ValueError(

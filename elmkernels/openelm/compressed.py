@@ -7,7 +7,7 @@ A compressed weight is data, not a Parameter: gradients pass through it to x, no
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..weights.packed12 import check_packed12
 
 def weight_of(module: nn.Module) -> Weight:
     """The weight [n, k] of a projection or an embedding, in the form in which it is held."""
-    return module.compressed() if isinstance(module, Compressed) else module.weight
+    return module.compressed() if isinstance(module, Compressed) else cast(Tensor, module.weight)
 
 
 class _Product(torch.autograd.Function):
@@ -75,7 +75,7 @@ class Compressed(nn.Module):
         self.dtype = weight.dtype
         self.backend: str | None = None  # of `ops.linear`; `accelerate` names one
 
-    def compressed(self) -> Form:
+    def compressed(self) -> Affine | Packed12:
         """The weight, whose tensors are this module's buffers."""
         raise NotImplementedError
 
@@ -138,6 +138,9 @@ class CompressedEmbedding(Compressed):
 class Quantized(Compressed):
     """Buffers as MLX names them: weight uint32, scales, biases (see `formats.Affine`)."""
 
+    weight: Tensor
+    scales: Tensor
+    biases: Tensor
     names = ("weight", "scales", "biases")
     word, label, mark = "quantization", "quantized", "scales"
 
@@ -178,7 +181,9 @@ class Quantized(Compressed):
     def loaded(
         name: str, tensors: list[Tensor], columns: int, scheme: dict[str, Any]
     ) -> Compressed:
-        return quantized_module(name, Affine(*tensors, scheme["bits"], scheme["group_size"]))
+        q, scales, biases = tensors
+        weight = Affine(q, scales, biases, scheme["bits"], scheme["group_size"])
+        return quantized_module(name, weight)
 
     def __getstate__(self) -> dict:
         # Python's pickle of a uint32 tensor can't be read back: travel as int32.
@@ -210,6 +215,11 @@ def quantized_module(name: str, weight: Affine) -> QuantizedLinear | QuantizedEm
 class Packed12Module(Compressed):
     """Buffers named as in a checkpoint. They stay what they are when the model is cast."""
 
+    packed: Tensor
+    exponents: Tensor
+    escape_starts: Tensor
+    escape_columns: Tensor
+    escape_values: Tensor
     names = ("packed", "exponents", "escape_starts", "escape_columns", "escape_values")
     word, label, mark, only_dtype = "elmkernels", "packed12", "packed", torch.bfloat16
 
@@ -226,7 +236,8 @@ class Packed12Module(Compressed):
             self.register_buffer(name, tensor)
 
     def compressed(self) -> Packed12:
-        return Packed12(*(getattr(self, name) for name in self.names), self.in_features)
+        escapes = (self.escape_starts, self.escape_columns, self.escape_values)
+        return Packed12(self.packed, self.exponents, *escapes, self.in_features)
 
     @staticmethod
     def read_scheme(value: Any) -> dict[str, Any]:
@@ -253,7 +264,8 @@ class Packed12Module(Compressed):
     def loaded(
         name: str, tensors: list[Tensor], columns: int, scheme: dict[str, Any]
     ) -> Compressed:
-        weight = Packed12(*tensors, columns)
+        packed, exponents, starts, at, values = tensors
+        weight = Packed12(packed, exponents, starts, at, values, columns)
         check_packed12(weight)
         return packed12_module(name, weight)
 

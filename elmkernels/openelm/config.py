@@ -52,7 +52,8 @@ def expand_multipliers(
         raise TypeError(f"{name} must hold numbers, got {multipliers!r}")
     elif len(multipliers) == 2:
         # numpy's rounding scales by 100 and back; Python's own differs in the last digit of ties.
-        expanded = tuple(np.round(np.linspace(*multipliers, layers, dtype=float), 2).tolist())
+        first, last = multipliers
+        expanded = tuple(np.round(np.linspace(first, last, layers, dtype=float), 2).tolist())
     elif len(multipliers) == layers:
         expanded = tuple(float(m) for m in multipliers)
     else:
@@ -120,8 +121,9 @@ class OpenELMConfig:
     max_context_length: int = 2048
     norm_eps: float = 1e-6
     padding_index: int | None = None
-    num_query_heads: Sequence[int] | None = None
-    num_kv_heads: Sequence[int] | None = None
+    # None is what one may give; whoever reads these fields finds numbers.
+    num_query_heads: Sequence[int] = None  # pyright: ignore[reportAssignmentType]
+    num_kv_heads: Sequence[int] = None  # pyright: ignore[reportAssignmentType]
     model_name: str | None = None
     ffn_dims: tuple[int, ...] = field(init=False)
 
@@ -139,7 +141,7 @@ class OpenELMConfig:
             _check_positive_integer(name, getattr(self, name))
         for name in ("norm_eps", "rope_freq_constant"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not value > 0:
+            if not isinstance(value, Real) or not float(value) > 0:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates halves), got {self.head_dim}")
@@ -157,8 +159,8 @@ class OpenELMConfig:
         ffn = expand_multipliers(
             "ffn_multipliers", self.ffn_multipliers, self.num_transformer_layers
         )
-        q_heads, kv_heads = self._heads()
-        derived = {
+        q_heads, kv_heads = self._heads(self.num_query_heads, self.num_kv_heads)
+        derived: dict[str, Any] = {
             "ffn_multipliers": ffn,
             "ffn_dims": tuple(
                 make_divisible(m * self.model_dim, self.ffn_dim_divisor) for m in ffn
@@ -166,22 +168,24 @@ class OpenELMConfig:
             "num_query_heads": q_heads,
             "num_kv_heads": kv_heads,
         }
-        if not isinstance(self.qkv_multipliers, Real):
+        if isinstance(self.qkv_multipliers, Sequence):
             derived["qkv_multipliers"] = tuple(self.qkv_multipliers)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
-    def _heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _heads(
+        self, query: Sequence[int] | None, key_value: Sequence[int] | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         layers = self.num_transformer_layers
         multipliers = expand_multipliers("qkv_multipliers", self.qkv_multipliers, layers)
-        if self.num_query_heads is None:
+        if query is None:
             divisor = self.head_dim * self.num_gqa_groups
             q_heads = tuple(
                 make_divisible(m * self.model_dim, divisor) // self.head_dim for m in multipliers
             )
         else:
-            q_heads = _layer_counts("num_query_heads", self.num_query_heads, layers)
-        if self.num_kv_heads is None:
+            q_heads = _layer_counts("num_query_heads", query, layers)
+        if key_value is None:
             for layer, q in enumerate(q_heads):
                 if q % self.num_gqa_groups:
                     raise ValueError(
@@ -190,7 +194,7 @@ class OpenELMConfig:
                     )
             kv_heads = tuple(q // self.num_gqa_groups for q in q_heads)
         else:
-            kv_heads = _layer_counts("num_kv_heads", self.num_kv_heads, layers)
+            kv_heads = _layer_counts("num_kv_heads", key_value, layers)
         for layer, (q, kv) in enumerate(zip(q_heads, kv_heads, strict=True)):
             if q % kv:
                 raise ValueError(
@@ -209,8 +213,10 @@ class OpenELMConfig:
         shapes: dict[str, tuple[int, ...]] = {"token_embeddings.weight": (self.vocab_size, dim)}
         for i in range(self.num_transformer_layers):
             q_heads, kv_heads, ffn = self.num_query_heads[i], self.num_kv_heads[i], self.ffn_dims[i]
-            layer = {"attn.qkv_proj": ((q_heads + 2 * kv_heads) * self.head_dim, dim)}
-            layer["attn.out_proj"] = (dim, q_heads * self.head_dim)
+            layer: dict[str, tuple[int, ...]] = {
+                "attn.qkv_proj": ((q_heads + 2 * kv_heads) * self.head_dim, dim),
+                "attn.out_proj": (dim, q_heads * self.head_dim),
+            }
             if self.normalize_qk_projections:
                 layer["attn.q_norm"] = layer["attn.k_norm"] = (self.head_dim,)
             layer["ffn.proj_1"] = (2 * ffn if self.ffn_with_glu else ffn, dim)
@@ -244,7 +250,7 @@ class OpenELMConfig:
         if name not in _VARIANT_SHAPES:
             raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
         layers, model_dim, head_dim = _VARIANT_SHAPES[name]
-        shape = dict(
+        shape: dict[str, Any] = dict(
             num_transformer_layers=layers,
             model_dim=model_dim,
             head_dim=head_dim,

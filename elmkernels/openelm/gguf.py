@@ -6,9 +6,9 @@ llama.cpp's own tool would keep the tied output in q6_K. The package `gguf` writ
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..weights.formats import form_of
 from ..weights.storage import replacing
 from .compressed import weight_of
 from .config import OpenELMConfig
+from .layers import DecoderLayer
 from .model import OpenELM
 from .progress import progress
 
@@ -209,7 +210,7 @@ def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:
         return f"{key}.weight", (0, norm.weight.shape[0]), lambda: norm.weight
 
     yield matrix("token_embd", model.token_embeddings)
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(cast(Iterable[DecoderLayer], model.layers)):
         block, ffn = f"blk.{i}", weight_of(layer.ffn.proj_2).shape[1]
         yield vector(f"{block}.attn_norm", layer.attn_norm)
         yield matrix(f"{block}.attn_qkv", layer.attn.qkv_proj)

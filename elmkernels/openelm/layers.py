@@ -6,7 +6,7 @@ shared by its layers.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,9 @@ class Attention(nn.Module):
             k, v = context.cache.append(self.layer_index, k, v)
         if context.cu_seqlens is not None:
             q, k, v = in_one_row((q, k, v))
-        sight = {"offsets": context.offsets, "cu_seqlens": context.cu_seqlens}
-        out = attention(q, k, v, context.key_mask, **sight)
+        out = attention(
+            q, k, v, context.key_mask, offsets=context.offsets, cu_seqlens=context.cu_seqlens
+        )
         return self.out_proj(out.reshape(*x.shape[:2], self.q_heads * self.head_dim))
 
     def extra_repr(self) -> str:
@@ -130,7 +131,7 @@ class TiedHead(nn.Module):
 class LogitsHead(nn.Module):
     """What the last layer gives, [..., model_dim] -> logits: the norm, then the projection."""
 
-    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, model: Any, x: Tensor) -> Tensor:
         return model.project(model.norm(x))
 
 

@@ -1,6 +1,7 @@
 """Losses of a language model, and the module that makes them of hidden states."""
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,7 +64,7 @@ def plain_weight(head: nn.Module) -> Tensor | None:
     plain = kind in (nn.Embedding, nn.Linear) or getattr(kind, "plain_matrix", False)
     if not plain or not unhooked(head) or getattr(head, "bias", None) is not None:
         return None
-    return head.weight
+    return cast(Tensor, head.weight)
 
 
 def next_tokens(

@@ -285,7 +285,7 @@ class OpenELM(nn.Module):
             [..., vocab_size].
         """
         if self.classifier is None:
-            return self.tied_head(hidden, weight_of(self.token_embeddings))
+            return self.tied_head(hidden, weight_of(self.token_embeddings))  # pyright: ignore
         return self.classifier(hidden)
 
     def loss(

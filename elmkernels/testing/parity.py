@@ -18,9 +18,14 @@ from ..weights.formats import Arena
 from .cases import CASES, OPS
 from .cases.draw import Case, make
 from .equivalent import reordered
-from .rule import SLACK, Comparison, compare
+from .rule import FACTORS, SLACK, Comparison, compare
 
 EVALUATIONS = 8  # of the reference in the working dtype, at most
+RULE = (
+    f"max error <= {FACTORS[0]:g} x yardstick + 1 ulp, rms error <= {FACTORS[1]:g} x yardstick, "
+    f"each + {SLACK:g} eps32 of truth (in the max error of some ops more); the yardstick is the "
+    f"reference's largest error in {EVALUATIONS} equally right evaluations"
+)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -254,21 +259,24 @@ class Expected:
             self.evaluated.append(self.run(specification(self.op, order)))
         return self.evaluated[i]
 
-    def compare(self, candidate: Callable, evaluations: int = EVALUATIONS) -> list[Comparison]:
-        """Run a candidate that has the op's signature and hold all it gives to truth."""
+    def results(self, candidate: Callable) -> dict[str, Tensor]:
+        """What a candidate that has the op's signature gives, in memory that was poisoned."""
         with poisoned():
-            got = self.run(candidate)
+            return self.run(candidate)
+
+    def judge(
+        self, got: dict[str, Tensor], evaluations: Sequence[int] = range(EVALUATIONS)
+    ) -> list[Comparison]:
+        """Hold results to truth, by these evaluations or as many of them as they need to pass."""
         slack = SLACK * OPS[self.op].slack
         return [
-            compare(
-                self.truth[name],
-                (self.evaluation(i)[name] for i in range(evaluations)),
-                got[name],
-                name,
-                slack,
-            )
-            for name in self.truth
+            compare(truth, (self.evaluation(i)[what] for i in evaluations), got[what], what, slack)
+            for what, truth in self.truth.items()
         ]
+
+    def compare(self, candidate: Callable) -> list[Comparison]:
+        """Run a candidate that has the op's signature and hold all it gives to truth."""
+        return self.judge(self.results(candidate))
 
     def record(self, backend: str | None) -> Record:
         """The verdict on a backend; None: the one that the op prefers."""

@@ -70,6 +70,7 @@ def test_parity_table(capsys, few_cases):
     out = capsys.readouterr().out
     assert "parity: 4 records, 0 failed parity" in out
     assert CASES["attention"][1].name in out
+    assert f"rule: {parity.RULE}" in out
 
 
 def test_parity_json_is_kept_in_a_file(capsys, few_cases, tmp_path):
@@ -77,6 +78,7 @@ def test_parity_json_is_kept_in_a_file(capsys, few_cases, tmp_path):
     found = run_json(capsys, *argv, "--out", str(tmp_path))
     assert found == json.loads((tmp_path / "results.json").read_text())
     assert found["complete"] is True
+    assert found["rule"] == parity.RULE
     assert [r["ok"] for r in found["records"]] == [True, True]
     assert {r["dtype"] for r in found["records"]} == {"float32"}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]

@@ -6,12 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.mutations import MUTATIONS
 
 from elmkernels import ops
 from elmkernels.reference import swiglu
 from elmkernels.testing import CASES, OPS
 from elmkernels.testing.equivalent import Orders, put_back, take
 from elmkernels.testing.parity import EVALUATIONS, Expected, runnable, specification
+from elmkernels.testing.rule import compare, relative_errors
 
 CASE = {op: {case.name: case for case in cases} for op, cases in CASES.items()}
 # Every shape of an op's sums, options and layouts; none is large.
@@ -129,5 +131,42 @@ def test_one_evaluation_alone_would_fail_it():
     failed = 0
     for op, name in ILL:
         expected = right_by_luck(Expected(op, CASE[op][name], torch.float32))
-        failed += any(not c.ok for c in expected.compare(specification(op, 101), evaluations=1))
+        got = expected.results(specification(op, 101))
+        failed += any(not c.ok for c in expected.judge(got, (0,)))
     assert failed >= 4
+
+
+def at_moved_inputs(expected: Expected, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Truth, had the inputs been what they may have been before they were rounded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        wide = x.detach().double()
+        unit = torch.exp2(wide.abs().clamp(min=1e-30).log2().floor()) * torch.finfo(dtype).eps
+        by = torch.rand(wide.shape, generator=generator, dtype=torch.float64) - 0.5
+        return (wide + by * unit).requires_grad_(x.requires_grad)
+
+    before = expected.inputs
+    expected.inputs = tuple(map(moved, before[0])), {k: moved(v) for k, v in before[1].items()}
+    found = expected.run(specification(expected.op), torch.float64)
+    expected.inputs = before
+    return found
+
+
+@pytest.mark.parametrize("name", ["one_key_outweighs", "varlen_one_key_outweighs"])
+def test_the_inputs_own_rounding_is_no_yardstick(name):
+    """Float32 doesn't need it, and half types would let a truncating store through."""
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = Expected("attention", CASE["attention"][name], dtype)
+        moved = at_moved_inputs(expected, dtype)["out"]
+        truth, plain = expected.truth["out"], expected.evaluated[0]["out"]
+        errors = relative_errors(truth, plain), relative_errors(truth, moved)
+        truncated = MUTATIONS["attention"]["truncated"]
+        wrong = truncated(*expected.inputs[0], **expected.inputs[1])
+        assert not compare(truth, plain, wrong).ok
+        if dtype == torch.float32:
+            assert errors[1] < errors[0]
+        else:
+            assert compare(truth, plain, wrong, floor=errors[1]).ok
