@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
 from ..weights.affine import check_scheme
+from ..weights.checks import check_stored
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Form, Packed12, Weight
-from ..weights.packed12 import check_packed12
 
 
 def weight_of(module: nn.Module) -> Weight:
@@ -178,7 +178,9 @@ class Quantized(Compressed):
     def loaded(
         name: str, tensors: list[Tensor], columns: int, scheme: dict[str, Any]
     ) -> Compressed:
-        return quantized_module(name, Affine(*tensors, scheme["bits"], scheme["group_size"]))
+        weight = Affine(*tensors, scheme["bits"], scheme["group_size"])
+        check_stored(Quantized.label, weight)
+        return quantized_module(name, weight)
 
     def __getstate__(self) -> dict:
         # Python's pickle of a uint32 tensor can't be read back: travel as int32.
@@ -254,7 +256,7 @@ class Packed12Module(Compressed):
         name: str, tensors: list[Tensor], columns: int, scheme: dict[str, Any]
     ) -> Compressed:
         weight = Packed12(*tensors, columns)
-        check_packed12(weight)
+        check_stored(Packed12Module.label, weight)
         return packed12_module(name, weight)
 
     def _apply(self, fn, recurse=True):

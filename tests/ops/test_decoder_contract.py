@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from elmkernels import decode_step, linear, reference
-from elmkernels.ops.decode_step import _TABLES
 from elmkernels.testing import runnable
 from elmkernels.testing.cases.decode_step import arena, decoder, with_written
 from elmkernels.testing.cases.draw import Draw
@@ -17,6 +16,7 @@ from elmkernels.testing.cases.weights import FORMS, dtypes_of, weight
 from elmkernels.testing.parity import compare
 from elmkernels.weights.formats import Layer, Packed12
 from elmkernels.weights.packed12 import pack_weight
+from elmkernels.weights.table import _TABLES
 
 BACKENDS = runnable("decode_step")
 POSITIONS = torch.tensor([0, 150, 63, 64, 1, 129, 17, 70])
