@@ -96,6 +96,15 @@ def integers(name: str, x: Tensor, device: torch.device) -> None:
         fail(name, f"on {device}", x.device)
 
 
+def values_of(x: Tensor) -> Tensor:
+    """The tensor that torch.func's transforms have wrapped, with their batches as dimensions: its
+    numbers can be read; x itself if there are none."""
+    functorch = getattr(torch._C, "_functorch")  # noqa: B009 - torch's stubs don't have it
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def broadcastable(name: str, x: Tensor, expected: tuple) -> None:
     """x.shape broadcasts to `expected`."""
     if x.dim() > len(expected) or any(
@@ -112,7 +121,7 @@ def positive(name: str, value: int) -> None:
 def within(name: str, x: Tensor, limit: int, what: str) -> None:
     """Every element of x lies in [0, limit). Reads the data: for CPU tensors, outside tracing."""
     if x.numel():
-        low, high = (int(v) for v in torch.aminmax(x))
+        low, high = (int(v) for v in torch.aminmax(values_of(x)))
         if low < 0 or high >= limit:
             fail(name, f"in [0, {limit}) ({what})", low if low < 0 else high)
 
@@ -120,10 +129,11 @@ def within(name: str, x: Tensor, limit: int, what: str) -> None:
 def boundaries(name: str, x: Tensor, total: int) -> None:
     """x [documents + 1] rises, maybe not everywhere, from 0 to total. Reads the data, like
     `within`."""
+    x = values_of(x)
     expected, (first, last) = f"rising from 0 to {total}", (int(x[0]), int(x[-1]))
     if (first, last) != (0, total):
         fail(name, expected, f"{first} to {last}")
-    falls = x.diff() < 0
+    falls = x[1:] < x[:-1]  # a difference could wrap
     if bool(falls.any()):
         at = int(falls.int().argmax())
         fail(name, expected, f"{int(x[at])} before {int(x[at + 1])}")

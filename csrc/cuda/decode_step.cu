@@ -11,7 +11,7 @@
 // of it is hidden: prefetch_task() asks for weights before each barrier, so that memory doesn't
 // wait with the blocks.
 //
-// Layer-wise scaling is in the table of layers (elmkernels/ops/decode_step.py), which lies on the
+// Layer-wise scaling is in the table of layers (elmkernels/weights/table.py), which lies on the
 // device. The schedule is arithmetic over it (decode/plan.cuh). Numbers are rounded where the
 // reference rounds: outputs of norms, projections, rotations, additions. The rest is float32.
 #include "cuda/decode/phases.cuh"

@@ -1,5 +1,5 @@
 // A weight matrix [n, k] in any of its forms, and the table of a decoder's weights: rows of int64
-// that elmkernels/ops/decode_step.py writes. tests/cuda/test_weight_table.py holds both sides to
+// that elmkernels/weights/table.py writes. tests/cuda/test_weight_table.py holds both sides to
 // the same numbers and the same order.
 #pragma once
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
 from ..weights.affine import check_scheme
+from ..weights.checks import check_stored
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Form, Packed12, Weight
-from ..weights.packed12 import check_packed12
 
 
 def weight_of(module: nn.Module) -> Weight:
@@ -183,6 +183,7 @@ class Quantized(Compressed):
     ) -> Compressed:
         q, scales, biases = tensors
         weight = Affine(q, scales, biases, scheme["bits"], scheme["group_size"])
+        check_stored(Quantized.label, weight)
         return quantized_module(name, weight)
 
     def __getstate__(self) -> dict:
@@ -266,7 +267,7 @@ class Packed12Module(Compressed):
     ) -> Compressed:
         packed, exponents, starts, at, values = tensors
         weight = Packed12(packed, exponents, starts, at, values, columns)
-        check_packed12(weight)
+        check_stored(Packed12Module.label, weight)
         return packed12_module(name, weight)
 
     def _apply(self, fn, recurse=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.linear import dense_rows
 from ..weights.chunks import each_chunk
-from ..weights.formats import form_of
+from ..weights.formats import Weight, form_of
 from ..weights.storage import replacing
 from .compressed import weight_of
 from .config import OpenELMConfig
@@ -202,7 +202,7 @@ def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:
     def matrix(key: str, module: Any, part: slice | None = None) -> tuple:
         weight = weight_of(module)
         if part is not None:
-            weight = form_of(weight).rows(part.start, part.stop)
+            weight = cast(Weight, form_of(weight).rows(part.start, part.stop))
         n = weight.shape[0]
         return f"{key}.weight", tuple(weight.shape), lambda: dense_rows(weight, weight.dtype, 0, n)
 

@@ -5,22 +5,19 @@ runs all of them in one parallel region or one launch and reads every weight onc
 rounds where the reference does: at the output of every norm, projection, rotation and addition.
 """
 
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define, kernel
-from ..checks import fail, integers, tensor, within
+from ..checks import fail, integers, positive, tensor, within
 from ..weights.checks import check_decoder_weights
-from ..weights.formats import Arena, DecoderWeights, Weight, form_of
+from ..weights.formats import Arena, DecoderWeights
+from ..weights.indices import check_shares, read_once
+from ..weights.table import table_of
 from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMS = {8: 3, 4: 4, 12: 5}  # of compressed weights, by their bits
 _CPU = torch.device("cpu")
 
 define(
@@ -40,67 +37,6 @@ define(
 )
 
 
-def _fields(weight: Weight) -> list[int]:
-    """A weight as csrc/shared/weight_table.h reads it: form, n, k, bytes a row, data; element type,
-    scales, biases, group; exponents, escapes' starts, columns, values.
-    """
-    data, *rest, bits = form_of(weight).parts()
-    n, k = weight.shape
-    row_bytes = data.stride(0) * data.element_size()
-    scales, biases, *packed12 = (0 if x is None else x.data_ptr() for x in rest)
-    element = _ELEMENTS[rest[0].dtype] if rest[0] is not None and scales else 0
-    form = _FORMS[bits] if bits else _ELEMENTS[data.dtype]
-    group = form_of(weight).group_size
-    return [form, n, k, row_bytes, data.data_ptr(), element, scales, biases, group, *packed12]
-
-
-class _Table(NamedTuple):
-    """int64 [layers + 1, fields]: a row for each layer, then embedding, head and last norm. It is
-    where the weights are: a GPU's kernel reads it there, and is launched by the widest layers.
-    """
-
-    rows: Tensor
-    qkv_width: int
-    ffn_dim: int
-
-
-def _table(weights: DecoderWeights) -> _Table:
-
-    def pointer(x: Tensor | None) -> int:
-        return 0 if x is None else x.data_ptr()
-
-    rows = []
-    for layer in weights.layers:
-        matrices = (layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2)
-        norms = (layer.attn_norm, layer.q_norm, layer.k_norm, layer.ffn_norm)
-        rows.append([f for w in matrices for f in _fields(w)] + [pointer(x) for x in norms])
-        rows[-1] += [layer.q_heads, layer.kv_heads]
-    width = 4 * len(_fields(weights.head)) + 6
-    last = _fields(weights.embedding) + _fields(weights.head)
-    last += [0] * (width - 6 - len(last)) + [pointer(weights.norm)]
-    rows.append(last + [0] * (width - len(last)))
-    device, layers = weights.norm.device, weights.layers
-    return _Table(
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        max((layer.qkv_proj.shape[0] for layer in layers), default=0),
-        max((layer.proj_2.shape[1] for layer in layers), default=0),
-    )
-
-
-# Tables of weights that were checked, by identity: DecoderWeights are immutable. Weak, since a
-# table keeps addresses: it must go with the weights that they are of.
-_TABLES: WeakKeyDictionary[DecoderWeights, _Table] = WeakKeyDictionary()
-
-
-def table_of(weights: DecoderWeights) -> _Table:
-    """The checked table of a decoder's weights, made once for each."""
-    table = _TABLES.get(weights)
-    if table is None:
-        check_decoder_weights(weights)
-        table = _TABLES[weights] = _table(weights)
-    return table
-
-
 def _check_arena(arena: Arena, weights: DecoderWeights, batch: int) -> None:
     if arena.data.dtype != weights.norm.dtype:
         fail("arena", f"{weights.norm.dtype} like the norms", arena.data.dtype, TypeError)
@@ -111,13 +47,40 @@ def _check_arena(arena: Arena, weights: DecoderWeights, batch: int) -> None:
     if arena.batch != batch:
         fail("arena", f"of {batch} sequences like tokens", arena.batch)
     layers = len(weights.layers)
+    integers("arena.offsets", arena.offsets, _CPU)
     if arena.offsets.shape != (layers, 2):
         fail("arena.offsets", [layers, 2], list(arena.offsets.shape))
-    integers("arena.offsets", arena.offsets, _CPU)
     if not arena.offsets.is_contiguous():
         fail("arena.offsets", "contiguous", f"strides {arena.offsets.stride()}")
     if arena.head_dim != weights.head_dim:
         fail("arena.head_dim", weights.head_dim, arena.head_dim)
+
+
+def _check_shares(arena: Arena, kv_heads: tuple[int, ...]) -> None:
+    """Each layer's keys and values lie within the buffer, apart from all others."""
+    facts = arena.data.numel(), arena.batch, arena.max_length, arena.head_dim, kv_heads
+
+    def read() -> None:
+        positive("arena.max_length", arena.max_length)
+        sizes = [arena.batch * n * arena.max_length * arena.head_dim for n in kv_heads]
+        check_shares("arena.offsets", arena.offsets, sizes, arena.data.numel())
+
+    read_once((arena.offsets,), read, facts)
+
+
+def _check(weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Arena) -> None:
+    if not isinstance(weights, DecoderWeights):
+        fail("weights", "DecoderWeights", type(weights).__name__, TypeError)
+    if not isinstance(arena, Arena):
+        fail("arena", "an Arena", type(arena).__name__, TypeError)
+    tensor("arena.data", arena.data)
+    integers("tokens", tokens, arena.data.device)
+    integers("positions", positions, arena.data.device)
+    if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:
+        fail("tokens", f"[batch] of at most {MAX_BATCH}", list(tokens.shape))
+    if positions.shape != tokens.shape:
+        fail("positions", f"{list(tokens.shape)} like tokens", list(positions.shape))
+    _check_arena(arena, weights, tokens.shape[0])
 
 
 def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
@@ -169,24 +132,19 @@ def decode_step(
         ...     logits = elmkernels.decode_step(weights, tokens, cache.lengths, cache.arena)
         >>> cache.advance(1)
     """
-    tensor("arena.data", arena.data)
-    integers("tokens", tokens, arena.data.device)
-    integers("positions", positions, arena.data.device)
-    if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:
-        fail("tokens", f"[batch] of at most {MAX_BATCH}", list(tokens.shape))
-    if positions.shape != tokens.shape:
-        fail("positions", f"{list(tokens.shape)} like tokens", list(positions.shape))
-    _check_arena(arena, weights, tokens.shape[0])
+    _check(weights, tokens, positions, arena)
     if chosen is not None:
         _check_chosen(chosen, tokens)
     backend = choose("decode_step", arena.data.device.type, backend)
     if backend == REFERENCE or tokens.shape[0] == 0:
         check_decoder_weights(weights)
+        _check_shares(arena, tuple(layer.kv_heads for layer in weights.layers))
         within("tokens", tokens, weights.embedding.shape[0], "the vocabulary")
         within("positions", positions, weights.rope_table.shape[0], "rope_table's length")
         within("positions", positions, arena.max_length, "the cache's max_length")
         return reference.decode_step(weights, tokens, positions, arena, chosen)
     table = table_of(weights)
+    _check_shares(arena, table.kv_heads)
     return kernel("decode_step_fwd", backend)(
         table.rows,
         tokens.contiguous(),

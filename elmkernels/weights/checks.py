@@ -6,11 +6,23 @@ from torch import Tensor
 from ..checks import fail, floating, positive, tensor
 from ..checks import weight as check_norm
 from .formats import DecoderWeights, Layer, Weight, check_part, form_of
+from .indices import read_once
 
 
 def check_weight(name: str, weight: Weight) -> None:
-    """The tensors of a weight fit each other."""
+    """The tensors of a weight fit each other, and what kernels follow in them points inside."""
+    form = form_of(weight)
+    form.check(name)
+    if indices := form.indices:
+        read_once(indices, lambda: form.check_numbers(name), weight.shape)
+
+
+def check_stored(name: str, weight: Weight) -> None:
+    """The same of a weight that comes from outside (a file, a state_dict), and that its numbers
+    are those of a weight: scales are finite.
+    """
     form_of(weight).check(name)
+    form_of(weight).check_numbers(name)
 
 
 def _projection(name: str, weight: Weight, n: int | None, k: int | None, norm: Tensor) -> None:
@@ -25,6 +37,7 @@ def _projection(name: str, weight: Weight, n: int | None, k: int | None, norm: T
         fail(name, f"on {norm.device} like norm", weight.device)
     if isinstance(weight, Tensor) and weight.stride(-1) != 1:
         fail(name, "of contiguous rows", f"strides {weight.stride()}")
+    _in_memory(name, weight)
 
 
 def _norm(name: str, x: Tensor, n: int, norm: Tensor) -> None:
@@ -33,6 +46,14 @@ def _norm(name: str, x: Tensor, n: int, norm: Tensor) -> None:
         fail(name, f"{norm.dtype} like norm", x.dtype, TypeError)
     if not x.is_contiguous():
         fail(name, "contiguous", f"strides {x.stride()}")
+    _in_memory(name, x)
+
+
+def _in_memory(name: str, weight: Weight) -> None:
+    """What is sharded or offloaded may have given its memory back."""
+    for x in form_of(weight).parts():
+        if isinstance(x, Tensor) and x.numel() and x.untyped_storage().nbytes() == 0:
+            fail(name, "in memory", "a tensor whose storage is empty")
 
 
 def _check_layer(name: str, layer: Layer, weights: DecoderWeights) -> None:
@@ -56,6 +77,11 @@ def _check_layer(name: str, layer: Layer, weights: DecoderWeights) -> None:
 
 def check_decoder_weights(weights: DecoderWeights) -> None:
     """The weights of a decoder fit its sizes and each other, in one dtype and on one device."""
+    if not isinstance(weights.layers, tuple) or not all(
+        isinstance(layer, Layer) for layer in weights.layers
+    ):
+        kind = type(weights.layers).__name__
+        fail("weights.layers", "a tuple of Layer", f"{kind} of other things", TypeError)
     floating("weights.norm", weights.norm)
     if weights.norm.dim() != 1 or not weights.norm.is_contiguous():
         fail("weights.norm", "[model_dim], contiguous", list(weights.norm.shape))

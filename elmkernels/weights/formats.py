@@ -11,7 +11,7 @@ matrix that it stands for. `form_of` gives a plain Tensor the same methods. Noth
 room asks which form a weight has.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,124 +19,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import fail, floating, tensor
+from ..checks import fail, floating, positive, tensor
+from .base import Dense, Form, Parts, check_part
+from .indices import check_escapes
+
+__all__ = [
+    "BITS",
+    "ESCAPE",
+    "GROUP_SIZES",
+    "SEGMENT_BYTES",
+    "SEGMENT_COLUMNS",
+    "Affine",
+    "Arena",
+    "DecoderWeights",
+    "Dense",
+    "Form",
+    "Layer",
+    "Packed12",
+    "Parts",
+    "Weight",
+    "check_part",
+    "form_of",
+    "is_compressed",
+]
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64)
 # A row of `Packed12` is a sequence of segments: 128 sign-and-mantissa bytes, 64 bytes of codes.
 SEGMENT_COLUMNS, SEGMENT_BYTES = 128, 192
 ESCAPE = 15  # the code of a weight whose exponent is not in the table
-
-
-class Parts(NamedTuple):
-    """A weight as the raw kernels take it; bits: 0 of a plain one, 8 or 4 of `Affine`, 12."""
-
-    data: Tensor
-    scales: Tensor | None
-    biases: Tensor | None
-    exponents: Tensor | None
-    escape_starts: Tensor | None
-    escape_columns: Tensor | None
-    escape_values: Tensor | None
-    bits: int
-
-
-class Form(ABC):
-    """A matrix [n, k] in one form."""
-
-    group_size: int  # columns that share a scale; 0 if there are none
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the dense matrix, unless another is asked for."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int: ...
-
-    @abstractmethod
-    def parts(self) -> Parts:
-        """The tensors as kernels take them."""
-
-    @abstractmethod
-    def rows(self, begin: int, end: int) -> "Weight":
-        """Rows [begin, end) in the same form."""
-
-    @abstractmethod
-    def gather(self, ids: Tensor) -> "Weight":
-        """The rows that ids, integers [m], name, in the same form."""
-
-    @abstractmethod
-    def check(self, name: str) -> None:
-        """Raise ValueError or TypeError if the tensors don't fit each other."""
-
-    @abstractmethod
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix [n, k] that the weight stands for, in `dtype` (None: its own)."""
-
-    @property
-    def native_dtype(self) -> torch.dtype | None:
-        """The one dtype in which kernels make its rows dense; None if it may be any."""
-        return None
-
-    @abstractmethod
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether activations of a dtype are multiplied by it as it is."""
-
-
-class Dense(Form):
-    """A plain Tensor [n, k] as a form."""
-
-    group_size = 0
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.weight.shape
-        return n, k
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
-
-    def parts(self) -> Parts:
-        return Parts(self.weight, None, None, None, None, None, None, 0)
-
-    def rows(self, begin: int, end: int) -> Tensor:
-        return self.weight[begin:end]
-
-    def gather(self, ids: Tensor) -> Tensor:
-        return self.weight[ids]
-
-    def check(self, name: str) -> None:
-        floating(name, self.weight)
-        if self.weight.dim() != 2:
-            fail(name, "[n, k]", list(self.weight.shape))
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.weight if dtype is None else self.weight.to(dtype)
-
-    def takes(self, dtype: torch.dtype) -> bool:
-        return dtype == self.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +107,11 @@ class Affine(Form):
         shape, dtype = (n, k // self.group_size), self.scales.dtype
         for part, x in (("scales", self.scales), ("biases", self.biases)):
             check_part(f"{name}.{part}", x, dtype, shape, self.q.device)
+
+    def check_numbers(self, name: str) -> None:
+        for part, x in (("scales", self.scales), ("biases", self.biases)):
+            if x.numel() and not x.is_meta and not all(bool(v.isfinite()) for v in x.aminmax()):
+                fail(f"{name}.{part}", "finite", "inf or nan")
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """scales q + biases in float32 (float64 if asked for), rounded once."""
@@ -279,6 +195,7 @@ class Packed12(Form):
         tensor(f"{name}.data", self.data)
         if self.data.dim() != 3:
             fail(f"{name}.data", f"[n, segments, {SEGMENT_BYTES}]", list(self.data.shape))
+        positive(f"{name}.columns", self.columns)
         n, segments = self.data.shape[0], -(-self.columns // SEGMENT_COLUMNS)
         device = self.data.device
         shape = (n, segments, SEGMENT_BYTES)
@@ -286,8 +203,17 @@ class Packed12(Form):
         check_part(f"{name}.exponents", self.exponents, torch.uint8, (16,), device)
         check_part(f"{name}.escape_starts", self.escape_starts, torch.int32, (n + 1,), device)
         columns, values = self.escape_columns, self.escape_values
-        check_part(f"{name}.escape_columns", columns, torch.int32, columns.shape, device)
-        check_part(f"{name}.escape_values", values, torch.bfloat16, columns.shape, device)
+        tensor(f"{name}.escape_columns", columns)
+        shape = (columns.numel(),)
+        check_part(f"{name}.escape_columns", columns, torch.int32, shape, device)
+        check_part(f"{name}.escape_values", values, torch.bfloat16, shape, device)
+
+    @property
+    def indices(self) -> tuple[Tensor, ...]:
+        return self.escape_columns, self.escape_starts
+
+    def check_numbers(self, name: str) -> None:
+        check_escapes(name, self.escape_starts, self.escape_columns, self.columns)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The bfloat16 weights, bit for bit."""
@@ -322,21 +248,6 @@ def is_compressed(weight: object) -> bool:
     return isinstance(weight, Form)
 
 
-def check_part(
-    name: str, x: Tensor, dtype: torch.dtype, shape: tuple, device: torch.device
-) -> None:
-    """Raise TypeError or ValueError for a tensor of a form that isn't as it must be."""
-    tensor(name, x)
-    if x.dtype != dtype:
-        fail(name, dtype, x.dtype, TypeError)
-    if tuple(x.shape) != tuple(shape):
-        fail(name, list(shape), list(x.shape))
-    if x.device != device:
-        fail(name, f"on {device}", x.device)
-    if not x.is_contiguous():
-        fail(name, "contiguous", f"strides {x.stride()}")
-
-
 class Layer(NamedTuple):
     """The weights and head counts of one decoder layer."""
 
@@ -356,7 +267,8 @@ class Layer(NamedTuple):
 class DecoderWeights:
     """A whole decoder as data: layer-wise scaling is in the rows of `layers`, not in code.
 
-    Its identity is what kernels remember it by: another model's weights are another object.
+    Its identity is what kernels remember it by: another model's weights are another object. It is
+    checked at its first step, and again if the memory of a weight is replaced.
     """
 
     embedding: Weight  # [vocab_size, model_dim]
@@ -375,6 +287,12 @@ class DecoderWeights:
     @property
     def vocab_size(self) -> int:
         return self.head.shape[0]
+
+    def weights(self) -> Iterator[Weight]:
+        """Every matrix and every norm's weight."""
+        yield from (self.embedding, self.norm, self.head)
+        for layer in self.layers:
+            yield from (w for w in layer if isinstance(w, Tensor | Form))
 
 
 class Arena(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_stored
 from .chunks import each_chunk
 from .formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, Packed12
 
@@ -119,14 +120,7 @@ def _interleaved(columns: np.ndarray, segments: int) -> np.ndarray:
 
 
 def check_packed12(weight: Packed12) -> None:
-    """Raise ValueError where the escapes of a stored weight point outside of it."""
-    starts, columns = weight.escape_starts, weight.escape_columns
-    if starts.device.type == "meta":
-        return
-    count = columns.numel()
-    if weight.escape_values.numel() != count:
-        raise ValueError(f"{count} escape_columns, {weight.escape_values.numel()} escape_values")
-    if int(starts[0]) or int(starts[-1]) != count or bool((starts.diff() < 0).any()):
-        raise ValueError(f"escape_starts must ascend from 0 to {count}")
-    if count and not 0 <= int(columns.min()) <= int(columns.max()) < weight.columns:
-        raise ValueError(f"escape_columns must lie in [0, {weight.columns})")
+    """Raise ValueError or TypeError for the tensors of a stored weight that don't fit each other,
+    and for escapes that point outside of it.
+    """
+    check_stored("packed12", weight)

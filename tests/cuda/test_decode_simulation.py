@@ -13,7 +13,6 @@ import torch
 from helpers.on_host import DTYPES, compiled
 from torch import Tensor
 
-from elmkernels.ops.decode_step import table_of
 from elmkernels.testing import CASES
 from elmkernels.testing.cases.decode_step import arena, decoder, with_written
 from elmkernels.testing.cases.draw import Draw, make, models
@@ -21,6 +20,7 @@ from elmkernels.testing.cases.weights import FORMS, dtypes_of
 from elmkernels.testing.parity import EVALUATIONS, compare, specification
 from elmkernels.weights.affine import quantize_weight
 from elmkernels.weights.formats import Affine, Arena, DecoderWeights
+from elmkernels.weights.table import table_of
 
 ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
 POSITIONS = (3, 200, 0, 131)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers.on_host import compiled
 
-from elmkernels.ops.decode_step import _fields, table_of
 from elmkernels.weights import pack_weight, quantize_weight
 from elmkernels.weights.formats import ESCAPE, SEGMENT_BYTES, SEGMENT_COLUMNS, DecoderWeights, Layer
+from elmkernels.weights.table import _fields, table_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIELDS = (

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from elmkernels import decode_step, linear, reference
-from elmkernels.ops.decode_step import _TABLES
 from elmkernels.testing import OPS, runnable
 from elmkernels.testing.cases.decode_step import arena, decoder, with_written
 from elmkernels.testing.cases.draw import Draw
@@ -19,6 +18,7 @@ from elmkernels.testing.equivalent import reordered
 from elmkernels.testing.parity import EVALUATIONS, compare
 from elmkernels.weights.formats import Layer, Packed12
 from elmkernels.weights.packed12 import pack_weight
+from elmkernels.weights.table import _TABLES
 
 BACKENDS = runnable("decode_step")
 POSITIONS = torch.tensor([0, 150, 63, 64, 1, 129, 17, 70])
