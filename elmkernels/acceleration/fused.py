@@ -161,6 +161,8 @@ class FusedAttention(nn.Module):
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
             q, _, _ = self.project(qkv, context.positions, context.rope_table, **buffers)
             k, v = cache.filled(i, length)
+        if context.attend is not None:
+            return context.attend(self, q, k, v).reshape(*qkv.shape[:2], -1)
         if context.cu_seqlens is not None:
             q, k, v = in_one_row((q, k, v))
         out = ops.attention(

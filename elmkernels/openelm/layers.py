@@ -5,7 +5,7 @@ The protocol between them, which any replacement of a module keeps: `layer(x, co
 shared by its layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ class Context(NamedTuple):
     offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
     cu_seqlens: Tensor | None = None  # int64 [documents + 1] over the batch * length tokens
     checkpointed: bool = False  # the layers are run again in the backward pass
+    # (module, q, k, v) -> what attention gives: in its place, the cache's too (another project's)
+    attend: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 class RMSNorm(nn.Module):
@@ -81,9 +83,11 @@ class Attention(nn.Module):
             k, v = context.cache.append(self.layer_index, k, v)
         if context.cu_seqlens is not None:
             q, k, v = in_one_row((q, k, v))
-        out = attention(
-            q, k, v, context.key_mask, offsets=context.offsets, cu_seqlens=context.cu_seqlens
-        )
+        if context.attend is None:
+            offsets, documents = context.offsets, context.cu_seqlens
+            out = attention(q, k, v, context.key_mask, offsets=offsets, cu_seqlens=documents)
+        else:
+            out = context.attend(self, q, k, v)
         return self.out_proj(out.reshape(*x.shape[:2], self.q_heads * self.head_dim))
 
     def extra_repr(self) -> str:

@@ -1,0 +1,72 @@
+"""The embedding and the output projection, as transformers reaches for them."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ...checks import fail
+from ...openelm.compressed import Compressed
+
+
+class HasEmbeddings:
+    """An `OpenELMForCausalLM`'s embedding, which is its projection too if the two are tied."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings.
+
+        Returns:
+            The module.
+        """
+        return self.transformer.token_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put others in place of the token embeddings.
+
+        Args:
+            value: the module.
+        """
+        self.transformer.token_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output projection.
+
+        Returns:
+            The module; None if it is the embedding's weight.
+        """
+        return self.transformer.classifier
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another in place of the output projection.
+
+        Args:
+            new_embeddings: the module.
+
+        Raises:
+            ValueError: the projection is the embedding's weight.
+        """
+        if self.transformer.classifier is None:
+            fail("new_embeddings", "None for a model whose projection is the embedding's weight",
+                 type(new_embeddings).__name__)  # fmt: skip
+        self.transformer.classifier = new_embeddings
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Have another number of token ids, as transformers' own does it.
+
+        Args:
+            args, kwargs: of transformers' resize_token_embeddings.
+
+        Returns:
+            The token embeddings.
+
+        Raises:
+            ValueError: they are compressed.
+        """
+        body = self.transformer
+        if isinstance(body.token_embeddings, Compressed):
+            fail("token_embeddings", "plain to be resized", type(body.token_embeddings).__name__)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        body.config = replace(body.config, vocab_size=self.config.vocab_size)
+        if self.report is not None:  # what was prepared of the old weight is stale
+            self.accelerate()
+        return embeddings

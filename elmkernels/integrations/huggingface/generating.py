@@ -1,0 +1,61 @@
+"""What `generate` needs to know of the model."""
+
+from typing import Any, NoReturn
+
+from .attention import NAME
+from .cache import OpenELMCache
+from .versions import cache_name
+
+CACHE = cache_name()
+
+
+class Generates:
+    """An `OpenELMForCausalLM` in transformers' generation: its own cache by default."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if (
+            model_kwargs.get(CACHE) is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and self.takes_own_cache()
+        ):
+            room = args[2] if len(args) > 2 else kwargs.get("max_cache_length")
+            limit = self.config.rope_max_length
+            model_kwargs[CACHE] = OpenELMCache(
+                self.config, None if room is None else max(1, min(int(room), limit))
+            )
+            return None
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def takes_own_cache(self) -> bool:
+        """Whether its keys and values are kept in an `OpenELMCache`.
+
+        Returns:
+            False with another implementation of attention, or on several devices.
+        """
+        devices = set(getattr(self, "hf_device_map", {}).values())
+        return self.config._attn_implementation == NAME and len(devices) <= 1
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise NotImplementedError: a paged cache has one number of heads for all layers.
+
+        Args:
+            args, kwargs: of transformers' generate_batch.
+        """
+        self.init_continuous_batching()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise NotImplementedError, as `generate_batch` does.
+
+        Args:
+            args, kwargs: of transformers' init_continuous_batching.
+        """
+        heads = sorted(set(self.config.num_kv_heads))
+        raise NotImplementedError(
+            "continuous batching of transformers keeps one number of key/value heads for all "
+            f"layers, this model's have {heads}: use generate, whose rows may differ in length"
+        )
