@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": ACCELERATED,
     "compression": ACCELERATED,
     "integrations": GENERATING,
+    "hf": {"integrations.huggingface"},
     "testing": GENERATING,
     "testing.cases": {"ops", "reference", "weights", "openelm.config"},
     "bench": MEASURING,
@@ -156,7 +157,8 @@ def test_the_package_holds_the_rooms_and_no_other():
     assert folders == ROOM_NAMES
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
     assert files == {
-        "__init__.py", "__main__.py", "backends.py", "checks.py", "devices.py", "libraries.py",
+        "__init__.py", "__main__.py", "backends.py", "checks.py", "devices.py", "hf.py",
+        "libraries.py",
     }  # fmt: skip
 
 
@@ -180,6 +182,8 @@ def test_extras_are_imported_late(path):
     allowed = CORE | set(sys.stdlib_module_names) | {"elmkernels"}
     if in_room(module_name(path), "triton"):
         allowed |= {"triton"}
+    if in_room(module_name(path), "integrations.huggingface"):  # nothing else imports it
+        allowed |= {"transformers"}
     assert top <= allowed, f"imported by loading the module: {sorted(top - allowed)}"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..backends import Reason
 from ..openelm.compressed import weight_of
+from ..openelm.model import OpenELM
 from ..openelm.surgery import has_hooks
 from . import fused
 
@@ -45,6 +46,12 @@ CONVENTIONS = (
 
 def _refuse(model: nn.Module, reason: Reason) -> NoReturn:
     raise ValueError(f"model ({type(model).__name__}) is not an OpenELM this can swap: {reason}")
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model of this package that another class wraps as its `transformer`, else the model."""
+    wrapped = getattr(model, "transformer", None)
+    return wrapped if isinstance(wrapped, OpenELM) else model
 
 
 def body_of(model: nn.Module) -> tuple[Any, str]:

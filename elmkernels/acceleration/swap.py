@@ -21,7 +21,16 @@ from ..openelm.surgery import Mark, mark_of, set_mark, set_module, undo_of
 from ..ops.linear import MAX_ROWS
 from . import fused, projections, small_batch
 from .decode_modes import modes_of
-from .layout import PROJECTIONS, Convention, body_of, examine, heads_of, is_gated, is_linear
+from .layout import (
+    PROJECTIONS,
+    Convention,
+    body_of,
+    examine,
+    heads_of,
+    inner,
+    is_gated,
+    is_linear,
+)
 from .projections import Plan, measure_plan
 from .report import Report, fallbacks
 
@@ -71,6 +80,7 @@ def accelerate(
         raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
+    model = inner(model)
     body, prefix = body_of(model)
     convention, left = _examined(model, body, prefix)
     weight = body.norm.weight  # an embedding may be compressed
@@ -245,6 +255,7 @@ def restore(model: nn.Module) -> None:
     Example:
         >>> elmkernels.restore(model)
     """
+    model = inner(model)
     mark = mark_of(model)
     if mark is None:
         raise ValueError(f"model ({type(model).__name__}) must be accelerated to be restored")

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..acceleration.layout import inner
 from ..openelm.compressed import Compressed, Packed12Module, packed12_module
 from ..openelm.model import OpenELM
 from ..weights.formats import ESCAPE
@@ -77,6 +78,7 @@ def unpack(model: OpenELM, *, progress: bool = True) -> Conversion:
     Example:
         >>> print(elmkernels.unpack(model))
     """
+    model = inner(model)
     if isinstance(model, OpenELM) and not any(
         isinstance(m, Packed12Module) for m in model.modules()
     ):

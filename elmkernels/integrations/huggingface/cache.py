@@ -36,11 +36,15 @@ class _Layer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """[batch, kv_heads, tokens of the longest row, head_dim]."""
-        return None if self.owner.kv is None else self.owner.kv.filled(self.index)[0].transpose(1, 2)
+        return (
+            None if self.owner.kv is None else self.owner.kv.filled(self.index)[0].transpose(1, 2)
+        )
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.owner.kv is None else self.owner.kv.filled(self.index)[1].transpose(1, 2)
+        return (
+            None if self.owner.kv is None else self.owner.kv.filled(self.index)[1].transpose(1, 2)
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, _, n, _ = key_states.shape

@@ -5,12 +5,16 @@ from typing import Any
 
 from torch import nn
 
+from ...acceleration.swap import restore
 from ...checks import fail
 from ...openelm.compressed import Compressed
+from ...openelm.surgery import is_accelerated
 
 
 class HasEmbeddings:
     """An `OpenELMForCausalLM`'s embedding, which is its projection too if the two are tied."""
+
+    _asked: tuple[str, dict[str, Any]] = ("auto", {})  # of `accelerate`, the last time
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings.
@@ -65,8 +69,12 @@ class HasEmbeddings:
         body = self.transformer
         if isinstance(body.token_embeddings, Compressed):
             fail("token_embeddings", "plain to be resized", type(body.token_embeddings).__name__)
+        accelerated = is_accelerated(body)
+        if accelerated:  # what was prepared of the old weight would be stale
+            restore(body)
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         body.config = replace(body.config, vocab_size=self.config.vocab_size)
-        if self.report is not None:  # what was prepared of the old weight is stale
-            self.accelerate()
+        if accelerated:
+            kernels, options = self._asked
+            self.accelerate(kernels, **options)
         return embeddings

@@ -97,7 +97,7 @@ def one_device(device_map: Any) -> torch.device | None:
 
 
 def stored_as(body: nn.Module) -> dict[str, Any]:
-    """What config.json says of compressed weights: {its word: the scheme}, empty if all are plain."""
+    """What config.json says of compressed weights: {its word: the scheme}, empty for none."""
     return {m.word: m.scheme() for m in body.modules() if isinstance(m, Compressed)}
 
 

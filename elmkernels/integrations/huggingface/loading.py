@@ -12,6 +12,7 @@ from ...acceleration.swap import accelerate
 from ...checks import fail
 from ...openelm import OpenELM
 from ...openelm.compressed import STORED_FORMS
+from ...openelm.surgery import is_accelerated
 from . import folders
 from .configuration import OpenELMConfig
 
@@ -26,7 +27,12 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 class LoadsAndSaves:
     """What an `OpenELMForCausalLM` does with folders, and how it gets its kernels."""
 
-    report: Report | None = None
+    _report: Report | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """What `accelerate` put in; None for plain PyTorch."""
+        return self._report if is_accelerated(self.transformer) else None
 
     @classmethod
     def from_pretrained(
@@ -80,6 +86,11 @@ class LoadsAndSaves:
         )  # fmt: skip
         if not getattr(model, "_hf_peft_config_loaded", False) and not wanted:
             _check(info, path)
+        places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+        if len(places) > 1 and places & {"cpu", "disk"}:
+            # Offloaded weights are there while their own module is called, and a layer here reads
+            # its children's.
+            raise ValueError(f"device_map must offload nothing, got {', '.join(sorted(places))}")
         return model, info
 
     @classmethod
@@ -121,10 +132,11 @@ class LoadsAndSaves:
             >>> print(model.accelerate())
         """
         backend = None if kernels == AUTO else kernels
-        self.report = accelerate(self.transformer, backend=backend, **options)
+        self._asked = kernels, options
+        self._report = accelerate(self.transformer, backend=backend, **options)
         # By the names of these classes a wrapper finds what it must not split.
         self._no_split_modules = {type(layer).__name__ for layer in self.transformer.layers}
-        return self.report
+        return self._report
 
     def save_pretrained(
         self,
@@ -209,4 +221,3 @@ def _check(info: dict[str, Any], path: Any) -> None:
         first, more = sorted(problems)[:_MOST], len(problems) - _MOST
         rest = [f"and {more} more"] if more > 0 else []
         raise ValueError(f"{path} is no checkpoint of its config.json: {'; '.join(first + rest)}")
-

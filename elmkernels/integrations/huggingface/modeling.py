@@ -55,7 +55,6 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
     Attributes:
         transformer: an `elmkernels.OpenELM`, which `elmkernels.accelerate`, `quantize` and `pack`
             take; its parameters' names are Apple's.
-        report: what `accelerate` put in; None for plain PyTorch.
 
     Raises:
         TypeError, ValueError: config or transformer is something else.
@@ -245,13 +244,14 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
                 "new tokens"
             )
         fits = cache is None or isinstance(cache, OpenELMCache)
-        native = own and fits and (mask is None or getattr(mask, "ndim", 0) == 2)
+        flat = mask is None or getattr(mask, "ndim", 0) == 2
+        native = own and fits and flat
         if isinstance(cache, OpenELMCache) and recorded:
             raise RuntimeError(
                 "an OpenELMCache holds no gradients: call the model under torch.no_grad(), or with "
                 "a DynamicCache"
             )
-        real = real_tokens(mask, batch, past, length) if native else None
+        real = real_tokens(mask, batch, past, length) if flat else None
         return _Call(batch, length, past, cache, use_cache or given, native, real, options)
 
     def _check(

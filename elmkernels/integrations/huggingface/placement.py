@@ -29,7 +29,7 @@ class Placement(NamedTuple):
         return x if self.order is None else _gather(x, self.order)
 
     def back(self, x: Tensor) -> Tensor:
-        """x [batch, length, ...] in the caller's order again; what is padding there is arbitrary."""
+        """x [batch, length, ...] in the caller's order again; padding is arbitrary."""
         return x if self.order is None else _gather(x, self.order.argsort(1))
 
 
