@@ -146,13 +146,13 @@ def read(source: str, changes: list[str]) -> tuple[Any, list[str]]:
 
 def _value(text: str, change: str) -> Any:
     """What YAML makes of a value."""
-    import yaml
+    from ..weights.texts import parse_yaml
 
     if _EXPONENT.fullmatch(text.strip()):  # without a point it is a word to YAML 1.1
         return float(text)
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return parse_yaml(text, "it")
+    except ValueError as error:
         raise ValueError(f"--set {change}: the value must be YAML") from error
 
 

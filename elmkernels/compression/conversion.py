@@ -81,9 +81,10 @@ def convert(
 
     An accelerated model is restored first and accelerated again at the end.
     """
-    model = inner(model)
-    if not isinstance(model, OpenELM):
-        raise TypeError(f"model must be an elmkernels.OpenELM, got {type(model).__name__}")
+    found = inner(model)
+    if not isinstance(found, OpenELM):
+        raise TypeError(f"model must be an elmkernels.OpenELM, got {type(found).__name__}")
+    model = found
     mark = mark_of(model)
     if mark is not None:
         restore(model)

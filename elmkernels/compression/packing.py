@@ -1,5 +1,7 @@
 """Packing the weights of a model: bfloat16 without loss in 12 bits, see `weights.packed12`."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -78,15 +80,13 @@ def unpack(model: OpenELM, *, progress: bool = True) -> Conversion:
     Example:
         >>> print(elmkernels.unpack(model))
     """
-    model = inner(model)
-    if isinstance(model, OpenELM) and not any(
-        isinstance(m, Packed12Module) for m in model.modules()
-    ):
+    body = inner(model)
+    if isinstance(body, OpenELM) and not any(isinstance(m, Packed12Module) for m in body.modules()):
         raise ValueError("model must hold packed12 weights to be unpacked, it has none")
 
     def make(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, Packed12Module):
             return None
-        return plain(module, dense_weight(module), model.config.padding_index)
+        return plain(module, dense_weight(module), cast(OpenELM, body).config.padding_index)
 
     return convert(model, True, "unpacked", lambda name, module: None, make, progress)

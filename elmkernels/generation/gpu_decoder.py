@@ -94,7 +94,7 @@ class Decoder:
         if self.mode in self.refused:
             raise RuntimeError(self._cannot(self.mode))
         if isinstance(self.model, OpenELM):
-            self.model._place_rope_table(self.cache.device)
+            self.model._place_rope_table(self.cache.device, self.cache.max_length)
 
     def _cannot(self, mode: str) -> str:
         others = [other for other in DECODE_MODES if other not in self.refused]

@@ -58,6 +58,7 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Snapshot | N
         or torch.compiler.is_compiling()
     ):
         return None
+    model._place_rope_table(tokens.device, cache.length + 1)
     try:
         known = snapshot_of(model)
     except ValueError:

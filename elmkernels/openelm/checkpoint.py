@@ -73,13 +73,16 @@ def load(
     dtype = to_dtype("dtype", dtype)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist (a local folder or file; no download)")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"path must be a folder or a file, {path} is neither")
     scheme = None
     if path.is_dir():
         if config is not None:
             raise ValueError(f"config must not be given with a folder: {path / _CONFIG} is read")
         folder = Folder(path)
-        config, scheme = _folder_config(folder)
+        values = raw_config(path)
         stored = storage.folder_weights(folder)
+        config, scheme = _folder_config(folder, values, len(stored))
     else:
         config = _given_config(config, path)
         is_safetensors = path.suffix == ".safetensors"
@@ -98,6 +101,7 @@ def load(
     weights = {}
     for name in progress(chosen, f"loading {path.name}"):
         weight = chosen[name].read()
+        _check_held(chosen[name], weight, device)
         wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
         weights[name] = weight.to(device=device, dtype=wanted).contiguous()
     marks = tuple(f".{form.mark}" for form in STORED_FORMS.values())
@@ -120,7 +124,7 @@ def _take_module(
     tensors = [weights.pop(f"{name}.{part}") for part in names]
     try:
         made = scheme.form.loaded(name, tensors, columns, scheme.values)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {name} is damaged: {error}") from error
     if scheme.form.only_dtype is not None:
         made.dtype = weights["norm.weight"].dtype
@@ -173,10 +177,29 @@ def raw_config(path: str | Path) -> dict[str, Any]:
     return storage.read_json(file)
 
 
-def _folder_config(folder: Folder) -> tuple[OpenELMConfig, Scheme | None]:
-    """The shape, and how the weights are compressed."""
-    values = raw_config(folder.path)
+def _check_held(stored: Stored, weight: Tensor, device: torch.device) -> None:
+    """Raise ValueError for a tensor whose strides repeat a few stored bytes: it would cost more
+    memory than its file has. ("meta" costs none.)
+    """
+    held = weight.untyped_storage().nbytes()
+    if device.type != "meta" and weight.nbytes > held:
+        raise ValueError(
+            f"{stored.file}: {stored.key} must be stored in {weight.nbytes} bytes, got {held}"
+        )
+
+
+def _folder_config(
+    folder: Folder, values: Mapping[str, Any], tensors: int
+) -> tuple[OpenELMConfig, Scheme | None]:
+    """The shape, and how the weights are compressed. tensors: how many are stored; a layer has
+    some, so that more layers than those are refused before anything is made for each.
+    """
     try:
+        layers = values.get("num_transformer_layers")
+        if isinstance(layers, int) and layers > tensors:
+            raise ValueError(
+                f"num_transformer_layers must be at most the {tensors} tensors stored, got {layers}"
+            )
         return OpenELMConfig.from_hf_dict(values), _scheme(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.path / _CONFIG}: {error}") from error

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..checks import fail
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
 from ..weights.affine import check_scheme
@@ -77,6 +78,10 @@ class Compressed(nn.Module):
 
     def compressed(self) -> Affine | Packed12:
         """The weight, whose tensors are this module's buffers."""
+        return self.form([getattr(self, name) for name in self.names])
+
+    def form(self, tensors: list[Tensor]) -> Affine | Packed12:
+        """The weight of other tensors, in the order of `names`."""
         raise NotImplementedError
 
     # What a checkpoint says of the form: the word in config.json that describes it, its name in
@@ -108,6 +113,43 @@ class Compressed(nn.Module):
         that order. Raises ValueError for tensors that contradict each other.
         """
         raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """All that comes is checked together, with what stays, before any of it is taken."""
+        given = {n: state_dict[prefix + n] for n in self.names if prefix + n in state_dict}
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:
+            if given:
+                self._check_given(prefix.rstrip("."), given, assign)
+                self._make_room(given)
+        except (ValueError, TypeError) as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_given(self, name: str, given: Mapping[str, Any], assign: bool) -> None:
+        """Raise ValueError or TypeError unless what is given and what stays make a weight."""
+        tensors = []
+        for part in self.names:
+            own = getattr(self, part)
+            x = given.get(part, own)
+            if not isinstance(x, Tensor):
+                fail(f"{name}.{part}", "a tensor", type(x).__name__, TypeError)
+            if not own.is_floating_point() or not x.is_floating_point():
+                if x.dtype != own.dtype:
+                    fail(f"{name}.{part}", own.dtype, x.dtype, TypeError)
+            tensors.append(x if assign else x.detach().to(own.device, own.dtype).contiguous())
+        weight = self.form(tensors)
+        check_stored(name, weight)
+        if weight.shape != (self.out_features, self.in_features):
+            fail(name, [self.out_features, self.in_features], list(weight.shape))
+
+    def _make_room(self, given: Mapping[str, Tensor]) -> None:
+        """Make buffers as large as the tensors that are about to be copied into them."""
 
     def _apply(self, fn, recurse=True):
         device = getattr(self, self.names[0]).device
@@ -150,8 +192,9 @@ class Quantized(Compressed):
         for name, tensor in zip(self.names, (weight.q, weight.scales, weight.biases), strict=True):
             self.register_buffer(name, tensor)
 
-    def compressed(self) -> Affine:
-        return Affine(self.weight, self.scales, self.biases, self.bits, self.group_size)
+    def form(self, tensors: list[Tensor]) -> Affine:
+        q, scales, biases = tensors
+        return Affine(q, scales, biases, self.bits, self.group_size)
 
     @staticmethod
     def read_scheme(value: Any) -> dict[str, Any]:
@@ -183,7 +226,7 @@ class Quantized(Compressed):
     ) -> Compressed:
         q, scales, biases = tensors
         weight = Affine(q, scales, biases, scheme["bits"], scheme["group_size"])
-        check_stored(Quantized.label, weight)
+        check_stored(name, weight)
         return quantized_module(name, weight)
 
     def __getstate__(self) -> dict:
@@ -236,9 +279,9 @@ class Packed12Module(Compressed):
         for name, tensor in zip(self.names, tensors, strict=True):
             self.register_buffer(name, tensor)
 
-    def compressed(self) -> Packed12:
-        escapes = (self.escape_starts, self.escape_columns, self.escape_values)
-        return Packed12(self.packed, self.exponents, *escapes, self.in_features)
+    def form(self, tensors: list[Tensor]) -> Packed12:
+        packed, exponents, starts, at, values = tensors
+        return Packed12(packed, exponents, starts, at, values, self.in_features)
 
     @staticmethod
     def read_scheme(value: Any) -> dict[str, Any]:
@@ -267,7 +310,7 @@ class Packed12Module(Compressed):
     ) -> Compressed:
         packed, exponents, starts, at, values = tensors
         weight = Packed12(packed, exponents, starts, at, values, columns)
-        check_stored(Packed12Module.label, weight)
+        check_stored(name, weight)
         return packed12_module(name, weight)
 
     def _apply(self, fn, recurse=True):
@@ -277,13 +320,10 @@ class Packed12Module(Compressed):
             self.escape_values = before.to(self.escape_values.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # How many escapes there are is the weight's own: make room for those that come.
-        for name in ("escape_columns", "escape_values"):
-            incoming, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(incoming, Tensor) and incoming.dim() == 1:
-                setattr(self, name, own.new_empty(incoming.shape[0]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _make_room(self, given: Mapping[str, Tensor]) -> None:
+        # How many escapes there are is the weight's own.
+        for name in {"escape_columns", "escape_values"} & given.keys():
+            setattr(self, name, getattr(self, name).new_empty(given[name].shape))
 
 
 class Packed12Linear(Packed12Module, CompressedLinear):

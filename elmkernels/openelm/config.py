@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import numpy as np
+
+from ..weights.texts import read_yaml
 
 _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-270M": (16, 1280, 64),
@@ -27,6 +29,9 @@ _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-3B": (36, 3072, 128),
 }
 VARIANTS = tuple(_VARIANT_SHAPES)
+# Of sizes: what kernels count rows and columns in. A layer costs Python objects before its weights.
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
+_LEAST, _MOST = 1e-30, 1e30  # of multipliers, eps and the rotary base: well inside of float32
 _HF_REQUIRED = ("num_transformer_layers", "model_dim", "head_dim", "vocab_size")
 
 
@@ -44,12 +49,12 @@ def expand_multipliers(
     With two layers a pair and a list are the same thing, up to the pair's rounding to two
     decimals, so two numbers are always read as a pair.
     """
-    if isinstance(multipliers, Real):
+    if _is_number(multipliers):
         expanded = (float(multipliers),) * layers
-    elif isinstance(multipliers, str) or not isinstance(multipliers, Sequence):
+    elif isinstance(multipliers, str | bool) or not isinstance(multipliers, Sequence):
         raise TypeError(f"{name} must be a number or a list of numbers, got {multipliers!r}")
-    elif not all(isinstance(m, Real) for m in multipliers):
-        raise TypeError(f"{name} must hold numbers, got {multipliers!r}")
+    elif not all(map(_is_number, multipliers)):
+        raise TypeError(f"{name} must hold finite numbers, got {multipliers!r}")
     elif len(multipliers) == 2:
         # numpy's rounding scales by 100 and back; Python's own differs in the last digit of ties.
         first, last = multipliers
@@ -64,6 +69,13 @@ def expand_multipliers(
     if not all(m > 0 for m in expanded):
         raise ValueError(f"{name} must be positive, got {multipliers!r}")
     return expanded
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that float32 holds, so a finite one; a boolean is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return bool(-_MOST <= cast(float, value) <= _MOST)
 
 
 @dataclass(frozen=True)
@@ -139,10 +151,17 @@ class OpenELMConfig:
             "max_context_length",
         ):
             _check_positive_integer(name, getattr(self, name))
+        layers = self.num_transformer_layers
+        if layers > _MOST_LAYERS:
+            raise ValueError(f"num_transformer_layers must be at most {_MOST_LAYERS}, got {layers}")
         for name in ("norm_eps", "rope_freq_constant"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not float(value) > 0:
+            if not _is_number(value) or not value >= _LEAST:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates halves), got {self.head_dim}")
         if self.activation_fn_name != "swish":
@@ -152,13 +171,14 @@ class OpenELMConfig:
                 "normalization_layer_name must be 'rms_norm', "
                 f"got {self.normalization_layer_name!r}"
             )
-        if self.padding_index is not None and not 0 <= self.padding_index < self.vocab_size:
-            raise ValueError(
-                f"padding_index must lie in [0, {self.vocab_size}), got {self.padding_index}"
-            )
-        ffn = expand_multipliers(
-            "ffn_multipliers", self.ffn_multipliers, self.num_transformer_layers
-        )
+        padding = self.padding_index
+        if padding is not None and not (
+            isinstance(padding, Integral)
+            and not isinstance(padding, bool)
+            and 0 <= padding < self.vocab_size
+        ):
+            raise ValueError(f"padding_index must lie in [0, {self.vocab_size}), got {padding!r}")
+        ffn = self._widths("ffn_multipliers", self.ffn_multipliers)
         q_heads, kv_heads = self._heads(self.num_query_heads, self.num_kv_heads)
         derived: dict[str, Any] = {
             "ffn_multipliers": ffn,
@@ -173,11 +193,21 @@ class OpenELMConfig:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
+    def _widths(self, name: str, multipliers: float | Sequence[float]) -> tuple[float, ...]:
+        """One multiplier a layer, each of which gives a width that can be."""
+        expanded = expand_multipliers(name, multipliers, self.num_transformer_layers)
+        if max(expanded) * self.model_dim > _LARGEST:
+            raise ValueError(
+                f"{name} must be at most {_LARGEST / self.model_dim:g} for model_dim "
+                f"{self.model_dim}, got {max(expanded):g}"
+            )
+        return expanded
+
     def _heads(
         self, query: Sequence[int] | None, key_value: Sequence[int] | None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         layers = self.num_transformer_layers
-        multipliers = expand_multipliers("qkv_multipliers", self.qkv_multipliers, layers)
+        multipliers = self._widths("qkv_multipliers", self.qkv_multipliers)
         if query is None:
             divisor = self.head_dim * self.num_gqa_groups
             q_heads = tuple(
@@ -247,7 +277,7 @@ class OpenELMConfig:
         Raises:
             ValueError: there is no variant of that name.
         """
-        if name not in _VARIANT_SHAPES:
+        if not isinstance(name, str) or name not in _VARIANT_SHAPES:
             raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
         layers, model_dim, head_dim = _VARIANT_SHAPES[name]
         shape: dict[str, Any] = dict(
@@ -347,6 +377,8 @@ class OpenELMConfig:
 def _check_positive_integer(name: str, value: Any) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if int(value) > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST}, got {float(value):g}")
 
 
 def _layer_counts(name: str, counts: Any, layers: int) -> tuple[int, ...]:
@@ -359,15 +391,3 @@ def _layer_counts(name: str, counts: Any, layers: int) -> tuple[int, ...]:
     for layer, count in enumerate(counts):
         _check_positive_integer(f"{name}[{layer}]", count)
     return tuple(int(count) for count in counts)
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file's values. Raises ImportError without PyYAML, ValueError for invalid YAML."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs PyYAML: pip install pyyaml") from error
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error

@@ -25,7 +25,7 @@ class Context(NamedTuple):
     """What the layers of one forward pass over [batch, length] tokens share."""
 
     positions: Tensor  # int64 [batch, length], maybe of stride 0
-    rope_table: Tensor  # float32 [rope_max_length, head_dim]
+    rope_table: Tensor  # float32 [positions, head_dim], of all that are asked for
     key_mask: Tensor | None  # bool [batch, past + length], False = padding; None = all real
     cache: KVCache | None
     slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import fail, to_dtype
 from ..devices import autocast_dtype, check_here
-from ..reference import rope_table
 from .cache import KVCache
 from .checkpoint import load, save
 from .compressed import weight_of
@@ -33,6 +32,7 @@ from .layers import (
     kept,
 )
 from .loss import LossHead, plain_weight
+from .rotary import placed
 from .surgery import set_module
 
 
@@ -355,7 +355,8 @@ class OpenELM(nn.Module):
         check_inputs(self.config, input_ids, cache)
         if cache is not None:
             check_cache(self.config, self.activation_dtype, cache, input_ids)
-        self._place_rope_table(input_ids.device)
+        past = 0 if cache is None else cache.length
+        self._place_rope_table(input_ids.device, past + input_ids.shape[1])
         context = context_of(self.rope_table, input_ids, attention_mask, cache, cu_seqlens)
         counts = check_counts(counts, input_ids, attention_mask, cache)
         x = embed(input_ids)
@@ -381,18 +382,11 @@ class OpenELM(nn.Module):
             )
         return chosen
 
-    def _place_rope_table(self, device: torch.device) -> None:
-        """Make the table on the CPU, for the same bits on every device, and bring it there."""
-        if self.rope_table.device == device and self.rope_table.shape[0]:
-            return
-        config = self.config
-        shape = config.rope_max_length, config.head_dim
-        if device.type == "meta":  # arange there would import half of torch too
-            self.rope_table = torch.empty(shape, dtype=torch.float32, device=device)
-            return
-        with torch.inference_mode(False):  # an inference tensor could not be saved for backward
-            table = rope_table(*shape, config.rope_freq_constant, device="cpu")
-            self.rope_table = table.to(device)
+    def _place_rope_table(self, device: torch.device, length: int = 0) -> None:
+        """Have the table there, with rows for at least `length` positions."""
+        table = placed(self.rope_table, self.config, device, length)
+        if table is not self.rope_table:
+            self.rope_table = table
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

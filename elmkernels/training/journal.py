@@ -7,6 +7,7 @@ the steps after it; `curve` takes the last of each.
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,16 @@ class Journal:
 
     def __init__(self, out: Path, total: int, tensorboard: bool = False) -> None:
         self.path, self.total = out / FILE, total
-        out.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if self.path.is_symlink():  # what is written must be in this folder
+                raise ValueError(
+                    f"{self.path} must be a file, got a link to {self.path.readlink()}"
+                )
+            _drop_torn_line(self.path)
+            self._file = open(self.path, "a", encoding="utf-8")
+        except OSError as error:
+            raise NotSaved(f"{self.path} can't be written: {error}") from error
         self._board = _board(out / "tensorboard") if tensorboard else None
         self._bar: Any = None
         if sys.stderr is not None and sys.stderr.isatty():
@@ -89,11 +97,9 @@ def _plain(value: Any) -> Any:
 
 def _drop_torn_line(path: Path) -> None:
     """A process that was killed may have left half a line."""
-    if not path.is_file():
-        return
-    whole = path.read_bytes().rpartition(b"\n")
-    if whole[2]:
-        path.write_bytes(whole[0] + whole[1])
+    if path.is_file():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def _board(folder: Path) -> Any:

@@ -210,7 +210,7 @@ class Trainer:
 
     def resume(self, path: Path, facts: dict[str, Any]) -> None:
         """Go on from a checkpoint that was examined. Raises state.Broken."""
-        state.restore(path, self.model, self.optimizer, self.world)
+        state.restore(path, facts, self.model, self.optimizer)
         state.set_random_states(facts["random"], self.world.device)
         self.done = self.saved = facts["step"]
         self.position, self.skipped = facts["position"], facts["skipped"]

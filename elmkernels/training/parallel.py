@@ -66,6 +66,25 @@ class World:
             raise Reported(outcome[1])
         return outcome[0]
 
+    def each(self, work: Callable[[], None]) -> None:
+        """Have every process do its own work. The first error of any ends all: as itself in the
+        first process, or as an OSError with its text, and as `Reported` in the others.
+        """
+        if self.size == 1:
+            return work()
+        error, texts = None, [None] * self.size
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+        dist.all_gather_object(texts, None if error is None else str(error), group=self.group)
+        text = next((text for text in texts if text is not None), None)
+        if text is None:
+            return
+        if not self.first:
+            raise Reported(text)
+        raise OSError(text) if error is None else error
+
 
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import checks
 from ..openelm.checkpoint import raw_config
-from ..openelm.config import VARIANTS, OpenELMConfig, read_yaml
+from ..openelm.config import VARIANTS, OpenELMConfig
+from ..weights.texts import read_yaml
 from . import corenet, schema
 
 # Without these a model would be of no shape that anybody asked for.

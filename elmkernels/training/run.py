@@ -2,12 +2,14 @@
 
 OUT/train.jsonl     the log (see `journal`)        OUT/data/      tokenized text
 OUT/checkpoints/    to go on from (see `state`)    OUT/earlier-1/ what --fresh set aside
+OUT/train.lock      while it runs (see `lock`)
 OUT/final/          the model                      OUT/average/   the mean of the last checkpoints
 """
 
 import json
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from .data import prepare as data
 from .data import tokenizers
 from .data.sequences import Sequences
 from .journal import FILE, Journal
+from .lock import alone
 from .loop import Trainer, check_share
 from .parallel import World
 from .recipe import Recipe, model_config, to_mapping
@@ -55,13 +58,35 @@ def train(
     text, instead of OUT/data.
 
     Gives a summary, whose `stopped` is the name of a signal that ended the run early, else None.
-    Raises ValueError, TypeError, FileNotFoundError, ImportError or OSError for what can't be begun,
-    loop.Failed and journal.NotSaved for what ended it; `Reported` in the other processes.
+    Raises ValueError, TypeError, FileNotFoundError, ImportError or OSError for what can't be begun
+    (another run in OUT among it), loop.Failed and journal.NotSaved for what ended it; `Reported` in
+    the other processes.
     """
-    out, config = Path(out), model_config(recipe)
-    world.together(lambda: check_share(recipe, world))
+    out = Path(out)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            check_share(recipe, world)
+            if out.exists() and not out.is_dir():
+                checks.fail("out", "a folder", f"the file {out}")
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(out))
+
+        world.together(begin)
+        return _train(recipe, out, world, start, steps, say, cache or out / "data")
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    start: Start,
+    steps: int | None,
+    say: Callable[[str], None],
+    cache: Path,
+) -> dict[str, Any]:
+    config = model_config(recipe)
     chosen = world.together(lambda: _begin(recipe, config, out, start, say))
-    cache = cache or out / "data"
     sequences = _sequences(recipe, cache, "train", world, say)
     held_out = _sequences(recipe, cache, "validation", world, say)
     plan = None
@@ -130,9 +155,6 @@ def _begin(
     recipe: Recipe, config: OpenELMConfig, out: Path, start: Start, say: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from, and its facts; by the first process."""
-    if out.exists() and not out.is_dir():
-        checks.fail("out", "a folder", f"the file {out}")
-    out.mkdir(parents=True, exist_ok=True)
     if start.how == FRESH:
         _set_aside(out, say)
         return None
@@ -203,14 +225,10 @@ def _export(trainer: Trainer, weights: dict[str, Tensor], summary: dict[str, Any
     summary["final"] = str(out / "final")
     if not recipe.keep.average:
         return
-    paths = []
-    for step, path in state.found(out).items():
-        if step <= trainer.done:
-            state.examine(path)
-            paths.append(path)
+    paths = [path for step, path in state.found(out).items() if step <= trainer.done]
     paths = paths[-recipe.keep.average :]
     if len(paths) > 1:
-        mean = state.average(paths, config)
+        mean = state.average({path: state.examine(path) for path in paths}, config)
         state.publish(out / "average", lambda folder: write(mean, folder))
         summary["average"] = str(out / "average")
         summary["averaged"] = [path.name for path in paths]

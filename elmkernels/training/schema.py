@@ -1,11 +1,11 @@
 """From plain values to a recipe's dataclasses and back: types, names, ranges."""
 
-import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .. import checks
@@ -94,6 +94,9 @@ def _as_tuple(value: Any, args: tuple) -> Any:
     return _NO if _NO in items else items
 
 
+_MOST = 2**63  # of an integer in a recipe
+
+
 def _as_float(value: Any) -> Any:
     if isinstance(value, str):
         # YAML 1.1 reads 3e-4, which has no point, as a string.
@@ -101,7 +104,9 @@ def _as_float(value: Any) -> Any:
             return float(value)
         except ValueError:
             return _NO
-    return float(value) if type(value) in (int, float) else _NO
+    if type(value) is int and abs(value) < _MOST:  # YAML's integers have no end
+        return float(value)
+    return value if type(value) is float else _NO
 
 
 _WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
@@ -153,8 +158,8 @@ def validate(recipe: Any) -> None:
     """Ranges, and fields that must go together, whatever the model."""
     for name, least in _AT_LEAST.items():
         value = _get(recipe, name)
-        if not (value >= least and math.isfinite(value)):
-            checks.fail(name, f"{least} or more", value)
+        if not (value >= least and (value < _MOST if type(value) is int else isfinite(value))):
+            checks.fail(name, f"{least} or more" + " (below 2^63)" * (value >= _MOST), value)
     for name, allowed in _ONE_OF.items():
         value = _get(recipe, name)
         if value not in allowed:
@@ -162,7 +167,7 @@ def validate(recipe: Any) -> None:
     for beta in recipe.optimizer.betas:
         if not 0 <= beta < 1:
             checks.fail("optimizer.betas", "two numbers in [0, 1)", list(recipe.optimizer.betas))
-    if not (recipe.optimizer.eps > 0 and math.isfinite(recipe.optimizer.eps)):
+    if not (recipe.optimizer.eps > 0 and isfinite(recipe.optimizer.eps)):
         checks.fail("optimizer.eps", "positive", recipe.optimizer.eps)
     if not 0 <= recipe.loss.label_smoothing < 1:
         checks.fail("loss.label_smoothing", "in [0, 1)", recipe.loss.label_smoothing)

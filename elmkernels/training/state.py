@@ -1,45 +1,43 @@
 """Checkpoints of a run: OUT/checkpoints/step-00000100/, from which it goes on as if never stopped.
 
-Model and optimizer lie in torch.distributed.checkpoint's form, by parameter name and whole shape,
-so that one process, DDP and FSDP of any size read each other's. trainer.json holds the rest: step,
-position in the data, recipe, model's configuration, random states, and every file's size.
+Model and optimizer lie in safetensors files, by parameter name (see `parts`), so that one process,
+DDP and FSDP of any size read each other's. trainer.json holds the rest: step, position in the data,
+recipe, model's configuration, random states, size and SHA-256 of every file, and its own.
 
-A checkpoint is written under another name, synced and renamed when it is whole. It is examined
-before anything is read from it, and refused as a whole.
+A checkpoint is written under another name, synced and renamed when it is whole. It is examined to
+the last byte before anything is read from it, and refused as a whole. Reading one runs nothing that
+it says: it may be anybody's.
 """
 
 import base64
+import hashlib
+import json
 import os
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
+from ..acceleration.projections import Plan
 from ..openelm.config import OpenELMConfig
-from ..weights.storage import read_json, sync_folder, write_json
+from ..weights.storage import sync_folder, write_json
+from ..weights.texts import read_json
+from . import parts
 from .journal import NotSaved
 from .parallel import World
 
 FACTS = "trainer.json"
-_FORM = 1
-_NAME = re.compile(r"step-(\d{8,})")
+_FORM = 2
+_DIGEST = "sha256"  # of the facts themselves, among the facts
+_NAME = re.compile(r"step-([0-9]{8,15})")
 # What of a recipe decides which tokens come in which order (train leaves out validation's files).
 _ORDER = ("data", "seed")
 
@@ -55,30 +53,116 @@ def path_of(out: Path, step: int) -> Path:
 def found(out: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, oldest first, whole or not."""
     folder = out / "checkpoints"
+    if folder.is_symlink():  # what is old in there is deleted
+        raise ValueError(f"{folder} must be a folder of {out}, got a link")
     paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     matched = [(_NAME.fullmatch(path.name), path) for path in paths]
     return dict(sorted((int(match[1]), path) for match, path in matched if match))
 
 
 def examine(path: Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint that is whole. Raises Broken, saying what is wrong."""
+    """trainer.json of a checkpoint that is whole, every value of the type that it must be. Raises
+    Broken, saying what is wrong.
+    """
     try:
+        if not (path / FACTS).is_file():
+            raise Broken(f"{path} is broken: {FACTS} is missing")
         facts = read_json(path / FACTS)
+        _check_facts(path, facts)
+        for name, (size, digest) in facts["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise Broken(f"{path} is broken: {name} is missing")
+            if file.stat().st_size != size:
+                raise Broken(f"{path} is broken: {name} must have {size} bytes, "
+                             f"got {file.stat().st_size}")  # fmt: skip
+            if parts.digest(file) != digest:
+                raise Broken(f"{path} is broken: {name} must have the SHA-256 {digest}, another "
+                             "was found")  # fmt: skip
+    except Broken:
+        raise
     except (OSError, ValueError) as error:
         raise Broken(f"{path} is broken: {error}") from error
-    if facts.get("form") != _FORM:
-        raise Broken(f"{path / FACTS}: form must be {_FORM}, got {facts.get('form')!r}")
-    missing = {"step", "position", "recipe", "config", "files", "random", "tokens"} - facts.keys()
-    if missing:
-        raise Broken(f"{path / FACTS} lacks {', '.join(sorted(missing))}")
-    for name, size in facts["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise Broken(f"{path} is broken: {name} is missing")
-        if file.stat().st_size != size:
-            raise Broken(f"{path} is broken: {name} must have {size} bytes, "
-                         f"got {file.stat().st_size}")  # fmt: skip
     return facts
+
+
+def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise Broken for facts of another form, or that no save has written so."""
+    file = path / FACTS
+    if facts.get("form") == 1:
+        raise Broken(
+            f"{file}: form must be {_FORM}, got 1: an earlier version's checkpoint, which holds "
+            "pickled code and is not read"
+        )
+    if facts.get("form") != _FORM:
+        raise Broken(f"{file}: form must be {_FORM}, got {facts.get('form')!r}")
+    if missing := _KINDS.keys() - facts.keys():
+        raise Broken(f"{file} lacks {', '.join(sorted(missing))}")
+    for name, is_right in _KINDS.items():
+        if not is_right(facts[name]):
+            raise Broken(f"{file}: {name} must be as a save writes it, got {_short(facts[name])}")
+    if facts[_DIGEST] != _digest_of(facts):
+        raise Broken(f"{file} is broken: its values must have the SHA-256 that it names")
+    if path.name != path_of(Path(), facts["step"]).name:
+        raise Broken(f"{file}: step must be that of the folder's name, got {facts['step']}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _digest_of(facts: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in facts.items() if k != _DIGEST}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _hexadecimal(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _files(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(
+        parts.NAME.fullmatch(name)
+        and isinstance(found, list)
+        and len(found) == 2
+        and _count(found[0])
+        and _hexadecimal(found[1])
+        for name, found in value.items()
+    )  # fmt: skip
+
+
+def _plan(value: Any) -> bool:
+    kinds = {name: type(default) for name, default in asdict(Plan()).items()}
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == kinds.keys()
+        and all(type(value[name]) is kind for name, kind in kinds.items())
+    )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+# What each value must be before anything is done with it; the rest of a recipe and a configuration
+# is compared, not used.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "step": _count,
+    "position": _count,
+    "tokens": _count,
+    "skipped": _count,
+    "recipe": lambda value: isinstance(value, dict),
+    "config": lambda value: isinstance(value, dict),
+    "plan": _plan,
+    "random": lambda value: _texts(value) and "cpu" in value,
+    "files": _files,
+    _DIGEST: _hexadecimal,
+}
 
 
 def newest_whole(out: Path) -> int | None:
@@ -173,12 +257,16 @@ def save(
     def begin() -> None:
         if target.parent.is_dir():
             for left in target.parent.glob(".step-*"):
-                shutil.rmtree(left)
+                _remove(left)
         partial.mkdir(parents=True)
 
+    def write() -> None:
+        parts.write(partial, parts.tensors_of(model, optimizer), world.rank)
+
     def finish() -> None:
-        files = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
-        write_json(partial / FACTS, {"form": _FORM, **facts, "files": files})
+        files = {f.name: [f.stat().st_size, parts.digest(f)] for f in sorted(partial.iterdir())}
+        whole = {"form": _FORM, **facts, "files": files}
+        write_json(partial / FACTS, {**whole, _DIGEST: _digest_of(whole)})
         sync_folder(partial)
         if target.exists():
             target.rename(target.with_name(f".{target.name}.old"))
@@ -187,9 +275,9 @@ def save(
 
     try:
         world.together(begin)
-        _write(partial, model, optimizer, world)
+        world.each(write)
         world.together(finish)
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError) as error:
         if world.first:
             shutil.rmtree(partial, ignore_errors=True)
         whole = newest_whole(out)
@@ -199,56 +287,36 @@ def save(
     return target
 
 
-def _write(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    with _quiet():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=world.size == 1)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns of what one process asks for on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
 def _reason(error: BaseException) -> str:
-    """The cause of a failed write in a line; torch wraps one of each process."""
-    while isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+    """The cause of a failed write in a line."""
+    text = str(error) if isinstance(error, OSError) else str(error).split("\n")[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or whatever else is there under its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _rotate(out: Path, keep: int) -> None:
     for path in list(found(out).values())[:-keep] if keep else []:
         dropped = path.with_name(f".{path.name}.old")
         path.rename(dropped)  # at once no checkpoint any more, however long the rest takes
-        shutil.rmtree(dropped)
+        _remove(dropped)
 
 
-def restore(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Read a checkpoint that `examine` has passed into model and optimizer.
+def restore(path: Path, facts: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+    """Read a checkpoint that `examine` has passed into model and optimizer; by every process.
 
     The optimizer's settings stay those of the recipe. Raises Broken; the model is then no good.
     """
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
     try:
-        with _quiet():
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1)
-    except (OSError, RuntimeError, CheckpointException) as error:
+        parts.load(parts.Parts(path, [*facts["files"]]), model, optimizer)
+    except (OSError, RuntimeError, ValueError) as error:
         raise Broken(f"{path} can't be read: {_reason(error)}") from error
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -259,18 +327,15 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=options)
 
 
-def average(paths: list[Path], config: OpenELMConfig) -> dict[str, Tensor]:
-    """The mean of the checkpoints' weights, added up in float64, one parameter at a time."""
-    mean = {}
-    for name, shape in config.parameter_shapes().items():
-        total = torch.zeros(shape, dtype=torch.float64)
-        for path in paths:
-            part = {"model": {name: torch.empty(shape)}}
-            with _quiet():
-                dcp.load(part, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-            total += part["model"][name]
-        mean[name] = (total / len(paths)).float()
-    return mean
+def average(
+    checkpoints: Mapping[Path, Mapping[str, Any]], config: OpenELMConfig
+) -> dict[str, Tensor]:
+    """The mean of the weights of checkpoints ({path: its facts}), added up in float64, one
+    parameter at a time.
+    """
+    opened = [parts.Parts(path, [*facts["files"]]) for path, facts in checkpoints.items()]
+    shapes = config.parameter_shapes()
+    return {name: parts.mean(opened, name, shape) for name, shape in shapes.items()}
 
 
 def random_states(device: torch.device) -> dict[str, str]:
@@ -282,12 +347,17 @@ def random_states(device: torch.device) -> dict[str, str]:
 
 
 def set_random_states(states: Mapping[str, str], device: torch.device) -> None:
-    decoded = {
-        k: torch.tensor([*base64.b64decode(s)], dtype=torch.uint8) for k, s in states.items()
-    }
-    torch.set_rng_state(decoded["cpu"])
-    if device.type == "cuda" and "cuda" in decoded:
-        torch.cuda.set_rng_state(decoded["cuda"], device)
+    """Raises Broken for a text that is no state."""
+    setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
+    if device.type == "cuda":
+        setters["cuda"] = lambda state: torch.cuda.set_rng_state(state, device)
+    for name, put in setters.items():
+        if name in states:
+            try:
+                state = base64.b64decode(states[name], validate=True)
+                put(torch.tensor([*state], dtype=torch.uint8))
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise Broken(f"random: {name} must be a generator's state: {error}") from error
 
 
 def versions() -> dict[str, str]:
@@ -303,7 +373,8 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
     old = target.with_name(f".{target.name}.old")
     try:
         for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+            if left.exists() or left.is_symlink():
+                _remove(left)
         partial.mkdir(parents=True)
         write(partial)
         if target.exists():

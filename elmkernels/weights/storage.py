@@ -8,11 +8,14 @@ the old one keep it.
 renames. The journal's own rename is the moment the new files exist: before it the folder is the
 old one, after it `Folder` finds the new files under either name, so that killing the process at
 any point never mixes two checkpoints.
+
+Files come from anywhere. What a reader finds in one is a value or a ValueError; a journal may name
+only what `replace_files` itself writes there; and no tensor takes more memory than its file.
 """
 
+import errno
 import json
 import os
-import pickle
 import re
 import secrets
 import zipfile
@@ -24,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .texts import is_plain_name, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -40,7 +45,7 @@ DTYPE_NAMES: dict[Any, str] = {
     ).items()
 }
 _JOURNAL = ".elmkernels-save.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.elmkernels-tmp")
 
 
@@ -64,6 +69,7 @@ class Folder:
         self._removed = set(journal["remove"])
 
     def find(self, name: str) -> Path | None:
+        """The file that holds what was saved as `name`; None if there is none."""
         renamed = self.path / self._renames.get(name, name)
         for candidate in (renamed, self.path / name):
             if candidate.is_file() and name not in self._removed:
@@ -79,9 +85,7 @@ def folder_weights(folder: Folder) -> list[Stored]:
     if index is None:
         raise FileNotFoundError(f"{folder.path} holds neither {WEIGHTS} nor {INDEX}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-    ):
+    if not isinstance(weight_map, dict) or not all(map(is_plain_name, weight_map.values())):
         raise ValueError(f"{index}: weight_map must map keys to file names of its folder")
     files = {name: folder.find(name) for name in sorted(set(weight_map.values()))}
     missing = [name for name, file in files.items() if file is None]
@@ -105,20 +109,22 @@ def read_safetensors(file: Path) -> list[Stored]:
     try:
         handle = safe_open(file, framework="pt")
         slices = {key: handle.get_slice(key) for key in handle.keys()}
-    except (SafetensorError, OSError) as error:
+        return [
+            Stored(file, key, tuple(s.get_shape()), s.get_dtype(), partial(handle.get_tensor, key))
+            for key, s in slices.items()
+        ]
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    return [
-        Stored(file, key, tuple(s.get_shape()), s.get_dtype(), partial(handle.get_tensor, key))
-        for key, s in slices.items()
-    ]
 
 
 def read_torch_file(file: Path) -> list[Stored]:
     try:
         # Only torch.save's zip format, the default since torch 1.6, can be mapped.
         mapped = zipfile.is_zipfile(file)
+        if mapped:
+            _check_stored_whole(file)
         values = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its reader stumbles over
         raise ValueError(f"{file} is not a complete torch.save file: {error}") from error
     if isinstance(values, Mapping) and isinstance(values.get("model_state_dict"), Mapping):
         values = values["model_state_dict"]
@@ -127,10 +133,26 @@ def read_torch_file(file: Path) -> list[Stored]:
     stored = []
     for key, value in values.items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        found = getattr(value, "dtype", None)
-        dtype = DTYPE_NAMES.get(found, str(found or type(value).__name__))
-        stored.append(Stored(file, str(key), shape, dtype, lambda value=value: value))
+        stored.append(Stored(file, str(key), shape, _kind(value), lambda value=value: value))
     return stored
+
+
+def _check_stored_whole(file: Path) -> None:
+    """Raise ValueError for an archive with compressed parts, which torch.save never writes: they
+    may be a thousand times as large in memory.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its part {part.filename} is compressed")
+
+
+def _kind(value: Any) -> str:
+    """The dtype of a plain tensor; of anything else what it is."""
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.device.type != "cpu"):
+        return f"{value.layout} on {value.device}"
+    found = getattr(value, "dtype", None)
+    return DTYPE_NAMES.get(found, str(found or type(value).__name__))
 
 
 def write_safetensors(
@@ -186,16 +208,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to: it takes the place of `path` if the block ends well, and is
@@ -203,23 +215,47 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.elmkernels-tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with told(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Around writing: say what couldn't be written, and that it is still what it was. (The system's
+    own words on a full disk name no file.)
+    """
+    try:
+        yield
+    except OSError as error:
+        message = f"{path} can't be written: {error.strerror or error}; it is as it was before"
+        raise OSError(error.errno or errno.EIO, message) from error
+
+
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
-    """Make the folder hold what the writers write, by name, in place of its checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _finish_renames(folder)
+    """Make the folder hold what the writers write, by name, in place of its checkpoint.
+
+    Raises ValueError for a folder whose journal no save has written, and OSError if a file can't be
+    written; the folder is then what it was.
+    """
+    for name in writers:
+        if not is_plain_name(name):
+            raise ValueError(f"a file must be named as an entry of {folder}, got {name!r}")
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _finish_renames(folder)
+        _write_and_rename(folder, writers)
+
+
+def _write_and_rename(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
     token = secrets.token_hex(4)
     temporary = {name: f".{name}.{token}.elmkernels-tmp" for name in writers}
     stale = [
         entry.name
         for entry in folder.iterdir()
-        if (entry.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(entry.name))
-        and entry.name not in writers
+        if _holds_weights(entry.name) and entry.name not in writers
     ]
     try:
         for name, write in writers.items():
@@ -236,9 +272,34 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
     _remove_temporaries(folder)
 
 
+def _holds_weights(name: str) -> bool:
+    return name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name) is not None
+
+
 def _read_journal(folder: Path) -> dict[str, Any]:
+    """What is left of a save. A journal may come from anywhere, so it is held to what saves write:
+    temporaries of this folder, each to be named as it says itself, and weights of this folder.
+    """
     file = folder / _JOURNAL
-    return read_json(file) if file.is_file() else {"rename": {}, "remove": []}
+    if not file.is_file():
+        return {"rename": {}, "remove": []}
+    journal = read_json(file)
+    rename, remove = journal.get("rename"), journal.get("remove")
+    if not isinstance(rename, dict) or not isinstance(remove, list):
+        raise ValueError(f"{file} must have an object `rename` and a list `remove`")
+    for temporary, name in rename.items():
+        written = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.elmkernels-tmp", temporary, re.DOTALL)
+        if written is None or written[1] != name or not is_plain_name(name) or name == _JOURNAL:
+            raise ValueError(
+                f"{file}: rename must give files that a save has written here their names, "
+                f"got {temporary!r} for {name!r}"
+            )
+    for name in remove:
+        if not isinstance(name, str) or not _holds_weights(name) or name in rename.values():
+            raise ValueError(f"{file}: remove must name weights of this folder, got {name!r}")
+    if len(set(rename.values())) != len(rename):
+        raise ValueError(f"{file}: rename must give every name once, got {sorted(rename.values())}")
+    return {"rename": rename, "remove": remove}
 
 
 def _finish_renames(folder: Path) -> None:

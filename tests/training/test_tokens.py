@@ -101,7 +101,7 @@ def test_a_file_that_is_cut_inside_an_id(tmp_path, dtype, odd):
     ("text", "message"),
     [
         ("{", "a.json is not valid JSON"),
-        ("[]", "a.json lacks dtype, vocab_size"),
+        ("[]", "a.json must hold a JSON object, got list"),
         ('{"dtype": "uint16"}', "a.json lacks documents, eos"),
     ],
 )

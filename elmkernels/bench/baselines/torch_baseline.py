@@ -23,7 +23,7 @@ class TorchBaseline(nn.Module):
         config, weight = model.config, model.norm.weight
         if not (config.normalize_qk_projections and config.ffn_with_glu):
             raise ValueError("model must have QK norms and a gated feed-forward, got one without")
-        model._place_rope_table(weight.device)
+        model._place_rope_table(weight.device, max_length)
         self.model, self.head_dim = model, config.head_dim
         cos, sin = model.rope_table[:max_length].chunk(2, dim=-1)
         # Buffers: torch.compile takes their addresses as fixed.

@@ -117,7 +117,7 @@ def _tokenized(
     with _reported(path):
         cache.mkdir(parents=True, exist_ok=True)
     for left in cache.glob(f"{path.stem}.*.partial"):
-        if time.time() - left.stat().st_mtime > _STALE:
+        if time.time() - left.lstat().st_mtime > _STALE:
             left.unlink(missing_ok=True)
     partial = cache / f"{path.stem}.{os.getpid()}.partial"
     try:
@@ -166,7 +166,8 @@ def _write(
     kept = _Kept(tokenizer, data.min_characters, data.min_tokens)
     total, written = sum(file.stat().st_size for file in files), 0
     with _reported(path):
-        out = path.open("wb")
+        path.unlink(missing_ok=True)
+        out = path.open("xb")  # never through a link
     with out:
         for batch, done in _batches(files, data.text_field):
             ids = kept.add(batch)

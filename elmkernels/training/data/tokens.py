@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ... import checks
+from ...weights.texts import read_json
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 # Ids of a file that are held against the vocabulary when it is opened: enough to see a wrong
@@ -51,25 +52,21 @@ class Info:
 def read_info(path: Path) -> Info | None:
     """The JSON beside a .bin, None where there is none. Raises ValueError where it is damaged."""
     file = sidecar(path)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    return Info(**_info_fields(file, values))
+    return Info(**_info_fields(file, read_json(file))) if file.is_file() else None
 
 
-def _info_fields(file: Path, values: Any) -> dict[str, Any]:
+def _info_fields(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     wanted = Info.__annotations__
-    if not isinstance(values, dict) or not set(wanted) <= set(values):
-        missing = sorted(set(wanted) - set(values)) if isinstance(values, dict) else list(wanted)
-        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    if lacking := sorted(set(wanted) - set(values)):
+        raise ValueError(f"{file} lacks {', '.join(lacking)}")
     for name, kind in wanted.items():
         if type(values[name]) is not kind:
             checks.fail(f"{file}: {name}", f"of type {kind.__name__}", repr(values[name]))
     if values["dtype"] not in DTYPES:
         checks.fail(f"{file}: dtype", " or ".join(DTYPES), repr(values["dtype"]))
+    for name in ("vocab_size", "eos", "documents", "tokens"):
+        if not 0 <= values[name] < 1 << 62:
+            checks.fail(f"{file}: {name}", "a count, or an id", values[name])
     return {name: values[name] for name in wanted}
 
 
