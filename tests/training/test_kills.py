@@ -17,7 +17,15 @@ def killed(folder, kills: int, seed: int, kernels: bool) -> dict:
     engine = {"precision": "fp32", "kernels": kernels}
     recipe = write_recipe(folder, 10, keep=keep, engine=engine)
     found = subprocess.run(
-        [sys.executable, "-m", "helpers.kills", str(recipe), str(folder), str(kills), str(seed)],
+        [
+            sys.executable,
+            "-m",
+            "helpers.crashes.kills",
+            str(recipe),
+            str(folder),
+            str(kills),
+            str(seed),
+        ],
         cwd=ROOT,
         env=environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         capture_output=True,

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available() and os.name == "posix"),
     reason="needs torch.distributed with gloo",
 )
-DIES = str(ROOT / "tests/helpers/dies.py")
+DIES = str(ROOT / "tests/helpers/crashes/dies.py")
 STEPS = 20
 # Sums in another order; nothing else may differ.
 ROUNDING = 1e-5

@@ -20,7 +20,7 @@ import torch
 from elmkernels.cli.main import main as command
 from elmkernels.training import run, speed, state  # noqa: F401  (imported before the forks)
 
-from .runs import losses, weights
+from ..runs import losses, weights
 
 
 def forked(recipe: str, out: Path) -> int:

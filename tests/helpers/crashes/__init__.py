@@ -1,0 +1,1 @@
+"""Training whose processes are killed."""
