@@ -1,10 +1,9 @@
 // decode_step: one token of each sequence through a whole decoder, in one parallel region.
 //
 // Every weight is read once, whatever the batch. That is the floor, and the rest hides behind it. A
-// layer is five stages with a barrier after each: qkv_proj, attention (with QK norm, RoPE and the
-// cache write), out_proj, proj_1 with its gate, proj_2. Each thread of the team has a share of the
-// rows of each weight. It normalizes the whole (short) input by itself, which is cheaper than one
-// more barrier.
+// layer is five stages of the team: qkv_proj, attention (with QK norm, RoPE and the cache write),
+// out_proj, proj_1 with its gate, proj_2. Each thread takes blocks of the rows of each weight. It
+// normalizes the whole (short) input by itself, which is cheaper than one more stage.
 #include "cpu/attention/attend.h"
 #include "cpu/op.h"
 #include "cpu/rope.h"
@@ -72,11 +71,22 @@ struct Best {
   float logit = 0.0f;
   int64_t token = -1;  // none yet
 
+  // The next token in turn.
   void meet(float x, int64_t other) {
-    if (other >= 0 && (token < 0 || x > logit || (x != x && logit == logit))) {
+    if (token < 0 || x > logit || (x != x && logit == logit)) {
       logit = x;
       token = other;
     }
+  }
+  // Those of other rows, in any order.
+  void meet(const Best& other) {
+    if (other.token < 0) return;
+    const bool equal = other.logit == logit || (other.logit != other.logit && logit != logit);
+    if (token >= 0 && equal && token < other.token) return;
+    if (equal || token < 0)
+      *this = other;
+    else
+      meet(other.logit, other.token);
   }
 };
 
@@ -87,7 +97,7 @@ struct Scratch {
   Activations activations;
   std::vector<T> normed, queries;
   std::vector<float> sums, more_sums, attention;
-  std::vector<Best> best;  // of its share of the vocabulary, for each sequence
+  std::vector<Best> best;  // of its rows of the vocabulary, for each sequence
 
   static int64_t widest(const Decoder<T>& d, const State<T>& s) {
     return std::max({d.dim, s.q_width, s.ffn});
@@ -114,7 +124,7 @@ struct Scratch {
 template <class T>
 class Step {
  public:
-  Step(const Decoder<T>& decoder, State<T>& state, Scratch<T>& own, TeamThread thread,
+  Step(const Decoder<T>& decoder, State<T>& state, Scratch<T>& own, TeamThread& thread,
        const int64_t* positions, T* logits, bool chooses)
       : decoder_(decoder),
         state_(state),
@@ -126,28 +136,23 @@ class Step {
 
   void run() {
     for (const Layer<T>& layer : decoder_.layers) {
-      arrange_normed(layer.attn_norm, layer.qkv_proj);
-      rows(layer.qkv_proj, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
-        rounded(sums, count, state_.qkv.data() + b * state_.qkv_width + r);
-      });
-      thread_.wait();
+      const auto normed = [&](const T* norm, const Weight& w) { arrange_normed(norm, w); };
+      rows(
+          layer.qkv_proj, [&] { normed(layer.attn_norm, layer.qkv_proj); },
+          [&](int64_t b, int64_t r, int64_t count, const float* sums) {
+            rounded(sums, count, state_.qkv.data() + b * state_.qkv_width + r);
+          });
       attend(layer);
-      thread_.wait();
-      arrange_rows(state_.attended.data(), state_.q_width, layer.out_proj);
-      add_to_hidden(layer.out_proj);
-      thread_.wait();
-      arrange_normed(layer.ffn_norm, layer.proj_1);
-      feed_forward(layer.proj_1);
-      thread_.wait();
-      arrange_rows(state_.gated.data(), state_.ffn, layer.proj_2);
-      add_to_hidden(layer.proj_2);
-      thread_.wait();
+      add_to_hidden(layer.out_proj, state_.attended.data(), state_.q_width);
+      feed_forward(layer.proj_1, [&] { normed(layer.ffn_norm, layer.proj_1); });
+      add_to_hidden(layer.proj_2, state_.gated.data(), state_.ffn);
     }
-    arrange_normed(decoder_.norm, decoder_.head);
-    rows(decoder_.head, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
-      rounded(sums, count, logits_ + b * decoder_.head.n + r);
-      if (chooses_) choose(b, r, count, sums);
-    });
+    rows(
+        decoder_.head, [&] { arrange_normed(decoder_.norm, decoder_.head); },
+        [&](int64_t b, int64_t r, int64_t count, const float* sums) {
+          rounded(sums, count, logits_ + b * decoder_.head.n + r);
+          if (chooses_) choose(b, r, count, sums);
+        });
   }
 
  private:
@@ -161,7 +166,9 @@ class Step {
     sweep(count, [&](int64_t i, auto part) {
       store(logits + i, round_to<T>(load(sums + i, part)), part);
     });
-    for (int64_t i = 0; i < count; ++i) own_.best[b].meet(logits[i], first + i);
+    Best best;
+    for (int64_t i = 0; i < count; ++i) best.meet(logits[i], first + i);
+    own_.best[b].meet(best);
   }
 
   void arrange_rows(const T* x, int64_t stride, const Weight& w) {
@@ -181,52 +188,54 @@ class Step {
     stream<T>(w, own_.batch, own_.activations.rows.data(), begin, end, out, kBlock);
   }
 
-  // done(b, first row, rows, sums) for this thread's share of a weight's rows.
-  template <class Done>
-  void rows(const Weight& w, Done&& done) {
-    const Range mine = thread_.share(w.n);
-    for (int64_t r = mine.first; r < mine.last; r += kBlock) {
-      const int64_t count = std::min(kBlock, mine.last - r);
-      sums_of(w, r, r + count, own_.sums.data());
-      for (int64_t b = 0; b < state_.batch; ++b) done(b, r, count, own_.sums.data() + b * kBlock);
-    }
-  }
-
-  void add_to_hidden(const Weight& w) {
-    rows(w, [&](int64_t b, int64_t r, int64_t count, const float* sums) {
-      T* x = state_.hidden.data() + b * decoder_.dim + r;
-      sweep(count, [&](int64_t i, auto part) {
-        store(x + i, load(x + i, part) + round_to<T>(load(sums + i, part)), part);
-      });
+  // done(b, first row, rows, sums) for this thread's blocks of a weight's rows, whose activations
+  // arranged() has arranged.
+  template <class Arranged, class Done>
+  void rows(const Weight& w, Arranged&& arranged, Done&& done) {
+    thread_.stage(w.n, kBlock, arranged, [&](int64_t first, int64_t last) {
+      sums_of(w, first, last, own_.sums.data());
+      for (int64_t b = 0; b < state_.batch; ++b)
+        done(b, first, last - first, own_.sums.data() + b * kBlock);
     });
   }
 
-  void feed_forward(const Weight& w) {
+  void add_to_hidden(const Weight& w, const T* from, int64_t stride) {
+    rows(
+        w, [&] { arrange_rows(from, stride, w); },
+        [&](int64_t b, int64_t r, int64_t count, const float* sums) {
+          T* x = state_.hidden.data() + b * decoder_.dim + r;
+          sweep(count, [&](int64_t i, auto part) {
+            store(x + i, load(x + i, part) + round_to<T>(load(sums + i, part)), part);
+          });
+        });
+  }
+
+  template <class Arranged>
+  void feed_forward(const Weight& w, Arranged&& arranged) {
     const int64_t ffn = decoder_.gated ? w.n / 2 : w.n;
-    const Range mine = thread_.share(ffn);
-    for (int64_t r = mine.first; r < mine.last; r += kBlock) {
-      const int64_t count = std::min(kBlock, mine.last - r);
+    thread_.stage(ffn, kBlock, arranged, [&](int64_t first, int64_t last) {
       // Blocks of rows, so that gate and up are two long streams and not two short ones.
-      sums_of(w, r, r + count, own_.sums.data());
-      if (decoder_.gated) sums_of(w, ffn + r, ffn + r + count, own_.more_sums.data());
+      sums_of(w, first, last, own_.sums.data());
+      if (decoder_.gated) sums_of(w, ffn + first, ffn + last, own_.more_sums.data());
       for (int64_t b = 0; b < state_.batch; ++b) {
         const float *gate = own_.sums.data() + b * kBlock, *up = own_.more_sums.data() + b * kBlock;
-        T* out = state_.gated.data() + b * state_.ffn + r;
-        sweep(count, [&](int64_t i, auto part) {
+        T* out = state_.gated.data() + b * state_.ffn + first;
+        sweep(last - first, [&](int64_t i, auto part) {
           const Vec g = round_to<T>(load(gate + i, part));
           const Vec silu = round_to<T>(g * sigmoid(g, T{}));
           store(out + i, decoder_.gated ? silu * round_to<T>(load(up + i, part)) : silu, part);
         });
       }
-    }
+    });
   }
 
-  // QK norm, RoPE, the cache write and attention of this thread's share of key/value heads.
+  // QK norm, RoPE, the cache write and attention, a key/value head at a time.
   void attend(const Layer<T>& layer) {
-    const Range mine = thread_.share(state_.batch * layer.kv_heads);
     with_half(decoder_.head_dim, [&](auto half) {
-      for (int64_t i = mine.first; i < mine.last; ++i)
+      const auto nothing = [] {};
+      thread_.stage(state_.batch * layer.kv_heads, 1, nothing, [&](int64_t i, int64_t) {
         attend_head(layer, i / layer.kv_heads, i % layer.kv_heads, half);
+      });
     });
   }
 
@@ -261,7 +270,7 @@ class Step {
   const Decoder<T>& decoder_;
   State<T>& state_;
   Scratch<T>& own_;
-  const TeamThread thread_;
+  TeamThread& thread_;
   const int64_t* positions_;
   T* logits_;
   const bool chooses_;
@@ -300,15 +309,15 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     std::vector<Scratch<T>> scratch;
     scratch.reserve(threads);
     for (int i = 0; i < threads; ++i) scratch.emplace_back(decoder, state);
-    with_thread_team(threads, [&](TeamThread thread) {
-      Step<T>(decoder, state, scratch[thread.thread_num], thread, data<const int64_t>(positions),
+    with_thread_team(threads, [&](TeamThread thread, int number) {
+      Step<T>(decoder, state, scratch[number], thread, data<const int64_t>(positions),
               data<T>(logits), chosen.has_value())
           .run();
     });
     if (!chosen) return;
     for (int64_t b = 0; b < batch; ++b) {
-      Best best;  // threads have their shares in turn
-      for (const Scratch<T>& own : scratch) best.meet(own.best[b].logit, own.best[b].token);
+      Best best;
+      for (const Scratch<T>& own : scratch) best.meet(own.best[b]);
       data<int64_t>(*chosen)[b] = best.token;
     }
   });

@@ -1,70 +1,139 @@
-// One parallel region for many stages: a team of torch's threads that meet at light barriers. The
-// words are OpenMP's.
+// One parallel region for many stages: a team of torch's threads that go through the same stages.
+//
+// A stage has so many things to do, in chunks, and is over when all are done, whoever did them.
+// Each thread of the team has a share, from which it takes first, then it takes what others have
+// left. So a thread that has lost its processor delays the others by the chunk that it holds, and
+// by nothing if it holds none: it finds those stages over that it has missed. A thread that waits
+// gives its time slice up soon.
 #pragma once
 
 #include <immintrin.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <torch/csrc/stable/ops.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
-#include <thread>
+#include <climits>
+#include <vector>
 
 #include "shared/ranges.h"
 
-// All threads arrive before any leaves. Waiting is spinning, since a stage ends within microseconds
-// for all. After a while a thread gives up its time slice, in case a core is shared.
-class Barrier {
+// Counts what is done of all stages so far, and lets threads wait for it.
+class Progress {
  public:
-  void set_num_threads(int num_threads) { num_threads_ = num_threads; }
+  bool reached(uint32_t total) const {
+    return static_cast<int32_t>(done_.load(std::memory_order_acquire) - total) >= 0;
+  }
 
-  void wait() {
-    const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins < 2000)
-        _mm_pause();
-      else
-        std::this_thread::yield();
+  // `total` is what will have been done at the stage's end.
+  void add(uint32_t things, uint32_t total) {
+    if (done_.fetch_add(things) + things == total && sleepers_.load() > 0)
+      syscall(SYS_futex, &done_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
+
+  bool spin(uint32_t total, int pauses) const {
+    for (; pauses > 0 && !reached(total); --pauses) _mm_pause();
+    return pauses > 0;
+  }
+
+  void sleep(uint32_t total) {
+    sleepers_.fetch_add(1);
+    for (uint32_t seen; seen = done_.load(), !reached(total);)
+      syscall(SYS_futex, &done_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    sleepers_.fetch_sub(1);
+  }
+
+ private:
+  alignas(64) std::atomic<uint32_t> done_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
+};
+
+// How much of one thread's share has been taken, and of which stage: one word, so that a thread
+// that comes late takes nothing of a stage that is over.
+class alignas(64) Taken {
+ public:
+  // The next chunk's first thing within a share of `size`, or -1.
+  int64_t take(uint32_t stage, int64_t size, int64_t chunk) {
+    uint64_t now = word_.load(std::memory_order_relaxed);
+    for (;;) {
+      if (now >> 32 > stage) return -1;
+      const int64_t first = now >> 32 == stage ? static_cast<int64_t>(now & 0xffffffff) : 0;
+      if (first >= size) return -1;
+      const uint64_t next = uint64_t{stage} << 32 | static_cast<uint64_t>(first + chunk);
+      if (word_.compare_exchange_weak(now, next, std::memory_order_relaxed)) return first;
     }
   }
 
  private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
-  int num_threads_ = 1;
+  std::atomic<uint64_t> word_{0};
 };
 
-struct TeamThread {
-  int thread_num, num_threads;
-  Barrier* barrier;
+struct Team {
+  explicit Team(int shares) : taken(shares) {}
+  int shares() const { return static_cast<int>(taken.size()); }
 
-  // The thread's share of n things: the same at each call.
-  Range share(int64_t n) const { return ::share(n, thread_num, num_threads); }
-  void wait() const {
-    if (num_threads > 1) barrier->wait();
+  Progress progress;
+  std::vector<Taken> taken;  // of each share
+};
+
+// One thread's way through the stages.
+class TeamThread {
+ public:
+  TeamThread(Team& team, int number) : team_(team), number_(number) {}
+
+  // The next stage: prepare() once, if there is anything to do, then work(first, last) for chunks
+  // of n things, of which no two threads have the same; and the end of the stage.
+  template <class Prepare, class Work>
+  void stage(int64_t n, int64_t chunk, Prepare&& prepare, Work&& work) {
+    ++stage_;
+    total_ += static_cast<uint32_t>(n);
+    int64_t did = 0;
+    bool prepared = false;
+    const auto take_from = [&](int number) {
+      const Range share = ::share(n, number, team_.shares());
+      for (int64_t first; (first = team_.taken[number].take(stage_, share.size(), chunk)) >= 0;) {
+        if (!prepared) prepare();
+        prepared = true;
+        const Range part{share.first + first, std::min(share.first + first + chunk, share.last)};
+        work(part.first, part.last);
+        did += part.size();
+      }
+    };
+    const auto report = [&] {
+      if (did > 0) team_.progress.add(static_cast<uint32_t>(did), total_);
+      did = 0;
+    };
+    take_from(number_);
+    if (team_.shares() == 1) return;
+    // On a machine that is free all end together: then nobody looks through the others' shares.
+    report();
+    if (team_.progress.spin(total_, kBriefly)) return;
+    for (int i = 1; i < team_.shares(); ++i) take_from((number_ + i) % team_.shares());
+    report();
+    if (!team_.progress.spin(total_, kLonger)) team_.progress.sleep(total_);
   }
+
+ private:
+  // Pauses, each of 15 to 50 ns: less than a chunk, and about what being woken takes.
+  static constexpr int kBriefly = 32, kLonger = 1000;
+
+  Team& team_;
+  const int number_;
+  uint32_t stage_ = 0, total_ = 0;
 };
 
-// body(TeamThread) on every thread of a team. parallel_for may hand a thread several of the indices
-// (inside another parallel region all of them): then it joins the team once. How many threads there
-// are is known once every index has been taken.
+// body(thread, its number) on every thread of a team with so many shares. parallel_for may have
+// fewer threads than that (inside another parallel region one): they do all of the shares.
 template <class Body>
-inline void with_thread_team(int indices, Body&& body) {
-  if (indices == 1) return body(TeamThread{0, 1, nullptr});
-  Barrier barrier;
-  std::atomic<int> taken{0}, joined{0};
-  torch::stable::parallel_for(0, indices, 1, [&](int64_t begin, int64_t end) {
-    const int thread_num = joined.fetch_add(1);
-    taken.fetch_add(static_cast<int>(end - begin), std::memory_order_acq_rel);
-    while (taken.load(std::memory_order_acquire) < indices) _mm_pause();
-    const int num_threads = joined.load();
-    if (thread_num == 0) barrier.set_num_threads(num_threads);
-    // The barrier is ready before anyone can meet there: thread 0 says so by taking one more.
-    if (thread_num == 0) taken.fetch_add(1, std::memory_order_acq_rel);
-    while (taken.load(std::memory_order_acquire) == indices) _mm_pause();
-    body(TeamThread{thread_num, num_threads, &barrier});
-  });
+inline void with_thread_team(int shares, Body&& body) {
+  Team team(shares);
+  const auto run = [&](int64_t begin, int64_t) {
+    const int number = static_cast<int>(begin);
+    body(TeamThread(team, number), number);
+  };
+  if (shares == 1) return run(0, 1);
+  torch::stable::parallel_for(0, shares, 1, run);
 }

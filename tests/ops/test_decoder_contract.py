@@ -64,7 +64,7 @@ def test_linear_has_the_same_bits_in_any_batch_by_any_threads(backend, form, dty
     for rows in (1, 2, 3, 5, 8):
         assert torch.equal(linear(x[:rows], w, backend=backend), whole[:rows])
     assert torch.equal(linear(x[6], w, backend=backend), whole[6])
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 8):
         assert torch.equal(of_threads(count, lambda: linear(x, w, backend=backend)), whole)
 
 
@@ -86,7 +86,7 @@ def test_decode_step_has_the_same_bits_in_any_batch_by_any_threads(backend, form
         for i, layer in enumerate(weights.layers):
             pairs = zip(own.views(i, layer.kv_heads), kept.views(i, layer.kv_heads), strict=True)
             assert all(torch.equal(alone[0], all_rows[b]) for alone, all_rows in pairs)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 8):
         again = fresh(cache)
         call = (weights, tokens, positions, again)
         got = of_threads(count, lambda call=call: decode_step(*call, backend=backend))
