@@ -163,7 +163,7 @@ class Output:
         try:
             replace_text(self.folder / name, text)
         except OSError as error:
-            raise WrongInput(f"{name} can't be written: {error}") from error
+            raise WrongInput(error.strerror or str(error)) from error  # which names the file
         self.files[name] = None
 
     def draw(self, draw: Callable[[Path], list[str]]) -> None:

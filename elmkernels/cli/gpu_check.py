@@ -8,7 +8,6 @@ go on with the next one in a fresh process. That worker is this command with --w
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ..bench.benchmark import Report, Results
 from ..gpu_check.check import STAGES, GpuCheck, no_gpu
 from ..gpu_check.stages import Clock, DeadDevice
 from ..gpu_check.watch import Stuck, Worker, run_watched
+from ..weights.texts import read_json
 from .console import OK, CommandReport, Output, Progress, WrongInput, carry_out, note
 from .options import (
     add_device,
@@ -150,8 +150,11 @@ def _check(args: argparse.Namespace) -> GpuCheck:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "results.json"
     try:
-        return json.loads((folder / "results.json").read_text())
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist")
+        return read_json(file)
     except (OSError, ValueError) as error:
         raise WrongInput(f"results can't be read: {error}") from error
 
@@ -165,6 +168,9 @@ def _earlier(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
                 f"--continue: {folder / 'results.json'} is of {name} {found.get(name)!r}, "
                 f"this run of {new[name]!r}"
             )
-    for stage in found["stages"].values():
+    stages = found.get("stages")
+    if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
+        raise WrongInput(f"--continue: {folder / 'results.json'} must have an object of stages")
+    for stage in stages.values():
         stage["left_out"] = {}  # there may be time for it now
-    return found["stages"]
+    return stages

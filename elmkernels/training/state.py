@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
-from ..acceleration.projections import Plan
+from ..acceleration.projections import LINEAR, MV, ONEDNN, PREPACKED, Plan
 from ..openelm.config import OpenELMConfig
 from ..weights.storage import sync_folder, write_json
 from ..weights.texts import read_json
@@ -137,12 +137,18 @@ def _files(value: Any) -> bool:
 
 
 def _plan(value: Any) -> bool:
+    """One that could have been measured: each routine for rows that it takes."""
     kinds = {name: type(default) for name, default in asdict(Plan()).items()}
-    return value is None or (
-        isinstance(value, dict)
-        and value.keys() == kinds.keys()
-        and all(type(value[name]) is kind for name, kind in kinds.items())
-    )
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        return False
+    return all(
+        type(value[name]) is kind
+        and (kind is not str or value[name] in (LINEAR, ONEDNN, PREPACKED)
+             or (name, value[name]) == ("one_row", MV))
+        for name, kind in kinds.items()
+    )  # fmt: skip
 
 
 def _texts(value: Any) -> bool:

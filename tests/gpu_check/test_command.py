@@ -247,6 +247,14 @@ def test_going_on_with_another_run_s_results_is_refused(capsys, tmp_path):
     assert "is of device 'cuda:0', this run of 'cpu'" in refusal(capsys, *argv)
 
 
+@pytest.mark.parametrize("stages", [None, [], {"machine": 5}])
+def test_going_on_with_results_of_nobody_is_refused(capsys, tmp_path, stages):
+    earlier = {"command": "gpu-check", "device": "cpu", "quick": True, "stages": stages}
+    (tmp_path / "results.json").write_text(json.dumps(earlier))
+    argv = ["--device", "cpu", "--quick", "--continue", "--out", str(tmp_path)]
+    assert "must have an object of stages" in refusal(capsys, *argv)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("more", ["--json", "--quick", "--device=cuda"])
 def test_no_gpu_is_one_line_with_the_rehearsal(capsys, tmp_path, more):

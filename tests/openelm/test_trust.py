@@ -357,3 +357,23 @@ def test_a_full_disk(folder, monkeypatch, capsys, how):
         assert list(other.iterdir()) == []
     assert_same(OpenELM.from_pretrained(folder), OpenELM(CONFIG, seed=1))
     shutil.rmtree(other)
+
+
+@pytest.mark.parametrize("what", ["a GGUF file", "results"])
+def test_a_full_disk_and_other_files(tmp_path, what):
+    """Whatever is written in one step: named, and not half there."""
+    path = tmp_path / ("model.gguf" if what == "a GGUF file" else "results.json")
+    path.write_text("what was before")
+    with small_disk(10_000):
+        if what == "a GGUF file":
+            pytest.importorskip("gguf")
+            from elmkernels.openelm.gguf import export_gguf
+
+            with pytest.raises(OSError, match=f"{path} can't be written: "):
+                export_gguf(OpenELM(CONFIG, seed=1), path)
+        else:
+            from elmkernels.cli.console import Output, WrongInput
+
+            with pytest.raises(WrongInput, match=f"{path} can't be written: "):
+                Output(str(tmp_path)).save({"x": "y" * 20_000})
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["what was before"]

@@ -156,6 +156,8 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch)
     ("rows", "message"),
     [
         ([{"text": "a"}, "{"], "a.jsonl, line 2 is not valid JSON"),
+        (["[" * 200_000], "a.jsonl, line 1 is not valid JSON"),
+        (['{"text": ' + "9" * 5000 + "}"], "a.jsonl, line 1 is not valid JSON"),
         ([{"text": "a"}, "", {"txt": "b"}], r"a.jsonl, line 3 has no field text .*\['txt'\]"),
         ([["text"]], "a.jsonl, line 1 must be an object with the field text, got list"),
         ([{"text": None}], "a.jsonl, line 1: text must be a string, got NoneType"),

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from helpers.runs import ROOT, environment, same_weights, train, write_recipe
 from safetensors.torch import load_file, save_file
 
+from elmkernels import Plan
 from elmkernels.cli.main import main
 from elmkernels.training import state
 from elmkernels.training.data.tokens import open_part
@@ -96,6 +98,8 @@ FACTS = {
     "a configuration that is a list": dict(config=[]),
     "a plan of other fields": dict(plan={"rows": 1}),
     "a plan of numbers": dict(plan={"one_row": 1, "few_rows": 2, "many_rows": 3, "training": 4}),
+    "a routine for other rows": dict(plan={**asdict(Plan()), "many_rows": "torch.mv"}),
+    "a routine of no name": dict(plan={**asdict(Plan()), "training": "fast"}),
     "no random states": dict(random={}),
     "random numbers": dict(random={"cpu": 5}),
     "random text": dict(random={"cpu": "!!"}),

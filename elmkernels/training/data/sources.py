@@ -140,7 +140,7 @@ def _jsonl(path: Path, field: str) -> Iterator[Piece]:
             where = f"{path}, line {number}"
             try:
                 values = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not valid JSON: {error}") from error
             if not isinstance(values, dict):
                 checks.fail(where, f"an object with the field {field}", type(values).__name__)
