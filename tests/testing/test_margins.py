@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from docs.generate import figures, margins
 from elmkernels.cli.main import main
 from elmkernels.reference import swiglu
 from elmkernels.testing import CASES
@@ -76,3 +77,12 @@ def test_the_command_counts_margins(capsys, few_cases):
     assert main(argv) == 0
     (record,) = json.loads(capsys.readouterr().out)["records"]
     assert record["cases"] == 2 and record["ok"]
+
+
+def test_what_the_document_says_of_float32_is_what_the_files_hold():
+    for name in margins.PROCESSORS:
+        found = figures.results(f"parity-cpu-{name}")
+        assert found["complete"] and all(record["ok"] for record in found["records"])
+        assert {record["op"] for record in found["records"]} == set(CASES)
+        close = [m for r in found["records"] if r["dtype"] == "float32" for m in r["close"]]
+        assert all(margin["by_all"] <= CLOSE for margin in close)
