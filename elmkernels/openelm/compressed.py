@@ -19,6 +19,7 @@ from ..reference import dense
 from ..weights.affine import check_scheme
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Form, Packed12, Weight
 from ..weights.packed12 import check_packed12
+from .surgery import known
 
 
 def weight_of(module: nn.Module) -> Weight:
@@ -194,10 +195,12 @@ class Quantized(Compressed):
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
 
 
+@known
 class QuantizedLinear(Quantized, CompressedLinear):
     """A projection by a quantized weight."""
 
 
+@known
 class QuantizedEmbedding(Quantized, CompressedEmbedding):
     """Token embeddings by a quantized weight, and the tied head's weight."""
 
@@ -273,10 +276,12 @@ class Packed12Module(Compressed):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+@known
 class Packed12Linear(Packed12Module, CompressedLinear):
     """A projection by a packed12 weight."""
 
 
+@known
 class Packed12Embedding(Packed12Module, CompressedEmbedding):
     """Token embeddings by a packed12 weight, and the tied head's weight."""
 
