@@ -5,6 +5,8 @@ graph        the model's own layers, captured as a CUDA graph
 calls        one operation after the other, waiting for each token
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -35,7 +37,7 @@ def modes_of(model: nn.Module, device: torch.device) -> dict[str, Reason | None]
     return {GRAPH: reason, ONE_LAUNCH: reason or _missing_kernel(model, device)}
 
 
-def missing(mode: str, model: nn.Module, cache: KVCache) -> Reason | None:
+def missing(mode: str, model: Any, cache: KVCache) -> Reason | None:
     """Why a model can't be decoded with this cache in one of the DECODE_MODES, or None. No GPU is
     asked for: the same steps can be called elsewhere.
     """
@@ -55,7 +57,7 @@ def missing(mode: str, model: nn.Module, cache: KVCache) -> Reason | None:
     return _missing_kernel(model, cache.device)
 
 
-def wanted(model: nn.Module, cache: KVCache) -> bool:
+def wanted(model: Any, cache: KVCache) -> bool:
     """Whether a model is decoded without waiting if no mode is named: on a GPU, unless it is the
     reference model as it was made.
     """
@@ -78,7 +80,7 @@ def _missing_weights(model: nn.Module) -> Reason | None:
     return None
 
 
-def _missing_kernel(model: OpenELM, device: torch.device) -> Reason | None:
+def _missing_kernel(model: Any, device: torch.device) -> Reason | None:
     """Why `ops.decode_step` has no kernel for a model on a device."""
     dtype, given = model.norm.weight.dtype, given_backend(model, "decode_step")
     if dtype not in DTYPES:

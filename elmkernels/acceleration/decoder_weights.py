@@ -3,16 +3,15 @@
 from collections.abc import Iterator
 from itertools import repeat
 from operator import contains, getitem, is_
-from typing import NoReturn
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from ..openelm import layers as reference
 from ..openelm.model import OpenELM
-from ..openelm.surgery import forward_hooks, unhooked
+from ..openelm.surgery import GLOBAL_HOOKS, HOOKS, plain, untouched
 from ..weights.formats import DecoderWeights, Form, Layer, Weight, is_compressed
-from . import fused, projections
 
 
 def decoder_weights_of(model: OpenELM) -> DecoderWeights:
@@ -67,7 +66,8 @@ class Snapshot:
         self._types = [type(m) for m in modules]
         self._attributes = [vars(m) for m in (model, *modules)]
         self._epsilons = [a for a in self._attributes if "eps" in a]
-        self._hooks = [hooks for m in (model, *modules) for hooks in forward_hooks(m)]
+        self._hooks = [vars(m)[name] for m in (model, *modules) for name in HOOKS]
+        self._hooks += GLOBAL_HOOKS
 
     def holds(self) -> bool:
         """Whether the model is still what it was."""
@@ -79,6 +79,7 @@ class Snapshot:
             places
             and not any(self._hooks)
             and not any(map(contains, self._attributes, repeat("forward")))
+            and not any(map(contains, self._attributes, repeat("_compiled_call_impl")))
             and list(map(type, self._modules)) == self._types
             and all(a.get("eps") == self.weights.eps for a in self._epsilons)
             and [t.data_ptr() for t in self._tensors] == self._addresses
@@ -102,42 +103,44 @@ def _refuse(path: str, reason: str) -> NoReturn:
     raise ValueError(f"the model can't be described by its weights: {path} {reason}")
 
 
-def _plain(path: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
-    """The module is of one of these very classes, and computes what the class says."""
-    if type(module) not in kinds:
-        _refuse(path, f"must be {kinds[0].__name__}, got {type(module).__name__}")
-    _unhooked(path, module)
+def _plain(path: str, module: nn.Module | None, kind: type[nn.Module]) -> None:
+    """The module is of this very class or its fused one, and computes what the class says."""
+    if module is None or not isinstance(module, kind):
+        _refuse(path, f"must be {kind.__name__}, got {type(module).__name__}")
+    _untouched(path, module)
+    if not plain(module):
+        _refuse(path, f"must be {kind.__name__}, got {type(module).__name__}")
 
 
-def _unhooked(path: str, module: nn.Module) -> None:
-    if not unhooked(module):
+def _untouched(path: str, module: nn.Module) -> None:
+    if not untouched(module):
         _refuse(path, "has hooks or a forward of its own")
 
 
-def _norm(path: str, module: nn.Module, eps: float) -> Tensor:
-    _plain(path, module, reference.RMSNorm, fused.FusedRMSNorm)
+def _norm(path: str, module: Any, eps: float) -> Tensor:
+    _plain(path, module, reference.RMSNorm)
     if module.eps != eps:
         _refuse(path, f"must have the eps of the others, {eps}, got {module.eps}")
     return module.weight
 
 
-def _compressed(path: str, module: nn.Module) -> Form | None:
+def _compressed(path: str, module: Any) -> Any:
     method = getattr(module, "compressed", None)
     if method is None:
         return None
-    _unhooked(path, module)
+    _untouched(path, module)
     weight = method()
     if weight is not None and not is_compressed(weight):
         _refuse(path, f"gives {type(weight).__name__} as compressed()")
     return weight
 
 
-def _matrix(path: str, module: nn.Module, *kinds: type[nn.Module]) -> Weight:
+def _matrix(path: str, module: Any, kind: type[nn.Module] = nn.Linear) -> Weight:
     weight = _compressed(path, module)
     if weight is not None:
         return weight
     if not hasattr(module, "compressed"):
-        _plain(path, module, *kinds)
+        _plain(path, module, kind)
     if getattr(module, "bias", None) is not None:
         _refuse(path, "has a bias")
     return module.weight
@@ -145,7 +148,7 @@ def _matrix(path: str, module: nn.Module, *kinds: type[nn.Module]) -> Weight:
 
 def _describe(model: OpenELM) -> DecoderWeights:
     _plain("it", model, OpenELM)
-    _plain("logits_head", model.logits_head, reference.LogitsHead, fused.FusedLogitsHead)
+    _plain("logits_head", model.logits_head, reference.LogitsHead)
     eps = model.norm.eps
     model._place_rope_table(model.norm.weight.device)
     layers = tuple(
@@ -167,29 +170,28 @@ def _describe(model: OpenELM) -> DecoderWeights:
 
 def _head(model: OpenELM, embedding: Weight) -> Weight:
     if model.classifier is not None:
-        return _matrix("classifier", model.classifier, nn.Linear, projections.Linear)
+        return _matrix("classifier", model.classifier)
     weight = _compressed("tied_head", model.tied_head)
     if weight is None and not hasattr(model.tied_head, "compressed"):
-        _plain("tied_head", model.tied_head, reference.TiedHead, projections.TiedHead)
+        _plain("tied_head", model.tied_head, reference.TiedHead)
     return embedding if weight is None else weight
 
 
-def _layer(path: str, layer: nn.Module, eps: float, gated: bool) -> Layer:
-    _plain(path, layer, reference.DecoderLayer, fused.FusedDecoderLayer)
+def _layer(path: str, layer: Any, eps: float, gated: bool) -> Layer:
+    _plain(path, layer, reference.DecoderLayer)
     attn, ffn = layer.attn, layer.ffn
-    _plain(f"{path}.attn", attn, reference.Attention, fused.FusedAttention)
-    _plain(f"{path}.ffn", ffn, reference.FeedForward, fused.FusedFeedForward)
-    plain = (nn.Linear, projections.Linear)
+    _plain(f"{path}.attn", attn, reference.Attention)
+    _plain(f"{path}.ffn", ffn, reference.FeedForward)
     normalized = attn.q_norm is not None
     return Layer(
         attn_norm=_norm(f"{path}.attn_norm", layer.attn_norm, eps),
-        qkv_proj=_matrix(f"{path}.attn.qkv_proj", attn.qkv_proj, *plain),
+        qkv_proj=_matrix(f"{path}.attn.qkv_proj", attn.qkv_proj),
         q_norm=_norm(f"{path}.attn.q_norm", attn.q_norm, eps) if normalized else None,
         k_norm=_norm(f"{path}.attn.k_norm", attn.k_norm, eps) if normalized else None,
-        out_proj=_matrix(f"{path}.attn.out_proj", attn.out_proj, *plain),
+        out_proj=_matrix(f"{path}.attn.out_proj", attn.out_proj),
         ffn_norm=_norm(f"{path}.ffn_norm", layer.ffn_norm, eps),
-        proj_1=_matrix(f"{path}.ffn.proj_1", ffn.proj_1, *plain),
-        proj_2=_matrix(f"{path}.ffn.proj_2", ffn.proj_2, *plain),
+        proj_1=_matrix(f"{path}.ffn.proj_1", ffn.proj_1),
+        proj_2=_matrix(f"{path}.ffn.proj_2", ffn.proj_2),
         q_heads=attn.q_heads,
         kv_heads=attn.kv_heads,
     )

@@ -1,26 +1,83 @@
-"""The modules that `accelerate` puts in: fused ops around the original's own projections.
+"""The fused classes of a model's modules: fused ops around the module's own projections.
 
-Each keeps the child modules (so the parameter names and the Parameters) and the call signature of
-what it replaces. There are three signatures: this package's model (`Context`), CoreNet's
-(past_keys and past_values in and out) and Apple's Hugging Face code (a Cache object). The last two
-rotate their whole cache at every step; here keys are stored rotated, which gives the same
-attention, so a cache belongs to the model as it was, accelerated or not, when it was filled.
+There are three conventions of calling: this package's model (`Context`), CoreNet's (past_keys and
+past_values in and out) and Apple's Hugging Face code (a Cache object); the last two are in
+`foreign`. A child is passed over if it is `plain`, else called as a module; what the kernels don't
+take (float64, a DTensor) goes through the forward of the module's own class.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
+from .. import ops, reference
+from ..checks import DTYPES
 from ..devices import autocast_dtype
 from ..openelm.documents import in_one_row
-from ..openelm.layers import Context, LogitsHead
+from ..openelm.layers import Context, LogitsHead, RMSNorm
 from ..openelm.loss import LossHead, plain_weight
 from ..openelm.shared_weight import TiedWeightGradient
-from ..reference import rope_table
+from ..openelm.surgery import known, plain, plain_tensor, untouched
 from . import recompute, small_batch
+from .classes import Fused, setting, while_fused
+from .projections import forget
+
+# qkv and the weights of its norms; None for them if the norms were called.
+Normed = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass
+class State:
+    """What a fused module is given: the backend of its op."""
+
+    backend: str | None
+
+
+@dataclass
+class FeedForwardState(State):
+    """gated: whether the activation is SwiGLU, else a plain SiLU; activation: the class of the
+    module for it that the forward passes over, None if there is none.
+    """
+
+    gated: bool
+    activation: type[nn.Module] | None = None
+
+
+@dataclass
+class LayerState(State):
+    """backend: of `ops.add_rms_norm`; linear_backend: of `ops.linear`, for few rows."""
+
+    linear_backend: str | None
+
+
+@dataclass
+class AttentionState(State):
+    """backend: of `ops.qk_norm_rope`; index: of the layer."""
+
+    attention_backend: str | None
+    index: int
+    q_heads: int
+    kv_heads: int
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take such a tensor at all."""
+    return x.dtype in DTYPES and plain_tensor(x)
+
+
+def takes_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels normalize x with a weight: in x's dtype or in float32."""
+    return takes(x) and plain_tensor(weight) and weight.dtype in (x.dtype, torch.float32)
+
+
+def plain_norm(norm: Any, x: Tensor) -> bool:
+    """Whether a shortcut may go past a norm of x."""
+    known_norm = isinstance(norm, RMSNorm | FusedRMSNorm)
+    return known_norm and plain(norm) and takes_norm(x, norm.weight)
 
 
 def _projected(x: Tensor) -> torch.dtype:
@@ -32,75 +89,83 @@ def _narrowed(x: Tensor) -> Tensor:
     return x.to(_projected(x))
 
 
-def adopt(module: nn.Module, original: nn.Module) -> None:
-    """Register the original's children under their names, in their order."""
-    for name, child in original._modules.items():
-        module.add_module(name, child)
-
-
-class FusedRMSNorm(nn.Module):
+class FusedRMSNorm(Fused):
     """Any RMSNorm with `weight` and `eps`."""
 
-    def __init__(self, original: nn.Module, backend: str | None) -> None:
-        super().__init__()
-        self.weight, self.eps, self.backend = original.weight, original.eps, backend
+    _fused: State
+    weight: nn.Parameter
+    eps: float
+    backend = setting("backend")
 
+    @while_fused
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps, backend=self.backend)
+        if not takes_norm(x, self.weight):
+            return super().forward(x)
+        return ops.rms_norm(x, self.weight, self.eps, backend=self._fused.backend)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, backend={self.backend}"
 
 
-class FusedFeedForward(nn.Module):
+class FusedFeedForward(Fused):
     """proj_2(swiglu(proj_1(x))), or with a plain SiLU if there is no gate."""
 
-    def __init__(self, original: nn.Module, gated: bool, backend: str | None) -> None:
-        super().__init__()
-        adopt(self, original)
-        self.gated, self.backend = gated, backend
+    _fused: FeedForwardState
+    proj_1: nn.Module
+    proj_2: nn.Module
+    gated, backend = setting("gated"), setting("backend")
 
+    @while_fused
     def forward(self, x: Tensor, make: Callable[[], Tensor] | None = None) -> Tensor:
         """make gives x again in the backward pass (see `recompute`); the gated activation is then
         made again too.
         """
+        state, activation = self._fused, self._modules.get("act")
+        if activation is not None and not (
+            type(activation) is state.activation and untouched(activation)
+        ):
+            return super().forward(x)
         x = recompute.apply(self.proj_1, x, make)
-        if not self.gated:
+        if not state.gated:
             return self.proj_2(F.silu(x))
+        if not takes(x):
+            return self.proj_2(reference.swiglu(x))
         kept = x.detach()
 
-        def activation() -> Tensor:
-            return ops.swiglu(kept, backend=self.backend)
+        def activated() -> Tensor:
+            return ops.swiglu(kept, backend=state.backend)
 
-        again = None if make is None else activation
-        return recompute.apply(self.proj_2, ops.swiglu(x, backend=self.backend), again)
+        again = None if make is None else activated
+        return recompute.apply(self.proj_2, ops.swiglu(x, backend=state.backend), again)
 
 
-class FusedLogitsHead(LogitsHead):
+@known
+class FusedLogitsHead(Fused, LogitsHead):
     """Norm and projection of few rows in one product, if there is a kernel (see `small_batch`).
     backend: of `ops.linear`.
     """
 
-    def __init__(self, backend: str | None) -> None:
-        super().__init__()
-        self.backend = backend
+    _fused: State
+    backend = setting("backend")
 
-    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
-        logits = small_batch.logits(model, x, self.backend)
+    @while_fused
+    def forward(self, model: Any, x: Tensor) -> Tensor:
+        logits = small_batch.logits(model, x, self._fused.backend)
         return super().forward(model, x) if logits is None else logits
 
 
-class FusedLossHead(LossHead):
+@known
+class FusedLossHead(Fused, LossHead):
     """The projection and its loss in one op, if the projection is a plain matrix."""
 
-    def __init__(self, backend: str | None) -> None:
-        super().__init__()
-        self.backend = backend
+    _fused: State
+    backend = setting("backend")
 
     def shared_gradient(self, embedding: nn.Module) -> TiedWeightGradient | None:
         weight = plain_weight(embedding)
         if (
             weight is None
+            or not isinstance(embedding, nn.Embedding)
             or not (weight.requires_grad and torch.is_grad_enabled())
             or torch.compiler.is_compiling()  # its graph has no room for a gradient that waits
             or embedding.sparse
@@ -108,58 +173,82 @@ class FusedLossHead(LossHead):
             or embedding.max_norm is not None
         ):
             return None
+        forget(weight)
         return TiedWeightGradient(weight, embedding.padding_idx)
 
-    def forward(self, hidden, targets, weight, project, **options) -> Tensor:
-        if weight is None:
+    @while_fused
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor | None,
+        project: Callable[[Tensor], Tensor],
+        **options: Any,
+    ) -> Tensor:
+        if weight is None or not takes_norm(hidden, weight):
             return super().forward(hidden, targets, weight, project, **options)
-        return ops.linear_cross_entropy(hidden, weight, targets, backend=self.backend, **options)
+        if torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
+            forget(weight)
+        backend = self._fused.backend
+        return ops.linear_cross_entropy(hidden, weight, targets, backend=backend, **options)
 
 
-class FusedAttention(nn.Module):
-    """Attention of this package's model. backend: of `ops.qk_norm_rope`."""
+class AttentionParts(Fused):
+    """What the fused attentions of all conventions share."""
 
-    def __init__(
-        self, original: nn.Module, index: int, q_heads: int, kv_heads: int,
-        backend: str | None, attention_backend: str | None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        adopt(self, original)
-        if original.q_norm is None:
-            self.q_norm = self.k_norm = None
-        self.layer_index, self.q_heads, self.kv_heads = index, q_heads, kv_heads
-        self.head_dim = original.head_dim
-        self.eps = 1e-6 if self.q_norm is None else self.q_norm.eps
-        self.backend = backend
-        self.attention_backend = attention_backend
+    _fused: Any  # AttentionState
+    qkv_proj: nn.Module
+    out_proj: nn.Module
+    q_norm: Any
+    k_norm: Any
+    head_dim: int
+    backend, attention_backend = setting("backend"), setting("attention_backend")
 
     def extra_repr(self) -> str:
-        return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, backend={self.backend}"
+        state = self._fused
+        return f"q_heads={state.q_heads}, kv_heads={state.kv_heads}, backend={state.backend}"
 
-    def project(self, qkv: Tensor, positions: Tensor, table: Tensor, **cache) -> tuple:
-        """qkv_proj's output [batch, length, ...] -> q, k, v (see `ops.qk_norm_rope`)."""
-        return ops.qk_norm_rope(
-            qkv,
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            positions,
-            self.q_heads,
-            self.kv_heads,
-            table,
-            eps=self.eps,
-            backend=self.backend,
-            **cache,
-        )
+
+def rotated(
+    attn: Any, normed: Normed, positions: Tensor, table: Tensor, eps: float, **cache: Any
+) -> Any:
+    """qkv [batch, length, ...] and the weights of its norms -> q, k, v (see `ops.qk_norm_rope`)."""
+    state: AttentionState = attn._fused
+    return ops.qk_norm_rope(
+        *normed,
+        positions,
+        state.q_heads,
+        state.kv_heads,
+        table,
+        eps=eps,
+        backend=state.backend,
+        **cache,
+    )
+
+
+class FusedAttention(AttentionParts):
+    """Attention of this package's model."""
+
+    eps: float
+    normalized: Callable[[Tensor], Normed]
+
+    def takes(self, qkv: Tensor) -> bool:
+        """Whether the kernels take what qkv_proj gives."""
+        norms = [n for n in (self.q_norm, self.k_norm) if isinstance(n, RMSNorm) and plain(n)]
+        return takes(qkv) and all(takes_norm(qkv, n.weight) for n in norms)
 
     def attended(self, qkv: Tensor, context: Context) -> Tensor:
         """qkv_proj's output -> what out_proj takes, [batch, length, q_heads head_dim]."""
-        cache, length = context.cache, qkv.shape[1]
+        if not self.takes(qkv):
+            return super().attended(qkv, context)  # pyright: ignore[reportAttributeAccessIssue]
+        cache, length, state = context.cache, qkv.shape[1], self._fused
+        given = self.normalized(qkv), context.positions, context.rope_table, self.eps
         if cache is None:
-            q, k, v = self.project(qkv, context.positions, context.rope_table)
+            q, k, v = rotated(self, *given)
         else:
-            i = self.layer_index
+            i = state.index
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
-            q, _, _ = self.project(qkv, context.positions, context.rope_table, **buffers)
+            q, _, _ = rotated(self, *given, **buffers)
             k, v = cache.filled(i, length)
         if context.attend is not None:
             return context.attend(self, q, k, v).reshape(*qkv.shape[:2], -1)
@@ -172,10 +261,11 @@ class FusedAttention(nn.Module):
             key_mask=context.key_mask,
             offsets=context.offsets,
             cu_seqlens=context.cu_seqlens,
-            backend=self.attention_backend,
+            backend=state.attention_backend,
         )
-        return out.reshape(*qkv.shape[:2], self.q_heads * self.head_dim)
+        return out.reshape(*qkv.shape[:2], state.q_heads * self.head_dim)
 
+    @while_fused
     def forward(
         self, x: Tensor, context: Context, make: Callable[[], Tensor] | None = None
     ) -> Tensor:
@@ -184,179 +274,58 @@ class FusedAttention(nn.Module):
         return self.out_proj(self.attended(recompute.apply(self.qkv_proj, x, make), context))
 
 
-class FusedDecoderLayer(nn.Module):
-    """h = x + attn(attn_norm(x)); h + ffn(ffn_norm(h)), the first addition fused with its norm.
-    backend: of `ops.add_rms_norm`; linear_backend: of `ops.linear`, for few rows.
+class LayerParts(Fused):
+    """h = x + attn(attn_norm(x)); h + ffn(ffn_norm(h)), the first addition fused with its norm."""
+
+    _fused: LayerState
+    attn: nn.Module
+    ffn: nn.Module
+    attn_norm: nn.Module
+    ffn_norm: Any
+    backend, linear_backend = setting("backend"), setting("linear_backend")
+
+
+def add_feed_forward(
+    layer: Any, delta: Tensor, x: Tensor, again: Callable[..., Callable[[], Tensor]] | None = None
+) -> Tensor:
+    """x + delta, and what a layer's feed-forward network adds to it. again: what gives (x, norm) ->
+    a function that makes norm(x) once more, if that may be done in the backward pass.
     """
+    norm, ffn = layer.ffn_norm, layer.ffn
+    # Under autocast a projection's output is narrower than the residual stream.
+    if (
+        not plain_norm(norm, x)
+        or delta.shape != x.shape
+        or not takes(delta)
+        or torch.promote_types(delta.dtype, x.dtype) != x.dtype
+    ):
+        x = x + delta
+        return x + ffn(norm(x))
+    backend = layer._fused.backend
+    normed, x = ops.add_rms_norm(delta.to(x.dtype), x, norm.weight, norm.eps, backend=backend)
+    if again is not None and isinstance(ffn, FusedFeedForward) and plain(ffn):
+        return x + ffn(_narrowed(normed), again(x, norm))
+    return x + ffn(normed)
 
-    def __init__(
-        self, original: nn.Module, backend: str | None, linear_backend: str | None
-    ) -> None:
-        super().__init__()
-        adopt(self, original)
-        self.backend, self.linear_backend = backend, linear_backend
 
-    def feed_forward(self, delta: Tensor, x: Tensor, lean: bool = False) -> Tensor:
-        # Under autocast a projection's output is narrower than the residual stream.
-        normed, x = ops.add_rms_norm(
-            delta.to(x.dtype), x, self.ffn_norm.weight, self.ffn_norm.eps, backend=self.backend
-        )
-        if lean:
-            return x + self.ffn(_narrowed(normed), self._again(x, self.ffn_norm))
-        return x + self.ffn(normed)
+class FusedDecoderLayer(LayerParts):
+    """A layer of this package's model."""
 
-    def _again(self, x: Tensor, norm: nn.Module) -> Callable[[], Tensor]:
+    def _again(self, x: Tensor, norm: Any) -> Callable[[], Tensor]:
         """What gives norm(x), as the projection after it takes it, once more."""
         kept, weight, dtype = x.detach(), norm.weight.detach(), _projected(x)
-        return lambda: ops.rms_norm(kept, weight, norm.eps, backend=self.backend).to(dtype)
+        backend, eps = self._fused.backend, norm.eps
+        return lambda: ops.rms_norm(kept, weight, eps, backend=backend).to(dtype)
 
-    def _lean(self) -> bool:
-        """Whether the modules are those that can make their inputs again: one may have been left as
-        it was, and in training they must not be compiled, whose compiler decides that itself.
-        """
-        fused = isinstance(self.attn_norm, FusedRMSNorm) and isinstance(self.attn, FusedAttention)
-        return fused and isinstance(self.ffn, FusedFeedForward)
-
+    @while_fused
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if small_batch.applies(x, self.linear_backend) and self._lean():
+        if small_batch.applies(x, self._fused.linear_backend):
             weights = small_batch.weights_of(self, x)
             if weights is not None:
                 return small_batch.forward(self, x, context, weights)
-        if not torch.is_grad_enabled() or context.checkpointed or not self._lean():
-            return self.feed_forward(self.attn(self.attn_norm(x), context), x)
-        normed = _narrowed(self.attn_norm(x))
-        delta = self.attn(normed, context, self._again(x, self.attn_norm))
-        return self.feed_forward(delta, x, lean=True)
-
-
-class _ForeignAttention(FusedAttention):
-    """Attention of a model that has its own RotaryEmbedding in every layer."""
-
-    def __init__(self, original, index, q_heads, kv_heads, backend, attention_backend) -> None:
-        super().__init__(original, index, q_heads, kv_heads, backend, attention_backend)
-        rotary = original.pos_embedding
-        self.rope_base, self.rope_length = rotary.freq_constant, rotary.max_seq_length
-        # A plain attribute: float32 whatever the model is cast to, and in no state_dict.
-        self.table = torch.empty(0, self.head_dim)
-
-    def rotation(self, length: int, device: torch.device) -> Tensor:
-        """The table for positions below `length`, on a device."""
-        if self.table.device != device or self.table.shape[0] < length:
-            with torch.inference_mode(False):
-                self.table = rope_table(
-                    max(length, self.rope_length), self.head_dim, self.rope_base
-                ).to(device)
-        return self.table
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """q [batch, lq, q_heads, head_dim], k and v [batch, kv_heads, lk, head_dim]."""
-        if mask is None and (causal or q.shape[1] == 1):
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            out = ops.attention(q, k, v, backend=self.attention_backend)
+        norm, attn, lean = self.attn_norm, self.attn, recompute.applies()
+        if lean and isinstance(attn, FusedAttention) and plain(attn) and plain_norm(norm, x):
+            delta = attn(_narrowed(norm(x)), context, self._again(x, norm))
         else:
-            # The owner's own mask, added or boolean, is kept as it is.
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
-            ).transpose(1, 2)
-        return self.out_proj(out.flatten(-2))
-
-
-class FusedCoreNetAttention(_ForeignAttention):
-    """CoreNet's: past_keys, past_values [batch, kv_heads, past, head_dim] in, longer ones out."""
-
-    def forward(
-        self,
-        x: Tensor,
-        past_keys: Tensor | None = None,
-        past_values: Tensor | None = None,
-        use_kv_cache: bool = False,
-        is_causal: bool = True,
-        concat_kvs: bool = True,
-        apply_k_norm_to_past_keys_before_cache_write: bool = False,
-        apply_k_norm_before_cache_write: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if (
-            not concat_kvs
-            or apply_k_norm_to_past_keys_before_cache_write
-            or not apply_k_norm_before_cache_write
-        ):
-            raise RuntimeError(
-                "the accelerated attention appends normalized keys to the cache; concat_kvs=False "
-                "and the other orders of k_norm are not supported: elmkernels.restore(model) first"
-            )
-        length = x.shape[1]
-        past = past_keys.shape[2] if use_kv_cache and past_keys is not None else 0
-        positions = torch.arange(past, past + length, device=x.device)
-        q, k, v = self.project(self.qkv_proj(x), positions, self.rotation(past + length, x.device))
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if use_kv_cache:
-            if past:
-                k, v = torch.cat((past_keys, k), dim=2), torch.cat((past_values, v), dim=2)
-            past_keys, past_values = k, v
-        return self.attend(q, k, v, None, is_causal), past_keys, past_values
-
-
-class FusedCoreNetLayer(FusedDecoderLayer):
-    def forward(self, x, past_keys=None, past_values=None, *args, **kwargs):
-        delta, past_keys, past_values = self.attn(
-            self.attn_norm(x), past_keys, past_values, *args, **kwargs
-        )
-        return self.feed_forward(delta, x), past_keys, past_values
-
-
-class FusedHuggingFaceAttention(_ForeignAttention):
-    """Apple's Hugging Face code: keys and values go through a transformers Cache object."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_value=None,
-        output_attentions: bool = False,
-        use_cache: bool = False,
-        cache_position: Tensor | None = None,
-    ) -> tuple[Tensor, None, object]:
-        length, device = hidden_states.shape[1], hidden_states.device
-        past_key_value = getattr(self, "past_key_value", past_key_value)
-        past = 0
-        if past_key_value is not None:
-            past = int(past_key_value.get_seq_length(self.layer_index))
-        positions = cache_position
-        if positions is None:
-            positions = torch.arange(past, past + length, device=device)
-        table = self.rotation(past + length, device)
-        q, k, v = self.project(self.qkv_proj(hidden_states), positions, table)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if past_key_value is not None:
-            k, v = past_key_value.update(k, v, self.layer_index, {"cache_position": cache_position})
-        mask = attention_mask
-        if mask is not None and cache_position is not None:
-            mask = mask[:, :, cache_position, : k.shape[2]]
-        return self.attend(q, k, v, mask, False), None, past_key_value
-
-
-class FusedHuggingFaceLayer(FusedDecoderLayer):
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_value=None,
-        output_attentions: bool = False,
-        use_cache: bool = False,
-        cache_position: Tensor | None = None,
-        **kwargs,
-    ) -> tuple:
-        delta, weights, past_key_value = self.attn(
-            hidden_states=self.attn_norm(hidden_states),
-            attention_mask=attention_mask,
-            past_key_value=past_key_value,
-            output_attentions=output_attentions,
-            use_cache=use_cache,
-            cache_position=cache_position,
-            **kwargs,
-        )
-        outputs = (self.feed_forward(delta, hidden_states),)
-        if output_attentions:
-            outputs += (weights,)
-        return (*outputs, past_key_value) if use_cache else outputs
+            delta = attn(norm(x), context)
+        return add_feed_forward(self, delta, x, self._again if lean else None)

@@ -1,203 +1,345 @@
 """Which models `accelerate` knows: by the layout of their modules and by trying them, not by class.
 
 `layers[i].attn` with qkv_proj, out_proj, q_norm, k_norm; `.ffn` with proj_1, proj_2; attn_norm,
-ffn_norm; norm; token_embeddings (at the top or under `transformer`). Nothing is changed here.
+ffn_norm; norm; token_embeddings, in a model or in what a wrapper holds. Wrappers round modules
+(checkpointing, torch.compile, FSDP, adapters) are looked through. Nothing is changed here.
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
-from .. import reference
 from ..backends import Reason
-from ..openelm.compressed import weight_of
+from ..checks import DTYPES
+from ..openelm import layers
+from ..openelm.compressed import Compressed, weight_of
+from ..openelm.loss import LossHead
 from ..openelm.model import OpenELM
-from ..openelm.surgery import has_hooks
-from . import fused
+from ..openelm.surgery import missing_own, missing_plain
+from . import foreign, fused
+from .classes import own_class
+from .trying import (
+    missing_alone,
+    missing_class,
+    missing_linear,
+    missing_norm,
+    missing_room,
+    missing_silu,
+)
 
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
+NORMS = ("attn_norm", "ffn_norm", "attn.q_norm", "attn.k_norm")
+BLOCKS = ("", "attn", "ffn")
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How one family of models calls its modules."""
+    """How one family of models calls its modules. own: the classes of its layer, attention and
+    feed-forward network; None for a family whose classes are others' code.
+    """
 
     name: str
     mark: str  # a parameter of its attention's forward that no other family has
-    attention: type[fused.FusedAttention]
-    layer: type[fused.FusedDecoderLayer]
-    foreign: bool = True
+    attention: type[fused.AttentionParts]
+    layer: type[fused.LayerParts]
+    own: dict[str, type[nn.Module]] | None = None
+    masked: bool = False  # its models give every attention a mask
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its classes are others' code."""
+        return self.own is None
 
 
+OURS = {"": layers.DecoderLayer, "attn": layers.Attention, "ffn": layers.FeedForward}
 CONVENTIONS = (
-    Convention("elmkernels", "context", fused.FusedAttention, fused.FusedDecoderLayer, False),
-    Convention("CoreNet", "past_keys", fused.FusedCoreNetAttention, fused.FusedCoreNetLayer),
+    Convention("elmkernels", "context", fused.FusedAttention, fused.FusedDecoderLayer, OURS),
+    Convention("CoreNet", "past_keys", foreign.FusedCoreNetAttention, foreign.FusedCoreNetLayer),
     Convention(
         "Hugging Face",
         "past_key_value",
-        fused.FusedHuggingFaceAttention,
-        fused.FusedHuggingFaceLayer,
+        foreign.FusedHuggingFaceAttention,
+        foreign.FusedHuggingFaceLayer,
+        masked=True,
     ),
 )
+# Children that a fused forward knows of; any other must do nothing.
+_CHILDREN = {
+    "": {"attn", "ffn", "attn_norm", "ffn_norm"},
+    "attn": {"qkv_proj", "out_proj", "q_norm", "k_norm", "pos_embedding"},
+    "ffn": {"proj_1", "proj_2", "act"},
+}
+
+
+def inner(module: nn.Module | None, *names: str) -> nn.Module | None:
+    """What wrappers with a single child hold: the first module that has children of these names, or
+    else the last one.
+    """
+    while module is not None and len(module._modules) == 1:
+        ((name, child),) = module._modules.items()
+        if name in names or name == "parametrizations" or child is None:
+            break
+        module = child
+    return module
+
+
+def base_of(module: nn.Module | None) -> nn.Module | None:
+    """The projection that adapters wrap: of all plain ones inside, the only one with the most
+    weights; without such a one what a wrapper holds, or the module itself.
+    """
+    if module is None or not module._modules:
+        return module
+    inside: list[Any] = [
+        m for m in module.modules() if own_class(type(m)) is nn.Linear or isinstance(m, Compressed)
+    ]
+    sizes = [m.in_features * m.out_features for m in inside]
+    if not inside or sizes.count(max(sizes)) > 1:
+        return inner(module)
+    return inside[sizes.index(max(sizes))]
+
+
+class Block:
+    """The modules of one layer, wrappers looked through. parts: {path below the layer: the module,
+    or None if there is none}.
+    """
+
+    def __init__(self, index: int, held: nn.Module) -> None:
+        self.index = index
+        layer = inner(held, *_CHILDREN[""])
+        self.parts: dict[str, Any] = {"": layer}
+        for name in ("attn", "ffn"):
+            self.parts[name] = inner(_child(layer, name), *_CHILDREN[name])
+        for path in NORMS:
+            self.parts[path] = inner(self._at(path))
+        for path in PROJECTIONS:
+            self.parts[path] = base_of(self._at(path))
+
+    def _at(self, path: str) -> nn.Module | None:
+        owner, _, name = path.rpartition(".")
+        return _child(self.parts[owner], name)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation is SwiGLU."""
+        ffn = self.parts["ffn"]
+        return bool(getattr(ffn, "with_glu", getattr(ffn, "ffn_with_glu", True)))
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """(q_heads, kv_heads), 0 for what the attention module doesn't say."""
+        attn = self.parts["attn"]
+        q = getattr(attn, "q_heads", getattr(attn, "num_q_heads", 0))
+        kv = getattr(attn, "kv_heads", getattr(attn, "num_k_heads", 0))
+        return q or 0, kv or 0
+
+    def shape(self, path: str) -> tuple[int, ...] | None:
+        """Of a projection's weight, if it tells."""
+        weight = weight_of(self.parts[path]) if hasattr(self.parts[path], "weight") else None
+        return None if weight is None or len(weight.shape) != 2 else tuple(weight.shape)
+
+
+def _child(module: nn.Module | None, name: str) -> nn.Module | None:
+    return None if module is None else module._modules.get(name)
+
+
+@dataclass
+class Layout:
+    """What was found in a model, and where. root: the model itself, inside of what may wrap it;
+    body: what holds the layers; names: of every module, by its id; left: {path: why it stays}.
+    """
+
+    model: nn.Module
+    root: Any
+    body: Any
+    names: dict[int, str]
+    convention: Convention = CONVENTIONS[0]
+    blocks: list[Block] = field(default_factory=list)
+    left: dict[str, Reason] = field(default_factory=dict)
+
+    def path(self, module: nn.Module) -> str:
+        """The module's name in the model that was given."""
+        return self.names[id(module)]
+
+    def leave(self, module: nn.Module, reason: Reason | None) -> None:
+        """Note why a module stays as it is, if there is a reason."""
+        if reason is not None:
+            self.left.setdefault(self.path(module), reason)
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether nothing speaks against a fused class for it."""
+        return self.path(module) not in self.left
+
+    def norm(self) -> Any:
+        """The last norm."""
+        return inner(self.body.norm)
+
+    def heads(self) -> dict[str, nn.Module]:
+        """What makes logits and losses, by its name in the model."""
+        names = ("classifier", "tied_head", "logits_head", "loss_head")
+        held = {n: _child(self.root, n) for n in names}
+        found = {n: base_of(m) if n == "classifier" else inner(m) for n, m in held.items()}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def called(self) -> Iterator[tuple[str, Reason]]:
+        """Modules that a shortcut could pass over, but something hangs on them now."""
+        own = [part for block in self.blocks for part in block.parts.values()]
+        own += [self.norm(), self.body.token_embeddings, *self.heads().values()]
+        for module in {id(m): m for m in own if m is not None}.values():
+            reason = missing_plain(module)
+            if reason is not None and self.takes(module):
+                yield self.path(module), f"{reason}: no shortcut goes past it"
 
 
 def _refuse(model: nn.Module, reason: Reason) -> NoReturn:
     raise ValueError(f"model ({type(model).__name__}) is not an OpenELM this can swap: {reason}")
 
 
-def inner(model: nn.Module) -> nn.Module:
+def native(model: nn.Module) -> nn.Module:
     """The model of this package that another class wraps as its `transformer`, else the model."""
     wrapped = getattr(model, "transformer", None)
     return wrapped if isinstance(wrapped, OpenELM) else model
 
 
-def body_of(model: nn.Module) -> tuple[Any, str]:
-    """The module that holds the layers, and its prefix in the model's names. Raises ValueError for
-    a model without layers.
-    """
-    body = model.transformer if isinstance(getattr(model, "transformer", None), nn.Module) else None
-    found = next(
-        (m for m in (model, body) if isinstance(getattr(m, "layers", None), nn.ModuleList)), None
-    )
-    if found is None or not len(found.layers):
+def found_in(model: nn.Module) -> Layout:
+    """The model inside of what may wrap it. Raises ValueError if there is none or more than one."""
+    names = {id(m): name for name, m in reversed([*model.named_modules()])}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        held = module._modules.get("layers")
+        if isinstance(held, nn.ModuleList) and len(held):
+            found[name] = module
+    if not found:
         _refuse(model, "it has no `layers` (nor `transformer.layers`)")
-    return found, "" if found is model else "transformer."
+    if len(found) > 1:
+        _refuse(model, f"it holds several models, {', '.join(found)}: give one of them")
+    ((name, body),) = found.items()
+    parent, _, own = name.rpartition(".")
+    whole = own != "transformer" or isinstance(body, OpenELM)
+    root = body if whole else model.get_submodule(parent)
+    return Layout(model, root, body, names)
 
 
-def _child(root: nn.Module, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        root = getattr(root, name, None)
-    return root
-
-
-def _missing_norm(norm: nn.Module | None) -> Reason | None:
-    """Why a module is no RMSNorm as the reference computes it: by its parts, then by trying it."""
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1:
-        return "it has no 1-dimensional weight"
-    if not isinstance(getattr(norm, "eps", None), float):
-        return "it has no eps"
-    if getattr(norm, "bias", None) is not None:
-        return "it has a bias"
-    if weight.device.type == "meta":
-        return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[0], generator=generator).to(weight)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        got, expected = norm(x), reference.rms_norm(x, weight, norm.eps)
-    if got.shape != expected.shape or not torch.allclose(
-        got.float(), expected.float(), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6
-    ):
-        return "its output is not RMSNorm's"
-    return None
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear itself, or a class of its own (CoreNet has one) that does the same with its parts.
-    A subclass of nn.Linear does something else on purpose (an adapter).
+def examine(model: nn.Module) -> Layout:
+    """Check the whole layout; nothing is changed. Raises ValueError, with the reason, for a model
+    that isn't known.
     """
-    if type(module) is nn.Linear:
-        return True
-    parts = {name for name, _ in module.named_parameters()}
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear) or not parts <= {"weight", "bias"} or any(module.children()):
-        return False
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type == "meta":
-        return False
-    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        expected = nn.functional.linear(x, weight, getattr(module, "bias", None))
-        return torch.equal(module(x), expected)
+    layout = found_in(model)
+    body, prefix = layout.body, layout.names[id(layout.body)]
+    prefix = f"{prefix}." if prefix else ""
+    for name in ("norm", "token_embeddings"):
+        if _child(body, name) is None:
+            _refuse(model, f"it has no `{prefix}{name}`")
+    layout.blocks = [Block(i, held) for i, held in enumerate(body.layers)]
+    for block in layout.blocks:
+        _check_parts(model, block, f"{prefix}layers.{block.index}")
+    attentions = [b.parts["attn"] for b in layout.blocks]
+    layout.convention = _convention(model, attentions[0])
+    for block in layout.blocks:
+        where = f"{prefix}layers.{block.index}"
+        if _convention(model, block.parts["attn"]) is not layout.convention:
+            _refuse(model, f"`{where}.attn` is called in another way than the layers before")
+        _check_block(layout, block, where)
+    _examine_norm(layout, layout.norm(), f"{prefix}norm")
+    dtype = getattr(layout.norm(), "weight", None)
+    if isinstance(dtype, Tensor) and dtype.dtype not in DTYPES:
+        takes = ", ".join(map(str, DTYPES))
+        _refuse(model, f"its weights are {dtype.dtype}, the kernels take {takes}")
+    for name, head in layout.heads().items():
+        _examine_head(layout, name, head)
+    return layout
 
 
-def _missing_ffn(ffn: nn.Module) -> Reason | None:
-    """Why a feed-forward network is none that the fused one computes."""
-    if getattr(ffn, "act", None) is not None:
-        with torch.no_grad():
-            x = torch.linspace(-6, 6, 97)
-            if not torch.allclose(ffn.act(x), nn.functional.silu(x), atol=1e-6):
-                return "its activation is not SiLU"
-    gated = is_gated(ffn)
-    rows, columns = weight_of(ffn.proj_1).shape[0], weight_of(ffn.proj_2).shape[1]
-    if rows != columns * (2 if gated else 1):
-        return f"proj_1 gives {rows} columns, proj_2 takes {columns}"
-    return None
-
-
-def is_gated(ffn: nn.Module) -> bool:
-    return bool(getattr(ffn, "with_glu", getattr(ffn, "ffn_with_glu", True)))
-
-
-def heads_of(attn: nn.Module) -> tuple[int, int]:
-    """(q_heads, kv_heads) of an attention module, 0 for what it doesn't say."""
-    q = getattr(attn, "q_heads", getattr(attn, "num_q_heads", 0))
-    kv = getattr(attn, "kv_heads", getattr(attn, "num_k_heads", 0))
-    return q or 0, kv or 0
-
-
-def _missing_heads(attn: nn.Module) -> Reason | None:
-    """Why the heads of an attention module make no sense."""
-    (q, kv), head_dim = heads_of(attn), getattr(attn, "head_dim", None)
-    if not q or not kv or not head_dim:
-        return "it doesn't say how many heads it has"
-    rows = weight_of(attn.qkv_proj).shape[0]
-    if rows != (q + 2 * kv) * head_dim:
-        return f"qkv_proj gives {rows} columns for {q} + 2 x {kv} heads of {head_dim}"
-    return None
+def _check_parts(model: nn.Module, block: Block, where: str) -> None:
+    for path in (*PROJECTIONS, "attn_norm", "ffn_norm"):
+        if block.parts[path] is None:
+            _refuse(model, f"it has no `{where}.{path}`")
 
 
 def _convention(model: nn.Module, attn: nn.Module) -> Convention:
-    parameters = inspect.signature(type(attn).forward).parameters
-    for convention in CONVENTIONS:
-        if convention.mark in parameters:
-            return convention
+    kind = own_class(type(attn))
+    parameters = inspect.signature(kind.forward).parameters
+    for cls in kind.__mro__:  # a subclass may take (*args, **kwargs)
+        taken = inspect.signature(cls.forward).parameters if "forward" in vars(cls) else ()
+        found = next((c for c in CONVENTIONS if c.mark in taken), None)
+        if found is not None:
+            return found
     marks = ", ".join(c.mark for c in CONVENTIONS)
     _refuse(model, f"its attention's forward takes ({', '.join(parameters)}), none of {marks}")
 
 
-def examine(
-    model: nn.Module, body: Any, prefix: str
-) -> tuple[Convention, list[tuple[str, Reason]]]:
-    """Check the whole layout; nothing is changed. Returns what is to be left, with the reasons.
-    Raises ValueError, with the reason, for a model that isn't known.
-    """
-    for name in ("norm", "token_embeddings"):
-        if not isinstance(getattr(body, name, None), nn.Module):
-            _refuse(model, f"it has no `{prefix}{name}`")
-    convention = _convention(model, _child(body.layers[0], "attn") or body.layers[0])
-    left = []
-    for i, layer in enumerate(body.layers):
-        where = f"{prefix}layers.{i}"
-        for path in (*PROJECTIONS, "attn_norm", "ffn_norm"):
-            if not isinstance(_child(layer, path), nn.Module):
-                _refuse(model, f"it has no `{where}.{path}`")
-        if _convention(model, layer.attn) is not convention:
-            _refuse(model, f"`{where}.attn` is called in another way than the layers before")
-        if not hasattr(layer.attn, "q_norm") or not hasattr(layer.attn, "k_norm"):
-            _refuse(model, f"`{where}.attn` has no q_norm and k_norm (None for no QK norm)")
-        if reason := _missing_heads(layer.attn):
-            _refuse(model, f"`{where}.attn`: {reason}")
-        rotary = getattr(layer.attn, "pos_embedding", None)
-        if convention.foreign and not (
-            hasattr(rotary, "freq_constant") and hasattr(rotary, "max_seq_length")
-        ):
-            _refuse(model, f"`{where}.attn.pos_embedding` has no freq_constant and max_seq_length")
-        norms = {"attn_norm": layer.attn_norm, "ffn_norm": layer.ffn_norm}
-        if layer.attn.q_norm is not None:
-            norms |= {"attn.q_norm": layer.attn.q_norm, "attn.k_norm": layer.attn.k_norm}
-        for path, norm in norms.items():
-            if reason := _missing_norm(norm):
-                _refuse(model, f"`{where}.{path}`: {reason}")
-        if reason := _missing_ffn(layer.ffn):
-            left.append((f"{where}.ffn", reason))
-        left += [
-            (f"{where}.{path}".rstrip("."), "it has hooks, which a swap would drop")
-            for path in ("", "attn", "ffn", "attn_norm", *PROJECTIONS)
-            if has_hooks(_child(layer, path) if path else layer)
-        ]
-    if reason := _missing_norm(body.norm):
-        _refuse(model, f"`{prefix}norm`: {reason}")
-    return convention, left
+def _check_block(layout: Layout, block: Block, where: str) -> None:
+    model, parts, convention = layout.model, block.parts, layout.convention
+    attn = parts["attn"]
+    if not hasattr(attn, "q_norm") or not hasattr(attn, "k_norm"):
+        _refuse(model, f"`{where}.attn` has no q_norm and k_norm (None for no QK norm)")
+    if reason := _missing_heads(block):
+        _refuse(model, f"`{where}.attn`: {reason}")
+    rotary = getattr(attn, "pos_embedding", None)
+    if convention.foreign and not (
+        hasattr(rotary, "freq_constant") and hasattr(rotary, "max_seq_length")
+    ):
+        _refuse(model, f"`{where}.attn.pos_embedding` has no freq_constant and max_seq_length")
+    for path in NORMS:
+        if parts[path] is not None:
+            _examine_norm(layout, parts[path], f"{where}.{path}")
+    layout.leave(parts["ffn"], _missing_ffn(block))
+    kinds = {"": convention.layer, "attn": convention.attention, "ffn": fused.FusedFeedForward}
+    for name in BLOCKS:
+        part = parts[name]
+        known = None if convention.own is None else convention.own[name]
+        layout.leave(part, missing_own(part) or missing_class(part, known))
+        layout.leave(part, _missing_part(part, name) or missing_room(part, kinds[name]))
+    for path in PROJECTIONS:
+        layout.leave(parts[path], missing_linear(parts[path]))
+
+
+def _examine_norm(layout: Layout, norm: nn.Module, where: str) -> None:
+    reason = missing_own(norm) or missing_alone(norm) or missing_room(norm, fused.FusedRMSNorm)
+    if reason is None and (other := missing_norm(norm)):
+        _refuse(layout.model, f"`{where}`: {other}")
+    layout.leave(norm, reason)
+
+
+def _examine_head(layout: Layout, name: str, head: nn.Module) -> None:
+    own = {
+        "tied_head": layers.TiedHead, "logits_head": layers.LogitsHead,
+        "loss_head": LossHead,
+    }  # fmt: skip
+    if name == "classifier":
+        layout.leave(head, missing_linear(head))
+    else:
+        layout.leave(head, missing_own(head) or missing_class(head, own[name]))
+
+
+def _missing_heads(block: Block) -> Reason | None:
+    """Why the heads of an attention module make no sense."""
+    (q, kv), head_dim = block.heads, getattr(block.parts["attn"], "head_dim", None)
+    if not q or not kv or not head_dim:
+        return "it doesn't say how many heads it has"
+    shape = block.shape("attn.qkv_proj")
+    if shape is not None and shape[0] != (q + 2 * kv) * head_dim:
+        return f"qkv_proj gives {shape[0]} columns for {q} + 2 x {kv} heads of {head_dim}"
+    return None
+
+
+def _missing_ffn(block: Block) -> Reason | None:
+    """Why a feed-forward network is none that the fused one computes."""
+    activation = _child(block.parts["ffn"], "act")
+    if activation is not None and (reason := missing_silu(activation)):
+        return reason
+    first, second = block.shape("ffn.proj_1"), block.shape("ffn.proj_2")
+    if first and second and first[0] != second[1] * (2 if block.gated else 1):
+        return f"proj_1 gives {first[0]} columns, proj_2 takes {second[1]}"
+    return None
+
+
+def _missing_part(module: nn.Module, name: str) -> Reason | None:
+    """What a module has beside the parts of its kind, unless that does nothing."""
+    for child, held in module._modules.items():
+        nothing = isinstance(held, nn.Identity) or (isinstance(held, nn.Dropout) and held.p == 0)
+        if held is not None and child not in _CHILDREN[name] and not nothing:
+            return f"it has another part, {child} ({type(held).__name__})"
+    return None

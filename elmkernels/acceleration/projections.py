@@ -7,26 +7,34 @@ product with one row leaves more of the memory's speed unused in `F.linear` than
 `F.linear` only where it is clearly faster. All of them accumulate in float32.
 
 A prepacked copy (oneDNN's own blocked layout) is optional, because it doubles a weight's memory. It
-is used for one state of the weight only: its version, address and dtype are compared at every call
-(a load, a move, most optimizers), and because fused optimizers don't count versions, a pass that
-keeps gradients drops the copy and none is made or used while the weight has a gradient. What torch
-can't see is a write through `weight.data` between two calls without gradients: `accelerate` again
-then.
+belongs to the weight, not to a caller, and is used for one state of the weight only: its version,
+address and dtype are compared at every call (a load, a move, most optimizers), and because fused
+optimizers don't count versions, so are the steps of all optimizers. Whoever uses the weight with
+gradients drops the copy, the loss as well, and none is made or used while the weight has a
+gradient. A write through `weight.data` (merging an adapter) torch doesn't see: some numbers of the
+weight are compared for it, which one that changes few of them may miss: `accelerate` again then.
 """
 
 import itertools
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..openelm import layers
 from ..openelm.compressed import product
+from ..openelm.surgery import known, plain_tensor
 from ..weights.formats import Weight
+from .classes import Fused, setting, while_fused
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
@@ -176,58 +184,117 @@ class _AutocastLinear(torch.autograd.Function):
         return dx, dweight, None
 
 
-class Linear(nn.Module):
-    """nn.Linear with the plan's routines; shares the Parameters of the module it replaces."""
+class Linear(Fused):
+    """nn.Linear with the plan's routines; its state are its Products."""
 
-    plain_matrix = True  # see `openelm.loss.plain_weight`
+    _fused: "Products"
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
-    def __init__(self, original: nn.Module, plan: Plan) -> None:
-        super().__init__()
-        self.weight, self.bias, self.plan = original.weight, original.bias, plan
-        self.out_features, self.in_features = original.weight.shape
-        self.products = Products(plan)
+    @property
+    def products(self) -> "Products":
+        """The routines."""
+        return self._fused
 
+    @property
+    def plan(self) -> Plan:
+        """Which routines they are."""
+        return self._fused.plan
+
+    @while_fused
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            return F.linear(x, self.weight, self.bias)
-        return self.products(x, self.weight)
+        weight = self.weight
+        if self.bias is not None or not plain_tensor(weight):
+            return super().forward(x)
+        return self._fused(x, weight)
 
-    def train(self, mode: bool = True) -> "Linear":
+    def train(self, mode: bool = True) -> Any:
         if mode:
-            self.products.drop()
+            self._fused.drop()
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.plan}"
+        return f"{super().extra_repr()}, {self._fused.plan}"
 
 
-class TiedHead(nn.Module):
+@dataclass
+class HeadState:
+    """What a fused tied head needs: its routines, and the backend of `ops.linear` for a compressed
+    weight.
+    """
+
+    products: "Products"
+    backend: str | None
+
+
+@known
+class TiedHead(Fused, layers.TiedHead):
     """The output projection by the embedding's weight, with the plan's routines; a compressed one
     is multiplied by a backend of `ops.linear`.
     """
 
-    def __init__(self, plan: Plan, backend: str | None = None) -> None:
-        super().__init__()
-        self.products, self.backend = Products(plan), backend
+    _fused: HeadState
+    products, backend = setting("products"), setting("backend")
 
+    @while_fused
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         if not isinstance(weight, Tensor):
-            return product(x, weight, self.backend)
-        return self.products(x, weight)
+            return product(x, weight, self._fused.backend)
+        if not plain_tensor(weight):
+            return super().forward(x, weight)
+        return self._fused.products(x, weight)
 
-    def train(self, mode: bool = True) -> "TiedHead":
+    def train(self, mode: bool = True) -> Any:
         if mode:
-            self.products.drop()
+            self._fused.products.drop()
         return super().train(mode)
 
 
+class _Copy(NamedTuple):
+    state: tuple[Any, ...]
+    sample: Tensor  # some of the weight's numbers, for who writes through `weight.data`
+    tensor: Tensor
+
+
+# Prepacked copies, by their weights: whoever uses a weight for training can drop its copy.
+_COPIES: MutableMapping[Tensor, _Copy] = WeakTensorKeyDictionary()
+_steps = [0]  # of any optimizer in this process
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Count the steps of all optimizers: fused ones write weights without counting a version."""
+
+    def count(*_: object) -> None:
+        _steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+
+
+def forget(weight: Tensor) -> None:
+    """Drop the prepacked copy of a weight: it is about to be trained."""
+    if _COPIES:
+        _COPIES.pop(weight, None)
+
+
+def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    """What changes if a weight's numbers do, as far as torch tells."""
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype, weight.shape, _steps[0]
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Some 64 numbers from all over a weight [n, k]: 5 us to compare."""
+    n, k = weight.shape
+    return weight.detach()[:: max(1, n // 8), :: max(1, k // 8)]
+
+
 class Products:
-    """x @ weight.T by a plan, with the prepacked copy of one weight if the plan asks for it."""
+    """x @ weight.T by a plan, with a prepacked copy of the weight if the plan asks for it."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._prepacked: Tensor | None = None
-        self._prepacked_of: tuple | None = None
+        self._weight: weakref.ref[Tensor] | None = None  # the last that was prepacked here
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         if _autocast_training(x, weight):
@@ -241,7 +308,7 @@ class Products:
         ):
             return F.linear(x, weight)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            self.drop()
+            forget(weight)
             named = self.plan.training == ONEDNN and onednn_takes(x.dtype)
             if named and not torch.is_autocast_enabled("cpu"):
                 return _OneDNNLinear.apply(x, weight)
@@ -264,27 +331,33 @@ class Products:
 
     def prepacked(self, weight: Tensor) -> Tensor:
         """The prepacked copy of this very state of the weight."""
-        version = 0 if weight.is_inference() else weight._version
-        state = (weight.data_ptr(), version, weight.dtype, weight.shape)
-        if state != self._prepacked_of:
-            self._prepacked = prepacked_copy(weight)
-            self._prepacked_of = state
-        return self._prepacked
+        _watch_optimizers()
+        state, found = _state_of(weight), _COPIES.get(weight)
+        sample = _sample(weight)
+        if found is None or found.state != state or not torch.equal(found.sample, sample):
+            found = _COPIES[weight] = _Copy(state, sample.clone(), prepacked_copy(weight))
+        self._weight = weakref.ref(weight)
+        return found.tensor
+
+    def _last(self) -> Tensor | None:
+        return None if self._weight is None else self._weight()
 
     def drop(self) -> None:
-        self._prepacked = self._prepacked_of = None
+        """Forget the copy that was made here, if there is one."""
+        weight, self._weight = self._last(), None
+        if weight is not None:
+            forget(weight)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the prepacked copy, as long as there is one."""
-        if self._prepacked_of is None:
-            return 0
-        _, _, dtype, shape = self._prepacked_of
-        return shape.numel() * dtype.itemsize
+        weight = self._last()
+        found = None if weight is None else _COPIES.get(weight)
+        return 0 if found is None or weight is None else weight.nbytes
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # oneDNN's layout can't be pickled or deep-copied: a copy prepacks again at its first call.
-        return {"plan": self.plan, "_prepacked": None, "_prepacked_of": None}
+        return {"plan": self.plan, "_weight": None}
 
 
 def _autocast_training(x: Tensor, weight: Tensor) -> bool:

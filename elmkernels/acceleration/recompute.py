@@ -22,8 +22,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from ..openelm.surgery import plain
 
 
 class _Again(NamedTuple):
@@ -35,21 +37,45 @@ def _unpack(kept: Tensor | _Again) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept.make().view(kept.shape)
 
 
-def apply(
-    module: Callable[[Tensor], Tensor], x: Tensor, make: Callable[[], Tensor] | None
-) -> Tensor:
+# What torch asks itself before it packs a tensor; of a torch without them, nothing is made again.
+_autograd = getattr(torch._C, "_autograd", None)
+_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_allowed = getattr(_autograd, "_saved_tensors_hooks_is_enabled", None)
+
+
+def applies() -> bool:
+    """Whether inputs may be made again here: gradients are kept, hooks are allowed (`torch.func`
+    forbids them), and nobody else decides what is kept: activation checkpointing and offloading do,
+    and ours inside would hold what they mean to let go. A compiler makes that choice itself.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if _hooks is None or _allowed is None:
+        return False
+    return _allowed() and _hooks(True) is None
+
+
+def _equal(kept: Tensor, again: _Again) -> bool:
+    with torch.no_grad():
+        return torch.equal(kept, again.make().view(again.shape))
+
+
+def apply(module: nn.Module, x: Tensor, make: Callable[[], Tensor] | None) -> Tensor:
     """module(x), keeping `make`, which gives x again, where the backward pass would keep x.
 
-    make must hold detached tensors only. None, or no gradients to keep: module(x).
+    make must hold detached tensors only, and is None unless `applies()`: then module(x). If the
+    module isn't plain (an adapter, a hook), what it keeps is compared with what is made first.
     """
-    if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if make is None:
         return module(x)
-    address, count = x.data_ptr(), x.numel()
+    address, count, x_dtype, sure = x.data_ptr(), x.numel(), x.dtype, plain(module)
 
     def pack(kept: Tensor) -> Tensor | _Again:
         same = kept.data_ptr() == address and kept.numel() == count and kept.dtype == x_dtype
-        return _Again(make, kept.shape) if same and kept.is_contiguous() else kept
+        if not same or not kept.is_contiguous():
+            return kept
+        again = _Again(make, kept.shape)
+        return again if sure or _equal(kept, again) else kept
 
-    x_dtype = x.dtype
     with saved_tensors_hooks(pack, _unpack):
         return module(x)

@@ -17,11 +17,13 @@ class Report:
     Attributes:
         convention: the family of models that this one belongs to.
         backends: {op: the backend it takes, in words}, of norms, rotation and SwiGLU.
-        accelerated: {kind of module: how many have a fused one in their place}.
-        left: (path, reason) of modules that stayed as they were.
+        accelerated: {kind of module: how many have a fused class}.
+        left: (path, reason) of modules that stayed as they were, or that are called where a
+            shortcut would go past them.
         gemm: the routines of the projections.
         prepacked_bytes: memory that prepacked copies of the weights may take.
-        attention: its backend; the preferred one if the named one lacks it.
+        attention: what runs: its backend, the preferred one if the named one lacks it; torch's
+            where the model gives every step a mask.
         loss: the same of linear_cross_entropy; empty if the model has no `loss`.
         missing: why no op of the model has a kernel on its device, and what mends it; None if one
             has, or if the reference was asked for.

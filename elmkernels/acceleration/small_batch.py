@@ -12,7 +12,7 @@ Compressed weights always go this way; plain ones do if the plan is `streamed`, 
 multiplies by them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from torch.nn import functional as F
 from .. import ops
 from ..backends import choose, optional_kernel
 from ..devices import autocast_dtype
+from ..openelm import layers
 from ..openelm.compressed import CompressedLinear, weight_of
 from ..openelm.layers import Context
-from ..openelm.surgery import unhooked
+from ..openelm.surgery import plain
 from ..ops.linear import MAX_ROWS
 from ..weights.formats import Weight, form_of
+from .classes import Fused
 from .projections import Linear, TiedHead
 
 
@@ -57,27 +59,32 @@ def _fits(x: Tensor, weight: Weight) -> bool:
 
 def _weight(x: Tensor, module: nn.Module) -> Weight | None:
     """The weight of a projection that is a product with it and nothing more."""
-    if type(module) is Linear:
+    if not plain(module):
+        return None
+    if isinstance(module, Linear):
         if module.bias is not None or not module.plan.streamed:
             return None
     elif not isinstance(module, CompressedLinear):
         return None
     weight = weight_of(module)
-    return weight if unhooked(module) and _fits(x, weight) else None
+    return weight if _fits(x, weight) else None
 
 
-def weights_of(layer: nn.Module, x: Tensor) -> Weights | None:
-    """The projections of a fused layer; None if it can't go this way. Its classes are checked."""
-    attn, ffn = layer.attn, layer.ffn
-    norms = layer.attn_norm, layer.ffn_norm
-    if not unhooked(attn, ffn, *norms) or any(n.weight.dtype != x.dtype for n in norms):
+def weights_of(layer: Any, x: Tensor) -> Weights | None:
+    """The projections of a fused layer; None if it can't go this way."""
+    attn, ffn, norms = layer.attn, layer.ffn, (layer.attn_norm, layer.ffn_norm)
+    if not all(isinstance(n, layers.RMSNorm) and plain(n) for n in norms):
+        return None
+    if not all(isinstance(m, Fused) and plain(m) for m in (attn, ffn)):
+        return None
+    if any(n.weight.dtype != x.dtype for n in norms):
         return None
     found = (_weight(x, m) for m in (attn.qkv_proj, attn.out_proj, ffn.proj_1, ffn.proj_2))
-    weights = tuple(found)
-    return None if any(w is None for w in weights) else Weights(*weights)
+    weights = tuple(w for w in found if w is not None)
+    return Weights(*weights) if len(weights) == 4 else None
 
 
-def forward(layer: nn.Module, x: Tensor, context: Context, weights: Weights) -> Tensor:
+def forward(layer: Any, x: Tensor, context: Context, weights: Weights) -> Tensor:
     """What `FusedDecoderLayer.forward` gives."""
     attn, ffn = layer.attn, layer.ffn
     backend = layer.linear_backend
@@ -93,19 +100,21 @@ def forward(layer: nn.Module, x: Tensor, context: Context, weights: Weights) -> 
     return ops.linear(h, weights.proj_2, residual=x, backend=backend)
 
 
-def logits(model: nn.Module, x: Tensor, backend: str | None) -> Tensor | None:
+def logits(model: Any, x: Tensor, backend: str | None) -> Tensor | None:
     """The head of the norm of x in one product; None if the fused head does not apply."""
     norm, head = model.norm, model.tied_head
-    if not hasattr(norm, "backend") or norm.weight.dtype != x.dtype or not applies(x, backend):
+    if not isinstance(norm, layers.RMSNorm) or not plain(norm) or not isinstance(norm, Fused):
+        return None
+    if norm.weight.dtype != x.dtype or not applies(x, backend) or not model._straight():
         return None
     if model.classifier is not None:
         weight = _weight(x, model.classifier)
-    elif type(head) is TiedHead and unhooked(head):
+    elif isinstance(head, TiedHead) and plain(model.token_embeddings):
         weight = weight_of(model.token_embeddings)
         if isinstance(weight, Tensor) and not head.products.plan.streamed or not _fits(x, weight):
             weight = None
     else:
         weight = None
-    if weight is None or not unhooked(norm):
+    if weight is None:
         return None
     return ops.linear(x, weight, norm=norm.weight, eps=norm.eps, backend=backend)

@@ -1,8 +1,8 @@
-"""accelerate: put fused modules into an OpenELM model in one call; restore: take them out again.
+"""accelerate: give the modules of an OpenELM model fused classes in one call; restore: their own.
 
 A model is known by the layout of its modules (see `layout`), not by its class. Everything is
 examined before anything is touched, so a model is accelerated or refused, and what had to be left
-is in the report. Parameters are shared.
+is in the report. Every module stays the same object.
 """
 
 from collections import Counter
@@ -15,24 +15,16 @@ from torch import Tensor, nn
 from ..backends import Reason, missing_kernels
 from ..devices import BackendChoice, backend_choices, never_fall_back
 from ..openelm.compressed import Compressed, weight_of
-from ..openelm.layers import LogitsHead
-from ..openelm.loss import LossHead
-from ..openelm.surgery import Mark, mark_of, set_mark, set_module, undo_of
+from ..openelm.surgery import Mark, has_mark, mark_of, set_mark
 from ..ops.linear import MAX_ROWS
 from . import fused, projections, small_batch
+from .classes import Fused, fuse, own_class, undo_of, unfuse
 from .decode_modes import modes_of
-from .layout import (
-    PROJECTIONS,
-    Convention,
-    body_of,
-    examine,
-    heads_of,
-    inner,
-    is_gated,
-    is_linear,
-)
+from .foreign import ForeignState
+from .layout import BLOCKS, PROJECTIONS, Block, Layout, examine
 from .projections import Plan, measure_plan
 from .report import Report, fallbacks
+from .trying import given_by, missing_likeness, sample
 
 
 def _device_of(weight: Tensor) -> torch.device:
@@ -47,13 +39,15 @@ def accelerate(
     prepack: bool = False,
     plan: Plan | None = None,
 ) -> Report:
-    """Swap fused modules into an OpenELM model, in place; its Parameters stay the same objects.
+    """Give the modules of an OpenELM model fused classes, in place. Each stays the same object,
+    with its hooks, Parameters and children, and of a subclass of its own class.
 
-    A model that is accelerated already is accelerated anew.
+    A model that is accelerated already is accelerated anew. What hangs on a module (hooks, an own
+    forward, an adapter), now or later, is called as it was.
 
     Args:
         model: an `elmkernels.OpenELM`, or any model with the module layout of CoreNet or of
-            Apple's Hugging Face code.
+            Apple's Hugging Face code, or what wraps one (torch.compile, PEFT, DDP, FSDP).
         backend: None for the best of each device at every call (on a GPU, of what this very one
             can run: the report names the rest), or a name, which then never falls back.
         prepack: also let projections keep a prepacked copy of their weights if that measures
@@ -62,7 +56,7 @@ def accelerate(
             measuring which are fastest here.
 
     Returns:
-        A Report of what was put in, what was left and why.
+        A Report of what got a fused class, what was left and why.
 
     Raises:
         TypeError: an argument is of another type.
@@ -80,139 +74,164 @@ def accelerate(
         raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
-    model = inner(model)
-    body, prefix = body_of(model)
-    convention, left = _examined(model, body, prefix)
-    weight = body.norm.weight  # an embedding may be compressed
-    device = _device_of(weight)
+    layout = examine(model)
+    device = _device_of(layout.norm().weight)  # an embedding may be compressed
+    dtype = layout.norm().weight.dtype
     choices = backend_choices(device, backend)
     arguments = {"backend": backend, "prepack": prepack, "plan": plan}
     if plan is None:
-        plan = measure_plan(weight.dtype, prepack) if device.type == "cpu" else Plan()
-    swap = _Swap(model, convention, left, choices, plan)
-    undo, compressed = undo_of(model), _compressed_backends(model)
+        plan = measure_plan(dtype, prepack) if device.type == "cpu" else Plan()
+    swap = _Swap(layout, choices, plan)
+    undo = _undo_of(layout)
     try:
-        if mark_of(model) is not None:
-            restore(model)
-        swap.all(body, prefix)
-        set_mark(model, Mark(swap.originals, arguments, swap.named))
+        _clear(layout.root)
+        swap.all()
+        set_mark(layout.root, Mark(arguments, swap.named))
         return _report(swap, device, backend)
     except BaseException:
         undo()
-        for module, name in compressed:
-            module.backend = name
         raise
 
 
-def _examined(
-    model: nn.Module, body: Any, prefix: str
-) -> tuple[Convention, list[tuple[str, Reason]]]:
-    """`layout.examine` of a model as it was before it was accelerated, if it is."""
-    undo, mark = undo_of(model), mark_of(model)
-    try:
-        for path, module in ({} if mark is None else mark.originals).items():  # parents first
-            set_module(model, path, module)
-        return examine(model, body, prefix)
-    finally:
-        undo()
+def _undo_of(layout: Layout) -> Callable[[], None]:
+    """What puts all that `accelerate` changes back as it is now."""
+    root, classes, mark = layout.root, undo_of(layout.root), mark_of(layout.root)
+    compressed = [(m, m.backend) for m in root.modules() if isinstance(m, Compressed)]
+
+    def undo() -> None:
+        classes()
+        for module, name in compressed:
+            module.backend = name
+        set_mark(root, mark)
+
+    return undo
 
 
-def _compressed_backends(model: nn.Module) -> list[tuple[Compressed, str | None]]:
-    return [(m, m.backend) for m in model.modules() if isinstance(m, Compressed)]
+def _clear(root: nn.Module) -> None:
+    """Give every module its own class back."""
+    for module in root.modules():
+        unfuse(module)
+        if isinstance(module, Compressed):
+            module.backend = None
+    set_mark(root, None)
+
+
+KINDS = {"": "layers", "attn": "attentions", "ffn": "feed-forwards"}
 
 
 class _Swap:
-    """Puts fused modules into a model that was examined, and counts them."""
+    """Gives the modules of a model that was examined their fused classes, and counts them."""
 
-    def __init__(
-        self, model: nn.Module, convention: Convention, left: list[tuple[str, Reason]],
-        choices: dict[str, BackendChoice], plan: Plan,
-    ) -> None:  # fmt: skip
-        self.model, self.convention, self.plan, self.choices = model, convention, plan, choices
-        self.left, self.skip = left, {path for path, _ in left}
+    def __init__(self, layout: Layout, choices: dict[str, BackendChoice], plan: Plan) -> None:
+        self.layout, self.plan, self.choices = layout, plan, choices
         self.named = {op: choice.named for op, choice in choices.items()}
-        self.originals: dict[str, nn.Module] = {}
         self.counts: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
+        self.done: set[int] = set()
+        self.tried: dict[type, Reason | None] = {}
 
-    def all(self, body: Any, prefix: str) -> None:
-        for i, layer in enumerate(body.layers):
-            self.layer(f"{prefix}layers.{i}", i, layer)
-        self.norm(f"{prefix}norm")
-        self.heads()
+    def all(self) -> None:
+        for block in self.layout.blocks:
+            own = self.outputs(block)
+            self.block(block)
+            self.compare(block, own)
+        state = fused.State(self.named["rms_norm"])
+        self.put(self.layout.norm(), fused.FusedRMSNorm, state, "norms")
+        for name, head in self.layout.heads().items():
+            self.head(name, head)
+        if not {"classifier", "tied_head"} & self.layout.heads().keys():
+            where, why = "the output projection", "the model computes it in its own forward"
+            self.layout.left[where] = why
 
-    def put(self, path: str, kind: str, make: Callable[[nn.Module], nn.Module]) -> None:
-        if path in self.skip:
+    def put(self, module: nn.Module, kind: type[Fused], state: object, what: str = "") -> None:
+        """Give a module a fused class, unless it is to be left; count it as one of `what`."""
+        if not self.layout.takes(module) or id(module) in self.done:
             return
-        original = self.originals[path] = self.model.get_submodule(path)
-        fresh = make(original)
-        fresh.training = original.training
-        set_module(self.model, path, fresh)
-        self.counts[kind] += 1
+        self.done.add(id(module))
+        fuse(module, kind, state)
+        if what:
+            self.counts[what] += 1
 
-    def layer(self, where: str, index: int, layer: Any) -> None:
-        named, convention = self.named, self.convention
-        heads, gated = heads_of(layer.attn), is_gated(layer.ffn)
-        self.put(
-            where,
-            "layers",
-            lambda m: convention.layer(m, named["add_rms_norm"], named["linear"]),
-        )
-        self.norm(f"{where}.attn_norm")
-        if where in self.skip:  # a fused layer takes ffn_norm's weight for its add_rms_norm
-            self.norm(f"{where}.ffn_norm")
-        backends = named["qk_norm_rope"], named["attention"]
-        self.put(
-            f"{where}.attn",
-            "attentions",
-            lambda m: convention.attention(m, index, *heads, *backends),
-        )
-        self.put(
-            f"{where}.ffn",
-            "feed-forwards",
-            lambda m: fused.FusedFeedForward(m, gated, named["swiglu"]),
-        )
+    def block(self, block: Block) -> None:
+        named, convention, parts = self.named, self.layout.convention, block.parts
+        state = fused.LayerState(named["add_rms_norm"], named["linear"])
+        self.put(parts[""], convention.layer, state, KINDS[""])
+        norm = fused.State(named["rms_norm"])
+        self.put(parts["attn_norm"], fused.FusedRMSNorm, norm, "norms")
+        # These are parts of add_rms_norm and of qk_norm_rope, unless something hangs on them.
+        for path in ("ffn_norm", "attn.q_norm", "attn.k_norm"):
+            if parts[path] is not None:
+                self.put(parts[path], fused.FusedRMSNorm, norm)
+        self.put(parts["attn"], convention.attention, self.attention(block), KINDS["attn"])
+        activation = parts["ffn"]._modules.get("act")
+        kind = None if activation is None else type(activation)
+        state = fused.FeedForwardState(named["swiglu"], block.gated, kind)
+        self.put(parts["ffn"], fused.FusedFeedForward, state, KINDS["ffn"])
         for path in PROJECTIONS:
-            self.projection(f"{where}.{path}")
+            self.projection(parts[path])
 
-    def norm(self, path: str) -> None:
-        self.put(path, "norms", lambda m: fused.FusedRMSNorm(m, self.named["rms_norm"]))
+    def outputs(self, block: Block) -> dict[str, Tensor | None]:
+        """What the parts of a layer give now, whose classes are others' code and not tried yet."""
+        new = {n: m for n in BLOCKS if own_class(type(m := block.parts[n])) not in self.tried}
+        x = sample(block.parts["attn_norm"]) if self.layout.convention.foreign and new else None
+        return {} if x is None else {name: given_by(module, x) for name, module in new.items()}
 
-    def projection(self, path: str) -> None:
-        original = self.model.get_submodule(path)
-        if isinstance(original, Compressed):
-            original.backend = self.named["linear"]
-            self.kept[type(original).__name__] += 1
-        elif is_linear(original):
-            self.put(path, "projections", lambda m: projections.Linear(m, self.plan))
-        elif path not in self.skip:
-            self.left.append((path, f"{type(original).__name__} is not nn.Linear"))
+    def compare(self, block: Block, own: dict[str, Tensor | None]) -> None:
+        """Leave what gives another output by its fused class, and all of its class."""
+        x = sample(block.parts["attn_norm"]) if own else None
+        for name in ("attn", "ffn", ""):
+            module = block.parts[name]
+            kind = own_class(type(module))
+            if name in own and x is not None:
+                self.tried[kind] = missing_likeness(own[name], given_by(module, x))
+            reason = self.tried.get(kind)
+            if reason is not None and self.layout.takes(module):
+                unfuse(module)
+                self.layout.leave(module, reason)
+                self.counts[KINDS[name]] -= 1
 
-    def heads(self) -> None:
-        """The output projection, and how logits and losses are made."""
-        model, named = self.model, self.named
-        if isinstance(getattr(model, "classifier", None), nn.Module):
-            self.projection("classifier")
-        elif isinstance(getattr(model, "tied_head", None), nn.Module):
-            head = projections.TiedHead(self.plan, named["linear"])
-            self.put("tied_head", "tied heads", lambda m: head)
+    def attention(self, block: Block) -> fused.AttentionState:
+        """What the attention of a layer is given."""
+        given = self.named["qk_norm_rope"], self.named["attention"], block.index, *block.heads
+        if not self.layout.convention.foreign:
+            return fused.AttentionState(*given)
+        rotary = block.parts["attn"].pos_embedding
+        parts = rotary.freq_constant, rotary.max_seq_length, type(rotary)
+        return ForeignState(*given, *parts)
+
+    def projection(self, module: nn.Module) -> None:
+        if isinstance(module, Compressed):
+            module.backend = self.named["linear"]
+            self.kept[type(module).__name__] += 1
         else:
-            self.left.append(("the output projection", "the model computes it in its own forward"))
-        if isinstance(getattr(model, "logits_head", None), LogitsHead):
-            fresh = fused.FusedLogitsHead(named["linear"])
-            self.put("logits_head", "logits heads", lambda m: fresh)
-        if isinstance(getattr(model, "loss_head", None), LossHead):
-            loss = fused.FusedLossHead(named["linear_cross_entropy"])
-            self.put("loss_head", "loss heads", lambda m: loss)
+            self.put(module, projections.Linear, projections.Products(self.plan), "projections")
+
+    def head(self, name: str, module: nn.Module) -> None:
+        """The output projection, and how logits and losses are made."""
+        named = self.named
+        if name == "classifier":
+            self.projection(module)
+        elif name == "tied_head":
+            state = projections.HeadState(projections.Products(self.plan), named["linear"])
+            self.put(module, projections.TiedHead, state, "tied heads")
+        elif name == "logits_head":
+            self.put(module, fused.FusedLogitsHead, fused.State(named["linear"]), "logits heads")
+        else:
+            state = fused.State(named["linear_cross_entropy"])
+            self.put(module, fused.FusedLossHead, state, "loss heads")
 
 
 def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
-    """Of a model in which all modules are in place."""
-    choices, plan, foreign = swap.choices, swap.plan, swap.convention.foreign
+    """Of a model in which all modules have their classes."""
+    choices, plan, layout = swap.choices, swap.plan, swap.layout
+    foreign = layout.convention.foreign
     backends = {op: choices[op].resolved for op in never_fall_back()}
-    report = Report(swap.convention.name, backends, dict(swap.counts), swap.left, plan)
+    left = [*layout.left.items(), *layout.called()]
+    report = Report(layout.convention.name, backends, dict(swap.counts), left, plan)
     report.attention = choices["attention"].resolved
-    if "loss_head" in swap.originals:
+    if layout.convention.masked:
+        report.attention = f"sdpa with the model's mask ({report.attention} without one)"
+    if swap.counts["loss heads"]:
         report.loss = choices["linear_cross_entropy"].resolved
     if asked is None:
         report.missing = missing_kernels(device.type)
@@ -229,25 +248,25 @@ def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
             f"with {which} weights"
         )
     if plan.prepacks:
-        report.prepacked_bytes = _projection_bytes(swap.model)
+        report.prepacked_bytes = _projection_bytes(layout.root)
     if device.type == "cuda":
-        report.decode_modes = modes_of(swap.model, device)
+        report.decode_modes = modes_of(layout.root, device)
     return report
 
 
-def _projection_bytes(model: Any) -> int:
-    total = sum(m.weight.nbytes for m in model.modules() if isinstance(m, projections.Linear))
-    if any(isinstance(m, projections.TiedHead) for m in model.modules()):
-        head = weight_of(model.token_embeddings)
+def _projection_bytes(root: Any) -> int:
+    total = sum(m.weight.nbytes for m in root.modules() if isinstance(m, projections.Linear))
+    if any(isinstance(m, projections.TiedHead) for m in root.modules()):
+        head = weight_of(root.token_embeddings)
         total += head.nbytes if isinstance(head, Tensor) else 0
     return total
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: the original modules return, with the Parameters the model has now.
+    """Undo `accelerate`: every module gets its own class back, and is what it is now else.
 
     Args:
-        model: one that is accelerated.
+        model: one that is accelerated, or what wraps it.
 
     Raises:
         ValueError: the model isn't accelerated.
@@ -255,21 +274,7 @@ def restore(model: nn.Module) -> None:
     Example:
         >>> elmkernels.restore(model)
     """
-    model = inner(model)
-    mark = mark_of(model)
-    if mark is None:
+    root = next((m for m in model.modules() if has_mark(m)), None)
+    if root is None:
         raise ValueError(f"model ({type(model).__name__}) must be accelerated to be restored")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    training = {name: module.training for name, module in model.named_modules()}
-    for module in model.modules():
-        if isinstance(module, Compressed):
-            module.backend = None
-    for path, module in mark.originals.items():  # parents first, as they were accelerated
-        set_module(model, path, module)
-    for name, module in model.named_modules():
-        module.training = training.get(name, model.training)
-        for key in module._parameters:
-            path = f"{name}.{key}" if name else key
-            if path in parameters:
-                module._parameters[key] = parameters[path]
-    set_mark(model, None)
+    _clear(root)

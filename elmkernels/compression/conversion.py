@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..acceleration.layout import PROJECTIONS, inner
+from ..acceleration.layout import PROJECTIONS, native
 from ..acceleration.swap import accelerate, restore
 from ..backends import Reason
 from ..openelm.compressed import Compressed, CompressedEmbedding, weight_of
@@ -81,7 +81,7 @@ def convert(
 
     An accelerated model is restored first and accelerated again at the end.
     """
-    found = inner(model)
+    found = native(model)
     if not isinstance(found, OpenELM):
         raise TypeError(f"model must be an elmkernels.OpenELM, got {type(found).__name__}")
     model = found

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..acceleration.layout import inner
+from ..acceleration.layout import native
 from ..openelm.compressed import Compressed, Packed12Module, packed12_module
 from ..openelm.model import OpenELM
 from ..weights.formats import ESCAPE
@@ -80,7 +80,7 @@ def unpack(model: OpenELM, *, progress: bool = True) -> Conversion:
     Example:
         >>> print(elmkernels.unpack(model))
     """
-    body = inner(model)
+    body = native(model)
     if isinstance(body, OpenELM) and not any(isinstance(m, Packed12Module) for m in body.modules()):
         raise ValueError("model must hold packed12 weights to be unpacked, it has none")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends import COMPOSED, REFERENCE
 from ..openelm.cache import KVCache
-from ..openelm.layers import Context
+from ..openelm.layers import Context, Rotation
 from ..openelm.model import OpenELM
 from ..ops._attention_choice import attention_backend
 
@@ -68,7 +68,7 @@ def step(model: OpenELM, tokens: Tensor, window: Window, counts: Tensor | None =
         # Torch's operations would copy the keys to blank what lies beyond; here it is finite.
         slots = torch.arange(window.bucket, device=device)
         sight = {"key_mask": slots <= at, "offsets": None}
-    context = Context(at, model.rope_table, cache=window, slots=at, **sight)
+    context = Context(at, Rotation(model.rope_table), cache=window, slots=at, **sight)
     x = model.token_embeddings(tokens)
     for layer in model.layers:
         x = layer(x, context)

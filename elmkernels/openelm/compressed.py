@@ -20,6 +20,7 @@ from ..reference import dense
 from ..weights.affine import check_scheme
 from ..weights.checks import check_stored
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Form, Packed12, Weight
+from .surgery import known
 
 
 def weight_of(module: nn.Module) -> Weight:
@@ -243,10 +244,12 @@ class Quantized(Compressed):
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
 
 
+@known
 class QuantizedLinear(Quantized, CompressedLinear):
     """A projection by a quantized weight."""
 
 
+@known
 class QuantizedEmbedding(Quantized, CompressedEmbedding):
     """Token embeddings by a quantized weight, and the tied head's weight."""
 
@@ -326,10 +329,12 @@ class Packed12Module(Compressed):
             setattr(self, name, getattr(self, name).new_empty(given[name].shape))
 
 
+@known
 class Packed12Linear(Packed12Module, CompressedLinear):
     """A projection by a packed12 weight."""
 
 
+@known
 class Packed12Embedding(Packed12Module, CompressedEmbedding):
     """Token embeddings by a packed12 weight, and the tied head's weight."""
 

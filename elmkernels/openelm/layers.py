@@ -5,7 +5,7 @@ The protocol between them, which any replacement of a module keeps: `layer(x, co
 shared by its layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,23 +19,38 @@ from .cache import KVCache
 from .compressed import product
 from .config import OpenELMConfig
 from .documents import check_documents, in_one_row, positions_of
+from .surgery import known, plain
+
+
+class Rotation:
+    """Holds the rotary table, float32 whatever the model is: what casts the tensors among a
+    module's arguments (FSDP2's mixed precision does) must not find it there.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
 
 
 class Context(NamedTuple):
     """What the layers of one forward pass over [batch, length] tokens share."""
 
     positions: Tensor  # int64 [batch, length], maybe of stride 0
-    rope_table: Tensor  # float32 [positions, head_dim], of all that are asked for
+    rotation: Rotation  # of float32 [positions, head_dim], of all that are asked for
     key_mask: Tensor | None  # bool [batch, past + length], False = padding; None = all real
     cache: KVCache | None
     slots: Tensor | None  # int64 [batch, length]: where in the cache to write; None without one
     offsets: Tensor | None = None  # int64 [batch]: tokens before, where the cache's rows differ
     cu_seqlens: Tensor | None = None  # int64 [documents + 1] over the batch * length tokens
-    checkpointed: bool = False  # the layers are run again in the backward pass
     # (module, q, k, v) -> what attention gives: in its place, the cache's too (another project's)
     attend: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] | None = None
 
+    @property
+    def rope_table(self) -> Tensor:
+        """float32 [positions, head_dim]"""
+        return self.rotation.table
 
+
+@known
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -49,6 +64,16 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+def norms_called(
+    q_norm: nn.Module, k_norm: nn.Module, qkv: Tensor, q_heads: int, kv_heads: int
+) -> Tensor:
+    """qkv [batch, length, ...] with its queries and keys through modules that normalize heads."""
+    heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1))
+    q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=-2)
+    return torch.cat((q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v), dim=-2).flatten(-2)
+
+
+@known
 class Attention(nn.Module):
     def __init__(
         self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
@@ -69,16 +94,15 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.out_proj(self.attended(self.qkv_proj(x), context))
+
+    def attended(self, qkv: Tensor, context: Context) -> Tensor:
+        """qkv_proj's output -> what out_proj takes, [batch, length, q_heads head_dim]."""
+        qkv, q_weight, k_weight = self.normalized(qkv)
         q, k, v = qk_norm_rope(
-            self.qkv_proj(x),
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            context.positions,
-            self.q_heads,
-            self.kv_heads,
-            context.rope_table,
-            self.eps,
-        )
+            qkv, q_weight, k_weight, context.positions, self.q_heads, self.kv_heads,
+            context.rope_table, self.eps,
+        )  # fmt: skip
         if context.cache is not None:
             k, v = context.cache.append(self.layer_index, k, v)
         if context.cu_seqlens is not None:
@@ -88,12 +112,23 @@ class Attention(nn.Module):
             out = attention(q, k, v, context.key_mask, offsets=offsets, cu_seqlens=documents)
         else:
             out = context.attend(self, q, k, v)
-        return self.out_proj(out.reshape(*x.shape[:2], self.q_heads * self.head_dim))
+        return out.reshape(*qkv.shape[:2], self.q_heads * self.head_dim)
+
+    def normalized(self, qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `qk_norm_rope` takes first: qkv and the weights of its norms, or None for them if
+        the norms were called here, because something hangs on one.
+        """
+        if self.q_norm is None or self.k_norm is None:
+            return qkv, None, None
+        if all(isinstance(n, RMSNorm) and plain(n) for n in (self.q_norm, self.k_norm)):
+            return qkv, self.q_norm.weight, self.k_norm.weight
+        return norms_called(self.q_norm, self.k_norm, qkv, self.q_heads, self.kv_heads), None, None
 
     def extra_repr(self) -> str:
         return f"q_heads={self.q_heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
 
 
+@known
 class FeedForward(nn.Module):
     def __init__(
         self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
@@ -110,6 +145,7 @@ class FeedForward(nn.Module):
         return self.proj_2(swiglu(x) if self.with_glu else F.silu(x))
 
 
+@known
 class DecoderLayer(nn.Module):
     def __init__(
         self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None
@@ -125,6 +161,7 @@ class DecoderLayer(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
+@known
 class TiedHead(nn.Module):
     """The output projection by another module's weight: no parameters of its own."""
 
@@ -132,6 +169,7 @@ class TiedHead(nn.Module):
         return product(x, weight)
 
 
+@known
 class LogitsHead(nn.Module):
     """What the last layer gives, [..., model_dim] -> logits: the norm, then the projection."""
 
@@ -219,13 +257,14 @@ def context_of(
 ) -> Context:
     """The places of checked tokens: their positions, where they are written, what they may see."""
     batch, length = input_ids.shape
+    rotation = Rotation(rope_table)
     past = 0 if cache is None else cache.length
     if cu_seqlens is not None:
         if cache is not None or attention_mask is not None:
             raise ValueError("cu_seqlens must be given without cache and attention_mask")
         check_documents(cu_seqlens, input_ids)
         positions = positions_of(cu_seqlens, batch * length).view(batch, length)
-        return Context(positions, rope_table, None, None, None, None, cu_seqlens)
+        return Context(positions, rotation, None, None, None, None, cu_seqlens)
     if cache is not None and cache.ragged:
         if attention_mask is not None:
             raise ValueError(
@@ -233,11 +272,11 @@ def context_of(
             )
         offsets = cache.lengths.to(input_ids.device)
         new = offsets[:, None] + torch.arange(length, device=input_ids.device)
-        return Context(new, rope_table, None, cache, new, offsets)
+        return Context(new, rotation, None, cache, new, offsets)
     new = torch.arange(past, past + length, device=input_ids.device).expand(batch, -1)
     slots = None if cache is None else new
     if attention_mask is None:
-        return Context(new, rope_table, None, cache, slots)
+        return Context(new, rotation, None, cache, slots)
     if attention_mask.shape != (batch, past + length):
         raise ValueError(
             f"attention_mask must be {[batch, past + length]} (past + new tokens), "
@@ -245,7 +284,7 @@ def context_of(
         )
     key_mask = attention_mask.bool()
     positions = (key_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-    return Context(positions, rope_table, key_mask, cache, slots)
+    return Context(positions, rotation, key_mask, cache, slots)
 
 
 def kept(x: Tensor, last: int, counts: list[int] | None) -> Tensor:
@@ -255,3 +294,14 @@ def kept(x: Tensor, last: int, counts: list[int] | None) -> Tensor:
     at = [[max(count - last + i, 0) for i in range(last)] for count in counts]
     index = torch.tensor(at, device=x.device)[..., None]
     return x.gather(1, index.expand(-1, -1, x.shape[2]))
+
+
+def recomputed_layers(chosen: bool | Collection[int], count: int) -> Collection[int]:
+    """The layers of `count` that the backward pass computes again (`gradient_checkpointing`)."""
+    if isinstance(chosen, bool):
+        return range(count) if chosen else ()
+    if not all(0 <= i < count for i in chosen):
+        raise ValueError(
+            f"gradient_checkpointing must be a bool or layers in [0, {count}), got {chosen}"
+        )
+    return chosen

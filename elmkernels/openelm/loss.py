@@ -1,20 +1,20 @@
 """Losses of a language model, and the module that makes them of hidden states."""
 
 from collections.abc import Callable
-from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..reference import cross_entropy
 from .shared_weight import TiedWeightGradient
-from .surgery import unhooked
+from .surgery import known, plain
 
 
+@known
 class LossHead(nn.Module):
     """Projection and cross-entropy, the logits lying in memory; it has no parameters of its own.
 
-    `accelerate` puts one in its place that makes no logits.
+    `accelerate` gives it a class that makes no logits.
 
     Example:
         >>> head, hidden = LossHead(), torch.randn(1, 4, 256, dtype=torch.bfloat16)
@@ -58,13 +58,11 @@ class LossHead(nn.Module):
 
 def plain_weight(head: nn.Module) -> Tensor | None:
     """The matrix of an embedding or a projection that is a product with it and nothing more, else
-    None. A class of its own (an adapter, a compressed weight) says so by `plain_matrix = True`.
+    None.
     """
-    kind = type(head)
-    plain = kind in (nn.Embedding, nn.Linear) or getattr(kind, "plain_matrix", False)
-    if not plain or not unhooked(head) or getattr(head, "bias", None) is not None:
+    if not plain(head) or not isinstance(head, nn.Linear | nn.Embedding):
         return None
-    return cast(Tensor, head.weight)
+    return head.weight if getattr(head, "bias", None) is None else None
 
 
 def next_tokens(

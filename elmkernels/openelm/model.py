@@ -30,12 +30,14 @@ from .layers import (
     check_inputs,
     context_of,
     kept,
+    recomputed_layers,
 )
 from .loss import LossHead, plain_weight
 from .rotary import placed
-from .surgery import set_module
+from .surgery import gathered, known, plain, set_module
 
 
+@known
 class OpenELM(nn.Module):
     """The language model: token ids in, logits out.
 
@@ -238,6 +240,7 @@ class OpenELM(nn.Module):
             cache.advance(new)
         return logits
 
+    @gathered
     def hidden_states(
         self,
         input_ids: Tensor,
@@ -288,6 +291,7 @@ class OpenELM(nn.Module):
             return self.tied_head(hidden, weight_of(self.token_embeddings))  # pyright: ignore
         return self.classifier(hidden)
 
+    @gathered
     def loss(
         self,
         input_ids: Tensor,
@@ -327,17 +331,23 @@ class OpenELM(nn.Module):
             raise ValueError(
                 f"targets must be {list(input_ids.shape)} like input_ids, got {list(targets.shape)}"
             )
-        shared = None
-        if self.classifier is None:
+        shared, straight = None, plain(self.loss_head) and self._straight()
+        if straight and self.classifier is None:
             shared = self.loss_head.shared_gradient(self.token_embeddings)
         embed = self.token_embeddings if shared is None else shared.embed
         hidden, _ = self._hidden(input_ids, attention_mask, None, 0, None, cu_seqlens, embed)
         head = self.token_embeddings if self.classifier is None else self.classifier
-        weight = plain_weight(head) if shared is None else shared.projection()
+        weight = plain_weight(head) if straight and shared is None else None
+        weight = weight if shared is None else shared.projection()
         return self.loss_head(
             self.norm(hidden), targets, weight, self.project, ignore_index=ignore_index,
             z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction,
         )  # fmt: skip
+
+    def _straight(self) -> bool:
+        """Whether `project` is this class's, and the tied head, if there is one, is plain."""
+        own = "project" not in self.__dict__ and type(self).project is OpenELM.project
+        return own and (self.classifier is not None or plain(self.tied_head))
 
     def _hidden(
         self,
@@ -360,27 +370,15 @@ class OpenELM(nn.Module):
         context = context_of(self.rope_table, input_ids, attention_mask, cache, cu_seqlens)
         counts = check_counts(counts, input_ids, attention_mask, cache)
         x = embed(input_ids)
-        recomputed = self._recomputed() if cache is None and torch.is_grad_enabled() else ()
-        again = context._replace(checkpointed=True)
+        chosen = cache is None and torch.is_grad_enabled() and self.gradient_checkpointing
+        recomputed = recomputed_layers(chosen, len(self.layers))
         for i, layer in enumerate(self.layers):
-            x = (
-                checkpoint(layer, x, again, use_reentrant=False)
-                if i in recomputed
-                else layer(x, context)
-            )
+            if i in recomputed:
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
         x = kept(x, logits_to_keep, counts)
         return x, input_ids.shape[1] if counts is None else counts
-
-    def _recomputed(self) -> Collection[int]:
-        """The layers that the backward pass computes again."""
-        chosen, count = self.gradient_checkpointing, len(self.layers)
-        if isinstance(chosen, bool):
-            return range(count) if chosen else ()
-        if not all(0 <= i < count for i in chosen):
-            raise ValueError(
-                f"gradient_checkpointing must be a bool or layers in [0, {count}), got {chosen}"
-            )
-        return chosen
 
     def _place_rope_table(self, device: torch.device, length: int = 0) -> None:
         """Have the table there, with rows for at least `length` positions."""

@@ -1,29 +1,126 @@
-"""Reaching into a model: modules at a path, whether a module does what its class says, and the mark
-that `accelerate` leaves on a model.
+"""Reaching into a model: modules at a path, whether a module is plain, and the mark that
+`accelerate` leaves on a model.
+
+A shortcut is a forward that doesn't call a child, or makes an intermediate again. `plain(child)`
+alone decides whether it may, and is asked at every call: hooks come and go.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
+F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
+K = TypeVar("K", bound=type)
 _MARK = "_elmkernels_accelerated"
-_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# torch's own dicts of hooks on every module there is.
+GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(getattr(_module, f"_global{h}") for h in HOOKS)
+_TENSORS = (nn.Parameter, Tensor)
+# A dict, as torch.compile follows `in` on one.
+_KNOWN: dict[type, bool] = {nn.Linear: True, nn.Embedding: True, nn.SiLU: True}
+
+
+def known(kind: K) -> K:
+    """Tell `plain` of a class whose forward computes what this package's ops compute."""
+    _KNOWN[kind] = True
+    return kind
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling a module is its class's forward and nothing more: no hook of any kind, no
+    forward of its own.
+    """
+    own = module.__dict__
+    return not (
+        "forward" in own
+        or "_compiled_call_impl" in own
+        or "_slow_forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or GLOBAL_HOOKS[0]
+        or GLOBAL_HOOKS[1]
+        or GLOBAL_HOOKS[2]
+        or GLOBAL_HOOKS[3]
+    )
+
+
+def plain_tensor(x: object) -> bool:
+    """Whether x is a tensor of torch's own class: no DTensor, no quantized tensor."""
+    return type(x) in _TENSORS
+
+
+def plain(module: nn.Module | None) -> bool:
+    """Whether a shortcut may go past a module: its class is exactly one that is known, or the fused
+    subclass of one (so it is no wrapper, no adapter and not parametrized), nothing hangs on it, and
+    its weights are tensors of torch's own class.
+    """
+    if type(module) not in _KNOWN or module is None or not untouched(module):
+        return False
+    for weight in module.__dict__["_parameters"].values():
+        if weight is not None and type(weight) not in _TENSORS:
+            return False
+    return True
+
+
+def missing_own(module: nn.Module) -> str | None:
+    """Why a module does another thing than its class says, whatever class it has; None if it
+    doesn't.
+    """
+    if "parametrizations" in module._modules:
+        return "it is parametrized"
+    if "forward" in vars(module) or "_slow_forward" in vars(module):
+        return "it has a forward of its own"
+    for name, weight in module._parameters.items():
+        if weight is not None and type(weight) not in _TENSORS:
+            return f"its {name} is a {type(weight).__name__}, not a plain tensor"
+    return None
+
+
+def missing_plain(module: nn.Module) -> str | None:
+    """Why a module isn't plain, beside its class; None if nothing else is in the way."""
+    if any(vars(module)[name] for name in HOOKS):
+        return "it has hooks"
+    if "_compiled_call_impl" in vars(module):
+        return "it is compiled by itself"
+    if any(GLOBAL_HOOKS):
+        return "there are hooks on all modules"
+    return missing_own(module)
 
 
 @dataclass
 class Mark:
-    """What `accelerate` keeps in a model: the modules that were there, its own arguments, and the
-    backend that each op is given ({op: its name, None for the best at every call}).
+    """What `accelerate` keeps in a model: its own arguments, and the backend that each op is given
+    ({op: its name, None for the best at every call}).
     """
 
-    originals: dict[str, nn.Module]
     arguments: dict[str, Any]
     backends: dict[str, str | None]
+
+
+def gathered(method: F) -> F:
+    """A method that uses weights beside `forward`: FSDP2 brings a module's weights together for
+    what it was told of, and is told of this at the first call.
+    """
+    name = method.__name__
+
+    @wraps(method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if name in self.__dict__ or not hasattr(type(self), "unshard"):
+            return method(self, *args, **kwargs)
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(self, name)
+        return getattr(self, name)(*args, **kwargs)
+
+    return cast(F, call)
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -38,6 +135,11 @@ def mark_of(model: nn.Module) -> Mark | None:
     return getattr(model, _MARK, None)
 
 
+def has_mark(model: nn.Module) -> bool:
+    """Whether it is this very module that is marked, and not one that it wraps."""
+    return _MARK in vars(model)
+
+
 def set_mark(model: nn.Module, mark: Mark | None) -> None:
     """Mark a model as accelerated, or with None take its mark away."""
     if mark is None:
@@ -47,7 +149,7 @@ def set_mark(model: nn.Module, mark: Mark | None) -> None:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether `accelerate` has put modules into this very model."""
+    """Whether `accelerate` has given modules of this very model their fused classes."""
     return mark_of(model) is not None
 
 
@@ -59,35 +161,6 @@ def given_backend(model: nn.Module, op: str) -> str | None:
     return None if mark is None else mark.backends[op]
 
 
-def undo_of(model: nn.Module) -> Callable[[], None]:
-    """What puts every module that is in the model now, and its mark, back in place."""
-    children = [(module._modules, dict(module._modules)) for module in model.modules()]
-    mark = mark_of(model)
-
-    def undo() -> None:
-        for held, before in children:
-            held.clear()
-            held.update(before)
-        set_mark(model, mark)
-
-    return undo
-
-
 def twin(model: M) -> M:
     """A copy of the modules that shares the Parameters: to be accelerated beside the original."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything hangs on the module's forward or backward."""
-    return any(getattr(module, name, None) for name in (*_FORWARD_HOOKS, *_BACKWARD_HOOKS))
-
-
-def forward_hooks(module: nn.Module) -> list[dict]:
-    """The module's own dicts of forward hooks, empty as long as there are none."""
-    return [getattr(module, name) for name in _FORWARD_HOOKS]
-
-
-def unhooked(*modules: nn.Module) -> bool:
-    """Whether calling the modules is what their classes say and nothing more."""
-    return not any("forward" in vars(m) or any(forward_hooks(m)) for m in modules)

@@ -160,7 +160,7 @@ def wrap(module: LossOf, how: str, bf16: bool, world: World) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    # Inputs stay as they are: among them is the rotary table, float32 on purpose.
+    # Inputs stay as they are: what a layer gets is in its parameters' dtype already.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32,

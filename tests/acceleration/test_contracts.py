@@ -25,10 +25,10 @@ def model_of(dtype: torch.dtype = torch.bfloat16) -> OpenELM:
 
 
 def state_of(model: nn.Module) -> dict:
-    """All that may not change: each module by identity, what it is given, its hooks, the mark."""
-    known = ("backend", "attention_backend", "linear_backend", "plan", "training")
+    """All that may not change: each module and its class, what it is given, hooks, the mark."""
+    known = ("backend", "training", "_fused")
     found = {
-        name: (id(m), {k: vars(m)[k] for k in known if k in vars(m)}, dict(m._forward_hooks))
+        name: (id(m), type(m), {k: id(vars(m).get(k)) for k in known}, dict(m._forward_hooks))
         for name, m in model.named_modules()
     }
     return {
@@ -55,9 +55,8 @@ def quantize_some(model: OpenELM) -> OpenELM:
 
 
 def another_norm(model: OpenELM) -> None:
-    mark_of(model).originals["layers.2"].ffn_norm = nn.LayerNorm(
-        model.config.model_dim, bias=False, dtype=torch.bfloat16
-    )
+    norm = nn.LayerNorm(model.config.model_dim, bias=False, dtype=torch.bfloat16)
+    model.layers[2].ffn_norm = norm
 
 
 REFUSED = {

@@ -42,6 +42,7 @@ def test_parameters_are_shared_and_restored(tiny):
     state = list(model.state_dict())
     accelerate(model)
     assert isinstance(model.layers[0], fused.FusedDecoderLayer)
+    assert dict(model.named_modules()) == modules
     assert list(model.state_dict()) == state
     for (a, p), (b, q) in zip(parameters, model.named_parameters(), strict=True):
         assert a == b and p is q
@@ -148,7 +149,7 @@ class TestRefusals:
         left = dict(report.left)
         assert "hooks" in left["layers.1.ffn"] and "hooks" in left["layers.2"]
         assert left["layers.0.attn.out_proj"] == "Adapter is not nn.Linear"
-        assert report.accelerated["layers"] == len(model.layers) - 1
+        assert report.accelerated["layers"] == len(model.layers)
         case = load_tiny("tiny_layerwise")
         got = logits_loss_gradients(model, case.tensors["input_ids"])
         for name, tensor in got.items():

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from elmkernels.openelm import OpenELMConfig
 
+from .golden import load_hf_tiny, load_tiny
+
 
 class Norm(nn.Module):
     def __init__(self, size: int) -> None:
@@ -265,3 +267,19 @@ class HuggingFaceModel(nn.Module):
                 cache_position=cache_position,
             )
         return self.transformer.head(self.transformer.norm(x))
+
+
+def corenet() -> CoreNetModel:
+    """With golden weights."""
+    case = load_tiny("tiny_layerwise")
+    model = CoreNetModel(case.config)
+    model.load_state_dict(case.weights)
+    return model
+
+
+def hugging_face() -> HuggingFaceModel:
+    """With golden weights."""
+    case = load_hf_tiny()
+    model = HuggingFaceModel(case.config)
+    model.transformer.load_state_dict(case.weights)
+    return model

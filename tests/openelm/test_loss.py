@@ -75,7 +75,7 @@ def test_accelerate_swaps_the_head_and_restore_brings_it_back(name):
     model, ids = loaded(name)
     keys, original = list(model.state_dict()), model.loss_head
     report = accelerate(model)
-    assert type(model.loss_head) is FusedLossHead
+    assert isinstance(model.loss_head, FusedLossHead)
     assert report.accelerated["loss heads"] == 1
     assert report.loss in str(report)
     assert list(model.state_dict()) == keys

@@ -18,7 +18,7 @@ from ...checks import fail
 from ...generation.step import next_logits
 from ...openelm import OpenELM
 from ...openelm.documents import positions_of
-from ...openelm.layers import Context, RMSNorm, check_inputs
+from ...openelm.layers import Context, RMSNorm, Rotation, check_inputs
 from . import losses
 from .attention import NAME, Attend
 from .cache import OpenELMCache
@@ -299,7 +299,9 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
     ) -> tuple[Placement, Attend | None]:
         """Where the tokens go, and what takes attention's place, if anything does."""
         body, batch, length, cache = self.transformer, call.batch, call.length, call.cache
-        body._place_rope_table(x.device)
+        body._place_rope_table(
+            x.device, call.past + length if position_ids is None else body.config.rope_max_length
+        )
         table = body.rope_table
         ends = call.options.get("cu_seq_lens_q")
         if position_ids is None and cache is None and ends is not None:
@@ -320,18 +322,20 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             positions = position_ids.long()
         elif getattr(mask, "ndim", 0) == 2 and mask.shape[1] == call.past + length:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, call.past :]
-        context = Context(positions.expand(batch, -1), table, None, None, None, attend=attend)
+        context = Context(
+            positions.expand(batch, -1), Rotation(table), None, None, None, attend=attend
+        )
         return Placement(context, length), attend
 
     def _layers(self, x: Tensor, context: Context, states: list[Tensor] | None) -> Tensor:
         """The last layer's output; what each takes, and that output, are added to states."""
-        again, (run, every) = context._replace(checkpointed=True), self._checkpoint
+        run, every = self._checkpoint
         recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.transformer.layers):
             if states is not None:
                 states.append(x)
             if recomputed and i % every == 0:
-                x = run(layer.__call__, x, again)
+                x = run(layer.__call__, x, context)
             else:
                 x = layer(x, context)
         if states is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checks import fail
-from ...openelm.layers import Context
+from ...openelm.layers import Context, Rotation
 from .cache import OpenELMCache
 
 
@@ -92,12 +92,14 @@ def without_cache(
     if real is not None:
         positions = (real.cumsum(1) - 1).clamp(min=0)
     if position_ids is None or _same(position_ids, positions, real):
-        return Placement(Context(positions, table, real, None, None), length)
+        return Placement(Context(positions, Rotation(table), real, None, None), length)
     position_ids = position_ids.expand(batch, -1).long()
     bounds = documents(position_ids) if real is None else None
     if bounds is not None:
-        return Placement(Context(position_ids, table, None, None, None, None, bounds), length)
-    return Placement(Context(position_ids, table, real, None, None), length)
+        return Placement(
+            Context(position_ids, Rotation(table), None, None, None, None, bounds), length
+        )
+    return Placement(Context(position_ids, Rotation(table), real, None, None), length)
 
 
 def in_cache(
@@ -138,7 +140,9 @@ def in_cache(
             counted = torch.arange(length, device=device) < new.sum(1)[:, None]
         if not _same(given, slots, counted):
             positions = given.clamp(0, table.shape[0] - 1)
-    return Placement(Context(positions, table, None, kv, slots, offsets), counts, order, new)
+    return Placement(
+        Context(positions, Rotation(table), None, kv, slots, offsets), counts, order, new
+    )
 
 
 def _new(cache: OpenELMCache, real: Tensor | None) -> Tensor | None:
