@@ -1,6 +1,7 @@
 """Argument validation of the ops, in one form of message: `weight must be [1280], got [64]`."""
 
-from typing import NoReturn
+from numbers import Integral
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -86,6 +87,13 @@ def weight(name: str, w: Tensor, n: int, x_name: str, x: Tensor) -> None:
         fail(name, f"on {x.device} like {x_name}", w.device)
 
 
+def fitting(w: Tensor, x: Tensor) -> Tensor:
+    """A norm's weight as an op takes it with x: in float32 if it has another dtype than x's, as
+    under an autocast of another dtype, or in norms that are narrower than what they normalize.
+    """
+    return w if w.dtype == x.dtype or w.dtype == torch.float32 else w.float()
+
+
 def integers(name: str, x: Tensor, device: torch.device) -> None:
     """x is an int64 tensor on a device (positions, slots)."""
     if not isinstance(x, Tensor):
@@ -114,8 +122,20 @@ def broadcastable(name: str, x: Tensor, expected: tuple) -> None:
 
 
 def positive(name: str, value: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or value < 1:
+    if not isinstance(value, (int, torch.SymInt, Integral)) or value < 1:
         fail(name, "a positive integer", repr(value))
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer: numpy's are, True and False aren't."""
+    return isinstance(value, int | Integral) and not isinstance(value, bool)
+
+
+def integer(name: str, value: object, least: int) -> int:
+    """A value as Python's int, if it is an integer of at least `least`."""
+    if not is_integer(value) or value < least:
+        fail(name, "a positive integer" if least == 1 else f"at least {least}", repr(value))
+    return int(value)
 
 
 def within(name: str, x: Tensor, limit: int, what: str) -> None:

@@ -1,7 +1,6 @@
 """`elmkernels convert`: a checkpoint in another form of weights, as a folder or a GGUF file."""
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ from .options import (
 
 NAME = "convert"
 _TOKENIZER = "tokenizer.model"
-# What stands beside the weights of a folder and stays true of them.
-_BESIDE = (
-    _TOKENIZER,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
 FORMS = ("quantized", "packed12", "gguf")
 # Options that one form alone has.
 _BELONGS = {"bits": "quantized", "group_size": "quantized", "type": "gguf", "tokenizer": "gguf"}
@@ -87,15 +78,12 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def _to_folder(args: argparse.Namespace, model: OpenELM, source: Path, out: Path) -> list[str]:
+def _to_folder(args: argparse.Namespace, model: OpenELM, _: Path, out: Path) -> list[str]:
     if args.to == "packed12":
         done = pack(model)
     else:
         done = quantize(model, args.bits or 4, args.group_size or 64)
     model.save_pretrained(out)
-    for name in _BESIDE:
-        if source.is_dir() and (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
     return str(done).splitlines()
 
 

@@ -13,8 +13,10 @@ Compressed weights have several tensors each, and a word in config.json:
 A matrix without `scales` or `packed` is plain. Loading checks every key and shape before it reads
 a weight, and reports all that is wrong at once. Weights are mapped from the file, not copied,
 where neither dtype nor device changes. Saving replaces a folder in one step (see `storage`).
+What else the folder says (see `metadata`) is loaded with the configuration and saved with it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +32,7 @@ from ..weights import storage
 from ..weights.storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 from .compressed import STORED_FORMS, Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
+from .metadata import files_beside
 from .progress import progress
 
 _CONFIG = "config.json"
@@ -164,7 +167,24 @@ def save(
         for name, shard in zip(names, shards, strict=True)
     }
     writers |= {name: partial(storage.write_json, values=text) for name, text in texts.items()}
+    beside = config.metadata.files
+    writers |= {name: partial(_write_file, data=beside[name]) for name in beside}
     storage.replace_files(folder, writers)
+
+
+def _write_file(file: Path, data: bytes) -> None:
+    with open(file, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_config(path: str | Path) -> OpenELMConfig:
+    """The shape that a checkpoint's folder gives, with all else that it says. Raises
+    FileNotFoundError, ValueError or TypeError.
+    """
+    folder = Folder(Path(path))
+    return _folder_config(folder, raw_config(path), len(storage.folder_weights(folder)))[0]
 
 
 def raw_config(path: str | Path) -> dict[str, Any]:
@@ -200,7 +220,8 @@ def _folder_config(
             raise ValueError(
                 f"num_transformer_layers must be at most the {tensors} tensors stored, got {layers}"
             )
-        return OpenELMConfig.from_hf_dict(values), _scheme(values)
+        beside = files_beside(folder.path, folder.find, values)
+        return OpenELMConfig.from_hf_dict(values, beside), _scheme(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.path / _CONFIG}: {error}") from error
 

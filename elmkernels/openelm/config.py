@@ -10,17 +10,27 @@ m_i = round(linspace(a, b, n)[i], 2), and from it
 Field names are CoreNet's, which the Hugging Face checkpoints use as well.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any
 
-import numpy as np
-
+from ..checks import is_integer
 from ..weights.texts import read_yaml
+from .metadata import BOS, EOS, Metadata, token_ids
+from .shapes import (
+    LARGEST,
+    boolean,
+    expand_multipliers,
+    layer_counts,
+    make_divisible,
+    number,
+    plain,
+    size,
+)
 
 _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-270M": (16, 1280, 64),
@@ -29,53 +39,8 @@ _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-3B": (36, 3072, 128),
 }
 VARIANTS = tuple(_VARIANT_SHAPES)
-# Of sizes: what kernels count rows and columns in. A layer costs Python objects before its weights.
-_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
-_LEAST, _MOST = 1e-30, 1e30  # of multipliers, eps and the rotary base: well inside of float32
+_MOST_LAYERS = 10_000  # a layer costs Python objects before its weights
 _HF_REQUIRED = ("num_transformer_layers", "model_dim", "head_dim", "vocab_size")
-
-
-def make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, never under 0.9 of it and never 0."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
-
-
-def expand_multipliers(
-    name: str, multipliers: float | Sequence[float], layers: int
-) -> tuple[float, ...]:
-    """One multiplier a layer, from a number, a (first, last) pair or the expanded list.
-
-    With two layers a pair and a list are the same thing, up to the pair's rounding to two
-    decimals, so two numbers are always read as a pair.
-    """
-    if _is_number(multipliers):
-        expanded = (float(multipliers),) * layers
-    elif isinstance(multipliers, str | bool) or not isinstance(multipliers, Sequence):
-        raise TypeError(f"{name} must be a number or a list of numbers, got {multipliers!r}")
-    elif not all(map(_is_number, multipliers)):
-        raise TypeError(f"{name} must hold finite numbers, got {multipliers!r}")
-    elif len(multipliers) == 2:
-        # numpy's rounding scales by 100 and back; Python's own differs in the last digit of ties.
-        first, last = multipliers
-        expanded = tuple(np.round(np.linspace(first, last, layers, dtype=float), 2).tolist())
-    elif len(multipliers) == layers:
-        expanded = tuple(float(m) for m in multipliers)
-    else:
-        raise ValueError(
-            f"{name} must be a number, a pair or a list of {layers} (num_transformer_layers), "
-            f"got a list of {len(multipliers)}"
-        )
-    if not all(m > 0 for m in expanded):
-        raise ValueError(f"{name} must be positive, got {multipliers!r}")
-    return expanded
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a number that float32 holds, so a finite one; a boolean is none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    return bool(-_MOST <= cast(float, value) <= _MOST)
 
 
 @dataclass(frozen=True)
@@ -138,6 +103,8 @@ class OpenELMConfig:
     num_kv_heads: Sequence[int] = None  # pyright: ignore[reportAssignmentType]
     model_name: str | None = None
     ffn_dims: tuple[int, ...] = field(init=False)
+    # No field: it is no part of the shape, which alone is compared.
+    metadata = Metadata()
 
     def __post_init__(self) -> None:
         for name in (
@@ -150,18 +117,16 @@ class OpenELMConfig:
             "vocab_size",
             "max_context_length",
         ):
-            _check_positive_integer(name, getattr(self, name))
+            self._set(name, size(name, getattr(self, name)))
         layers = self.num_transformer_layers
         if layers > _MOST_LAYERS:
             raise ValueError(f"num_transformer_layers must be at most {_MOST_LAYERS}, got {layers}")
         for name in ("norm_eps", "rope_freq_constant"):
-            value = getattr(self, name)
-            if not _is_number(value) or not value >= _LEAST:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+            self._set(name, number(name, getattr(self, name)))
         for name in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be true or false, got {value!r}")
+            self._set(name, boolean(name, getattr(self, name)))
+        if not isinstance(self.model_name, str | None):
+            raise TypeError(f"model_name must be text or None, got {self.model_name!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates halves), got {self.head_dim}")
         if self.activation_fn_name != "swish":
@@ -171,13 +136,10 @@ class OpenELMConfig:
                 "normalization_layer_name must be 'rms_norm', "
                 f"got {self.normalization_layer_name!r}"
             )
-        padding = self.padding_index
-        if padding is not None and not (
-            isinstance(padding, Integral)
-            and not isinstance(padding, bool)
-            and 0 <= padding < self.vocab_size
-        ):
-            raise ValueError(f"padding_index must lie in [0, {self.vocab_size}), got {padding!r}")
+        if (index := self.padding_index) is not None:
+            if not is_integer(index) or not 0 <= index < self.vocab_size:
+                raise ValueError(f"padding_index must lie in [0, {self.vocab_size}), got {index!r}")
+            self._set("padding_index", int(index))
         ffn = self._widths("ffn_multipliers", self.ffn_multipliers)
         q_heads, kv_heads = self._heads(self.num_query_heads, self.num_kv_heads)
         derived: dict[str, Any] = {
@@ -188,17 +150,22 @@ class OpenELMConfig:
             "num_query_heads": q_heads,
             "num_kv_heads": kv_heads,
         }
-        if isinstance(self.qkv_multipliers, Sequence):
-            derived["qkv_multipliers"] = tuple(self.qkv_multipliers)
+        qkv = self.qkv_multipliers
+        derived["qkv_multipliers"] = (
+            tuple(map(plain, qkv)) if isinstance(qkv, Sequence) else plain(qkv)
+        )
         for name, value in derived.items():
-            object.__setattr__(self, name, value)
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _widths(self, name: str, multipliers: float | Sequence[float]) -> tuple[float, ...]:
         """One multiplier a layer, each of which gives a width that can be."""
         expanded = expand_multipliers(name, multipliers, self.num_transformer_layers)
-        if max(expanded) * self.model_dim > _LARGEST:
+        if max(expanded) * self.model_dim > LARGEST:
             raise ValueError(
-                f"{name} must be at most {_LARGEST / self.model_dim:g} for model_dim "
+                f"{name} must be at most {LARGEST / self.model_dim:g} for model_dim "
                 f"{self.model_dim}, got {max(expanded):g}"
             )
         return expanded
@@ -214,7 +181,7 @@ class OpenELMConfig:
                 make_divisible(m * self.model_dim, divisor) // self.head_dim for m in multipliers
             )
         else:
-            q_heads = _layer_counts("num_query_heads", query, layers)
+            q_heads = layer_counts("num_query_heads", query, layers)
         if key_value is None:
             for layer, q in enumerate(q_heads):
                 if q % self.num_gqa_groups:
@@ -224,7 +191,7 @@ class OpenELMConfig:
                     )
             kv_heads = tuple(q // self.num_gqa_groups for q in q_heads)
         else:
-            kv_heads = _layer_counts("num_kv_heads", key_value, layers)
+            kv_heads = layer_counts("num_kv_heads", key_value, layers)
         for layer, (q, kv) in enumerate(zip(q_heads, kv_heads, strict=True)):
             if q % kv:
                 raise ValueError(
@@ -257,6 +224,37 @@ class OpenELMConfig:
         if not self.share_input_output_layers:
             shapes["classifier.weight"] = (self.vocab_size, dim)
         return shapes
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that a text begins with, None for none."""
+        return token_ids(self.metadata.values)[0]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: those of config.json and of generation_config.json."""
+        return tuple(token_ids(self.metadata.values, self.metadata.generation)[1])
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that fills a batch up, None for none."""
+        found = self.metadata.values.get("pad_token_id")
+        return None if found is None or found < 0 else int(found)
+
+    def with_metadata(self, metadata: Metadata) -> "OpenELMConfig":
+        """This shape, saved with what another checkpoint says.
+
+        Args:
+            metadata: what is said; keys of the shape are passed over.
+
+        Returns:
+            The configuration.
+        """
+        shape = {f.name for f in fields(self)}
+        values = {key: value for key, value in metadata.values.items() if key not in shape}
+        other = copy.copy(self)
+        object.__setattr__(other, "metadata", Metadata(values, metadata.files))
+        return other
 
     @property
     def num_parameters(self) -> int:
@@ -294,17 +292,21 @@ class OpenELMConfig:
         return cls(**shape | overrides)
 
     @classmethod
-    def from_hf_dict(cls, values: Mapping[str, Any]) -> "OpenELMConfig":
+    def from_hf_dict(
+        cls, values: Mapping[str, Any], beside: Mapping[str, bytes] | None = None
+    ) -> "OpenELMConfig":
         """The shape that a Hugging Face config.json gives.
 
         Args:
-            values: what the file holds; keys that say nothing about the shape are ignored.
+            values: what the file holds; keys that say nothing about the shape or the stored weights
+                are kept, and `to_hf_dict` says them again.
+            beside: the files that are saved with it, by name (tokenizers, generation_config.json).
 
         Returns:
             The configuration.
 
         Raises:
-            ValueError: it is of another type of model, or lacks a key.
+            TypeError, ValueError: it is of another type of model, lacks a key, or a value is wrong.
         """
         model_type = values.get("model_type")
         if model_type != "openelm":
@@ -313,21 +315,24 @@ class OpenELMConfig:
         if missing:
             raise ValueError(f"the configuration lacks {', '.join(missing)}")
         known = {f.name for f in fields(cls) if f.init} - {"model_name"}
-        return cls(**{name: values[name] for name in known if name in values})
+        config = cls(**{name: values[name] for name in known if name in values})
+        object.__setattr__(config, "metadata", Metadata(values, beside or {}))
+        return config
 
     def to_hf_dict(self) -> dict[str, Any]:
         """What a Hugging Face config.json says.
 
         Returns:
-            Apple's keys, and those that Apple's lacks only if they differ from what Apple's has.
+            What `from_hf_dict` was given, if the configuration was made so; else Apple's keys, and
+            those that Apple's lacks only if they differ from what Apple's has.
         """
         hidden = {"ffn_dims", "model_name", "norm_eps", "padding_index"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         values |= {
             "architectures": ["OpenELMForCausalLM"],
             "model_type": "openelm",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
             "initializer_range": 0.02,
             "use_cache": True,
         }
@@ -337,6 +342,7 @@ class OpenELMConfig:
             values["norm_eps"] = self.norm_eps
         if self.padding_index is not None:
             values["padding_index"] = self.padding_index
+        values |= copy.deepcopy(self.metadata.values)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(values.items())}
 
     @classmethod
@@ -372,22 +378,3 @@ class OpenELMConfig:
 
     def __str__(self) -> str:
         return json.dumps(self.to_hf_dict(), indent=1)
-
-
-def _check_positive_integer(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if int(value) > _LARGEST:
-        raise ValueError(f"{name} must be at most {_LARGEST}, got {float(value):g}")
-
-
-def _layer_counts(name: str, counts: Any, layers: int) -> tuple[int, ...]:
-    if isinstance(counts, str) or not isinstance(counts, Sequence):
-        raise TypeError(f"{name} must be a list of {layers} integers, got {counts!r}")
-    if len(counts) != layers:
-        raise ValueError(
-            f"{name} must have {layers} entries (num_transformer_layers), got {len(counts)}"
-        )
-    for layer, count in enumerate(counts):
-        _check_positive_integer(f"{name}[{layer}]", count)
-    return tuple(int(count) for count in counts)

@@ -23,6 +23,7 @@ from .config import OpenELMConfig
 from .layers import DecoderLayer
 from .model import OpenELM
 from .progress import progress
+from .tokenizer.vocabulary import chat_template, file_beside, said_json, vocabulary_of
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _QUANTISED = ("q8_0", "q4_0")
@@ -43,8 +44,9 @@ def export_gguf(
         model: an `elmkernels.OpenELM`.
         path: the file.
         type: of the matrices: "f32", "f16", "bf16", "q8_0" or "q4_0".
-        tokenizer: a SentencePiece tokenizer.model to embed; without one the file has no vocabulary,
-            and takes and gives token ids alone.
+        tokenizer: a SentencePiece tokenizer.model to embed, with the tokens that are added beside
+            it or by the model's checkpoint; without one the file has no vocabulary, and takes and
+            gives token ids alone. What ends a text is what the checkpoint says.
         name: the model's name in the file; None for its configuration's.
 
     Raises:
@@ -62,7 +64,9 @@ def export_gguf(
     if not isinstance(model, OpenELM):
         raise TypeError(f"model must be an elmkernels.OpenELM, got {model.__class__.__name__}")
     _check(model.config, type)
-    vocabulary = None if tokenizer is None else _vocabulary(Path(tokenizer), model.config)
+    vocabulary = None if tokenizer is None else Path(tokenizer)
+    if vocabulary is not None:
+        vocabulary_of(vocabulary, model.config)  # refused before anything is written
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path must be a file, {path} is a folder")
@@ -144,56 +148,38 @@ def _describe(gguf: Any, writer: Any, config: OpenELMConfig, kind: Any, name: st
     writer.add_vocab_size(config.vocab_size)
 
 
-def _vocabulary(path: Path, config: OpenELMConfig) -> Any:
-    """The SentencePiece processor of a file."""
-    package = _package("sentencepiece", "tokenizers", "elmkernels[gguf]")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    found = package.SentencePieceProcessor()
-    try:
-        found.LoadFromFile(str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
-    if found.vocab_size() > config.vocab_size:
-        raise ValueError(
-            f"{path} has {found.vocab_size()} tokens, the model's vocab_size is {config.vocab_size}"
-        )
-    return found
-
-
-def _write_vocabulary(gguf: Any, writer: Any, config: OpenELMConfig, found: Any) -> None:
-    if found is None:
+def _write_vocabulary(
+    gguf: Any, writer: Any, config: OpenELMConfig, tokenizer: Path | None
+) -> None:
+    """The tokens, the ids that begin and end texts, and all else that the checkpoint says."""
+    folder = Path() if tokenizer is None else tokenizer.parent
+    own = None if tokenizer is None else vocabulary_of(tokenizer, config)
+    if own is None:
         writer.add_tokenizer_model("no_vocab")
-        return
-    kinds = gguf.TokenType
-    tests = (
-        (found.IsUnknown, kinds.UNKNOWN),
-        (found.IsControl, kinds.CONTROL),
-        (found.IsUnused, kinds.UNUSED),
-        (found.IsByte, kinds.BYTE),
-    )
-    count = found.vocab_size()
-    tokens = [found.IdToPiece(i).encode() for i in range(count)]
-    scores = [found.GetScore(i) for i in range(count)]
-    types = [next((k for is_, k in tests if is_(i)), kinds.NORMAL) for i in range(count)]
-    for i in range(count, config.vocab_size):  # rows of the embedding that no token has
-        tokens.append(f"[PAD{i}]".encode())
-        scores.append(-10000.0)
-        types.append(kinds.UNUSED)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    for add, token in (
-        (writer.add_bos_token_id, found.bos_id()),
-        (writer.add_eos_token_id, found.eos_id()),
-        (writer.add_unk_token_id, found.unk_id()),
-    ):
-        if token >= 0:
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([piece.text.encode() for piece in own.pieces])
+        writer.add_token_scores([piece.score for piece in own.pieces])
+        writer.add_token_types([gguf.TokenType[piece.kind] for piece in own.pieces])
+        if own.unk >= 0:
+            writer.add_unk_token_id(own.unk)
+        if (template := chat_template(folder, config)) is not None:
+            writer.add_chat_template(template)
+    said = {**config.metadata.generation, **config.metadata.values}
+    bos = config.bos_token_id if own is None or "bos_token_id" in said else own.bos
+    ends = config.eos_token_ids if own is None or "eos_token_id" in said else (own.eos,)
+    adds = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    ids = [(writer.add_bos_token_id, bos), (writer.add_pad_token_id, config.pad_token_id)]
+    for add, token in [*ids, *zip(adds, ends, strict=False)]:
+        if token is not None and 0 <= token < config.vocab_size:
             add(token)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(bos is not None and bos >= 0)
     writer.add_add_eos_token(False)
+    for name, text in said_json(config).items():
+        writer.add_string(f"elmkernels.{name}", text)
+    if (data := file_beside(folder, config, "tokenizer.json")) is not None:
+        writer.add_string(gguf.Keys.Tokenizer.HF_JSON, data.decode("utf-8", "replace"))
 
 
 def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:

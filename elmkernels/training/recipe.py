@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks
-from ..openelm.checkpoint import raw_config
+from ..openelm.checkpoint import read_config
 from ..openelm.config import VARIANTS, OpenELMConfig
 from ..weights.texts import read_yaml
 from . import corenet, schema
@@ -206,7 +206,7 @@ def model_config(recipe: Recipe) -> OpenELMConfig:
     if recipe.initial is not None and not Path(recipe.initial).exists():
         raise FileNotFoundError(f"initial: {recipe.initial} does not exist")
     if recipe.initial is not None and Path(recipe.initial).is_dir():
-        return OpenELMConfig.from_hf_dict(raw_config(recipe.initial))
+        return read_config(recipe.initial)
     if isinstance(recipe.model, str):
         return OpenELMConfig.from_name(recipe.model)
     values = dict(recipe.model)

@@ -6,7 +6,6 @@ OUT/train.lock      while it runs (see `lock`)
 OUT/final/          the model                      OUT/average/   the mean of the last checkpoints
 """
 
-import json
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +18,9 @@ from torch import Tensor
 from .. import checks
 from ..acceleration.projections import Plan
 from ..openelm.config import OpenELMConfig
+from ..openelm.metadata import TOKENIZERS
 from ..openelm.model import OpenELM
+from ..openelm.tokenizer import FILES as TOKENIZER_FILES
 from . import state
 from .data import prepare as data
 from .data import tokenizers
@@ -238,13 +239,16 @@ def _write_model(
     config: OpenELMConfig, settings: Any, weights: dict[str, Tensor], folder: Path
 ) -> None:
     """A Hugging Face folder with its tokenizer and the ids that begin and end its documents."""
-    model = OpenELM(config, device="meta")
+    ids = _tokenizer(settings, folder)
+    said = config.metadata
+    written = {
+        name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
+    }
+    if written and any(said.files.get(name) != data for name, data in written.items()):
+        said = said.without(TOKENIZERS)  # of the model that it began with
+    model = OpenELM(config.with_metadata(said.with_ids(ids)), device="meta")
     model.load_state_dict(weights, assign=True)
     model.save_pretrained(folder)
-    ids = _tokenizer(settings, folder)
-    file = folder / "config.json"
-    values = json.loads(file.read_text()) | ids
-    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _tokenizer(settings: Any, folder: Path) -> dict[str, Any]:

@@ -32,8 +32,9 @@ def hugging_face(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def sentence_piece(folder: Path) -> Path:
-    """tokenizer.model of 300 tokens."""
+def sentence_piece(folder: Path, exact: bool = False) -> Path:
+    """tokenizer.model of 300 tokens. exact: lines and blanks are kept as they are."""
+    kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     library = pytest.importorskip("sentencepiece")
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 20),
@@ -43,5 +44,6 @@ def sentence_piece(folder: Path) -> Path:
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
+        **kept if exact else {},
     )
     return folder / "tokenizer.model"

@@ -1,8 +1,12 @@
 """Head counts and widths against literals, and what a configuration refuses."""
 
+import copy
+import functools
 import json
+import math
 from itertools import chain, repeat
 
+import numpy as np
 import pytest
 from helpers import GOLDEN
 
@@ -158,6 +162,50 @@ def test_refuses_types(multipliers):
         small(ffn_multipliers=multipliers)
 
 
+FLOATS = ["norm_eps", "rope_freq_constant"]
+BOOLEANS = ["ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"]
+INTEGERS = [
+    "num_transformer_layers", "model_dim", "head_dim", "num_gqa_groups", "ffn_dim_divisor",
+    "rope_max_length", "vocab_size", "max_context_length", "padding_index",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "ffn_multipliers", "qkv_multipliers"])
+@pytest.mark.parametrize(
+    "value", [math.inf, -math.inf, math.nan, 1e300, 0, -1.0, True, "1", 10**400]
+)
+def test_floats_are_finite_numbers(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"{name} must"):
+        small(**{name: value})
+    if name.endswith("multipliers"):
+        for values in ([1.0, value], [1.0, 1.0, 1.0, value]):
+            with pytest.raises((ValueError, TypeError), match=f"{name} must"):
+                small(**{name: values})
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+@pytest.mark.parametrize("value", [0, 1, "false", "x", None, 1.0])
+def test_booleans_are_booleans(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be true or false, got"):
+        small(**{name: value})
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [1.5, 2.0, True, "2", -1, 10**30, math.nan])
+def test_integers_are_integers(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"{name} must"):
+        small(**{name: value})
+
+
+def test_numbers_of_numpy_become_pythons():
+    given = dict(model_dim=np.int64(128), norm_eps=np.float32(1e-5), ffn_with_glu=np.bool_(True))
+    config = small(**given, num_query_heads=list(np.array([4, 4, 4, 4])), padding_index=np.uint8(3))
+    assert config == small(
+        norm_eps=float(np.float32(1e-5)), num_query_heads=[4] * 4, padding_index=3
+    )
+    json.dumps(config.to_hf_dict())
+
+
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="OpenELM-270M, .*OpenELM-3B, got 'OpenELM-7B'"):
         OpenELMConfig.from_name("OpenELM-7B")
@@ -172,8 +220,48 @@ def test_overrides():
 def test_hf_dict_of_a_checkpoint_is_kept_key_for_key():
     theirs = json.loads((GOLDEN / "hf_tiny" / "config.json").read_text())
     ours = OpenELMConfig.from_hf_dict(theirs).to_hf_dict()
-    about_their_files = {"auto_map", "torch_dtype", "transformers_version"}
-    assert ours == {k: v for k, v in theirs.items() if k not in about_their_files}
+    assert ours == {k: v for k, v in theirs.items() if k != "torch_dtype"}
+
+
+def test_a_configuration_says_again_what_it_was_given():
+    given = small().to_hf_dict() | {
+        "eos_token_id": [7, 9],
+        "bos_token_id": None,
+        "pad_token_id": 0,
+        "auto_map": {"AutoConfig": "configuration_openelm.OpenELMConfig"},
+        "of_somebody": {"nested": [1, None, "x"]},
+    }
+    config = OpenELMConfig.from_hf_dict(given | {"torch_dtype": "float16", "quantization": {}})
+    assert config.to_hf_dict() == given
+    assert config == small() and hash(config) == hash(small())
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (7, 9), 0)
+    assert copy.deepcopy(config).to_hf_dict() == given
+    other = small(vocab_size=50).with_metadata(config.metadata).to_hf_dict()
+    assert other == given | {"vocab_size": 50}
+    fresh = small()
+    assert (fresh.bos_token_id, fresh.eos_token_ids, fresh.pad_token_id) == (1, (2,), None)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id, a list of them or null, got 'x'"),
+        ({"eos_token_id": [2, 1.5]}, "eos_token_id must be"),
+        ({"eos_token_id": True}, "eos_token_id must be"),
+        ({"bos_token_id": [1]}, "bos_token_id must be a token id or null"),
+        ({"bos_token_id": -5}, "bos_token_id must be"),
+        ({"pad_token_id": 0.5}, "pad_token_id must be"),
+        ({"initializer_range": math.nan}, "initializer_range must be finite, got nan"),
+        ({"a": {"b": [1.0, math.inf]}}, r"a.b\[1\] must be finite, got inf"),
+        (
+            {"a": functools.reduce(lambda inner, _: [inner], range(300), 1)},
+            "at most 64 levels deep",
+        ),
+    ],
+)
+def test_what_else_is_said_is_checked(said, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        OpenELMConfig.from_hf_dict(small().to_hf_dict() | said)
 
 
 @pytest.mark.parametrize(

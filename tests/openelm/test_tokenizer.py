@@ -4,7 +4,9 @@ import json
 import random
 import sys
 
+import numpy as np
 import pytest
+import torch
 from helpers.tokenizers import hugging_face, sentence_piece
 
 from elmkernels.openelm.tokenizer import TextStream, Tokenizer, find_tokenizer, special_tokens
@@ -57,6 +59,96 @@ def test_a_character_cut_by_the_prompt_is_completed(tokenizer):
     assert len(ids) >= 5  # three bytes at the end
     for cut in (1, 2):
         assert "".join(streamed(tokenizer, ids[:-cut], ids[-cut:])) == "猫"
+
+
+TEXTS = {
+    "Korean": "안녕하세요 hello",
+    "Thai": "สวัสดี ครับ",
+    "Hindi": "नमस्ते",
+    "hearts": "a❤❤❤b",
+    "a family of joiners": "the 👩‍👩‍👧 sat",
+    "a flag": "🇰🇷🇹🇭 cat",
+    "lines": "the cat\n\nsat\n",
+    "blanks": "  the  cat   sat",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_every_script_survives_every_cut(tokenizer, text):
+    """Split between a prompt and tokens at any token, inside of characters and of runs of bytes
+    which the library decodes all together."""
+    ids = tokenizer.encode(text)
+    whole = tokenizer.decode(ids)
+    assert whole.split() == text.split()
+    for cut in range(len(ids) + 1):
+        pieces = streamed(tokenizer, ids[:cut], ids[cut:])
+        prompted = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
+        assert prompted + "".join(pieces) == whole, cut
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert tokenizer.continuation(ids[:cut], ids[cut:]) == "".join(pieces)
+
+
+def test_streamed_text_is_what_the_library_decodes_of_any_tokens(tokenizer):
+    """Broken bytes, bytes amid special and unknown ids, blanks: whatever is decoded of a prompt and
+    its tokens together, less the prompt's own text."""
+    draw = random.Random(1)
+    kinds = (
+        lambda: draw.randrange(3, 259),
+        lambda: draw.randrange(259, tokenizer.vocab_size),
+        lambda: draw.choice([0, 1, 2, 3000]),
+        lambda: tokenizer.id_of(["\u2581"]),
+    )
+    for _ in range(400):
+        ids = [draw.choice(kinds)() for _ in range(draw.randrange(1, 60))]
+        cut = draw.randrange(len(ids) + 1)
+        pieces = streamed(tokenizer, ids[:cut], ids[cut:])
+        assert "".join(pieces) == tokenizer.continuation(ids[:cut], ids[cut:]), (ids, cut)
+        given = tokenizer.decode(ids[:cut])
+        if not given.endswith("\ufffd"):
+            assert "".join(pieces) == tokenizer.decode(ids)[len(given) :]
+
+
+def test_text_goes_out_as_soon_as_it_is_certain(tokenizer):
+    text = TextStream(tokenizer, tokenizer.encode("the"))
+    for token in tokenizer.encode("the cat sat")[len(tokenizer.encode("the")) :]:
+        assert text.add(token) and not text.pending()
+
+
+@pytest.mark.parametrize("ids", [[5.0], "text", None, [[5]], [True]])
+def test_ids_that_are_none(tokenizer, ids):
+    with pytest.raises(TypeError, match="ids must be a list of token ids, got"):
+        tokenizer.decode(ids)
+
+
+def test_ids_of_any_integers(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    for same in (np.array(ids), torch.tensor(ids), tuple(ids), [np.int64(i) for i in ids]):
+        assert tokenizer.decode(same) == TEXT
+    assert tokenizer.decode([-1, 2**40, *ids]) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [(b"the", TypeError, "must be text, got bytes"), ("a\udcff", ValueError, "whole characters")],
+)
+def test_texts_that_are_none(tokenizer, text, error, message):
+    for call in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(error, match=message):
+            call(text)
+
+
+@pytest.mark.parametrize("bos", [-1, 1.0, True, "<s>"])
+def test_a_bos_that_is_none(tokenizer, bos):
+    with pytest.raises(ValueError, match="bos must be a token id or None, got"):
+        Tokenizer(tokenizer.path, bos)
+
+
+def test_from_pretrained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+        Tokenizer.from_pretrained(tmp_path)
+    hugging_face(tmp_path)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 2}')
+    assert Tokenizer.from_pretrained(tmp_path).bos == 2
 
 
 def test_any_tokens_come_out_once(tokenizer):
@@ -124,8 +216,17 @@ def test_special_tokens(tmp_path):
         ({}, (1, [2])),
         ({"bos_token_id": 5, "eos_token_id": [6, 7]}, (5, [6, 7])),
         ({"bos_token_id": None, "eos_token_id": None}, (None, [])),
+        ({"bos_token_id": -1, "eos_token_id": [7, 7]}, (None, [7])),
     ):
         (tmp_path / "config.json").write_text(json.dumps(values))
         assert special_tokens(tmp_path) == expected
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
+    assert special_tokens(tmp_path) == (1, [5, 9])
+    (tmp_path / "generation_config.json").unlink()
+    for values in ({"eos_token_id": "x"}, {"eos_token_id": [1, True]}, {"bos_token_id": -5}):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(values))} must be a token"):
+            special_tokens(tmp_path)
     (tmp_path / "weights.pt").touch()
     assert special_tokens(tmp_path / "weights.pt") == (1, [2])

@@ -1,13 +1,17 @@
 """The byte tokenizer and borrowed ones: ids, the ends of documents, and what is saved."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from helpers.checkpoints import CONFIG
 from helpers.tokenizers import hugging_face, sentence_piece
 
 from elmkernels.openelm import OpenELM
+from elmkernels.openelm.checkpoint import read_config
 from elmkernels.openelm.config import OpenELMConfig
 from elmkernels.openelm.tokenizer import Tokenizer
+from elmkernels.training import run
 from elmkernels.training.data import tokenizers
 
 TEXT = "the cat sät on 猫\n\t\U0001f408 \x00"
@@ -101,3 +105,61 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="data.eos must be given: .* has none of </s>"):
         tokenizers.load(str(path))
     assert tokenizers.load(str(path), eos=2).eos == 2
+
+
+@pytest.fixture
+def initial(tmp_path):
+    """A checkpoint that says more than its shape, with a tokenizer of its own."""
+    folder = tmp_path / "initial"
+    config = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"vocab_size": 300})
+    OpenELM(config, seed=1).save_pretrained(folder)
+    hugging_face(folder)
+    file = folder / "config.json"
+    said = {"eos_token_id": [77, 9], "bos_token_id": 1, "pad_token_id": 0, "of_somebody": [1]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [77, 9], "top_p": 0.9}')
+    (folder / "special_tokens_map.json").write_text("{}")
+    return folder
+
+
+def trained(initial, tokenizer, eos=None):
+    """The model that a run writes which began with a checkpoint."""
+    config, out = read_config(initial), initial.with_name("final")
+    out.mkdir()
+    weights = OpenELM(config, seed=2).state_dict()
+    settings = SimpleNamespace(tokenizer=str(tokenizer), eos=eos)
+    run._write_model(config, settings, weights, out)
+    return out
+
+
+def test_a_trained_model_says_what_it_began_with(initial):
+    out = trained(initial, initial)
+    for name in ("config.json", "generation_config.json"):
+        values, theirs = (json.loads((f / name).read_text()) for f in (out, initial))
+        assert values == theirs
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        assert (out / name).read_bytes() == (initial / name).read_bytes()
+    again = out.with_name("again")
+    OpenELM.from_pretrained(out).save_pretrained(again)
+    assert (again / "config.json").read_bytes() == (out / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
+def test_a_model_trained_on_other_tokens_says_those(initial, tmp_path, tokenizer):
+    other = tokenizer
+    if tokenizer == "sentencepiece":
+        (tmp_path / "other").mkdir()
+        other = sentence_piece(tmp_path / "other")
+    out = trained(initial, other)
+    values = json.loads((out / "config.json").read_text())
+    ids = {"bos_token_id": None, "eos_token_id": 256}
+    if tokenizer == "sentencepiece":
+        ids = {"bos_token_id": 1, "eos_token_id": 2}
+    assert {name: values[name] for name in ids} == ids
+    assert (values["pad_token_id"], values["of_somebody"]) == (0, [1])
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": ids["eos_token_id"], "top_p": 0.9}
+    assert not (out / "special_tokens_map.json").exists()
+    kept = OpenELM.from_pretrained(out).config
+    assert kept.eos_token_ids == (ids["eos_token_id"],)
+    assert Tokenizer.from_pretrained(out).bos == ids["bos_token_id"]

@@ -1,0 +1,106 @@
+"""The libraries that read tokenizers, each behind the same methods.
+
+`joined` are the ids of bytes of which the library decodes a whole run or, if one of them makes no
+character, none: U+FFFD for each. `unseen(i)` says whether `decode` passes over an id, even amid
+such a run.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Library(Protocol):
+    """What a Tokenizer needs of one. Made of a file; raises ImportError where the library is
+    missing, ValueError for a file that it can't read.
+    """
+
+    joined: frozenset[int]
+
+    def unseen(self, i: int) -> bool: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def vocab_size(self) -> int: ...
+
+    def id_of(self, name: str) -> int | None: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class HuggingFace:
+    def __init__(self, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError as error:
+            raise ImportError(f"reading {path} needs tokenizers: pip install tokenizers") from error
+        try:
+            self._tokenizer = Library.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.joined = self._joined()
+
+    def unseen(self, i: int) -> bool:
+        return i in self._special or not 0 <= i < 2**31 or self._tokenizer.id_to_token(i) is None
+
+    def _joined(self) -> frozenset[int]:
+        names = (f"<0x{byte:02{case}}>" for byte in range(256) for case in "Xx")
+        found = frozenset(i for i in map(self.id_of, names) if i is not None)
+        a, lead = self.id_of("<0x41>"), self.id_of("<0xE2>")
+        if a is None or lead is None:
+            return found
+        return frozenset() if self.decode([a, lead]).startswith("A") else found
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        batch = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class SentencePiece:
+    def __init__(self, path: Path) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            message = f"reading {path} needs sentencepiece: pip install sentencepiece"
+            raise ImportError(message) from error
+        self._tokenizer: Any = sentencepiece.SentencePieceProcessor()
+        try:
+            self._tokenizer.LoadFromSerializedProto(path.read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+        self.joined = frozenset[int]()  # bytes are decoded character by character
+
+    def unseen(self, i: int) -> bool:
+        return False  # a token without text ends what bytes make a character
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.EncodeAsIds(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer.EncodeAsIds(texts, num_threads=-1) if texts else []
+
+    def vocab_size(self) -> int:
+        return self._tokenizer.GetPieceSize()
+
+    def id_of(self, name: str) -> int | None:
+        found = self._tokenizer.PieceToId(name)
+        return found if self._tokenizer.IdToPiece(found) == name else None
+
+    def decode(self, ids: list[int]) -> str:
+        size = self._tokenizer.GetPieceSize()
+        return self._tokenizer.DecodeIds([i for i in ids if 0 <= i < size])
