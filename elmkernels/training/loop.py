@@ -24,12 +24,12 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .. import checks
-from ..acceleration.projections import Plan, measure_plan
+from ..acceleration.projections import Plan
 from ..acceleration.swap import accelerate
 from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
-from . import optim, speed, state
+from . import optim, routines, speed, state
 from .data.sequences import IGNORE, Sequences, VarlenBatch
 from .journal import Journal
 from .parallel import LossOf, World, accumulation, whole, wrap
@@ -100,8 +100,7 @@ class Trainer:
         self.accelerated = None
         if engine.kernels:
             backend = engine.kernels if isinstance(engine.kernels, str) else None
-            if plan is None and world.device.type == "cpu":
-                plan = world.together(lambda: measure_plan(torch.float32))
+            plan = world.together(lambda: routines.chosen(engine.plan, plan, world.device))
             try:
                 self.accelerated = accelerate(self.model, backend=backend, plan=plan)
             except RuntimeError as error:  # that backend can't run here
@@ -198,7 +197,7 @@ class Trainer:
             "processes": self.world.size,
             "recipe": to_mapping(self.recipe),
             "config": state.plain_config(self.config),
-            "plan": None if self.accelerated is None else asdict(self.accelerated.gemm),
+            "plan": self.plan,
             "random": state.random_states(self.world.device),
             "versions": state.versions(),
         }
@@ -207,6 +206,11 @@ class Trainer:
         self.saved = self.done
         if journal is not None:
             journal.event("saved", self.done, path=str(path))
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The projections' routines, as `engine.plan` names them."""
+        return None if self.accelerated is None else asdict(self.accelerated.gemm)
 
     def resume(self, path: Path, facts: dict[str, Any]) -> None:
         """Go on from a checkpoint that was examined. Raises state.Broken."""

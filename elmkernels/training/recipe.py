@@ -12,7 +12,7 @@ from .. import checks
 from ..openelm.checkpoint import read_config
 from ..openelm.config import VARIANTS, OpenELMConfig
 from ..weights.texts import read_yaml
-from . import corenet, schema
+from . import corenet, routines, schema
 
 # Without these a model would be of no shape that anybody asked for.
 _SHAPE = ("num_transformer_layers", "model_dim", "head_dim")
@@ -77,6 +77,7 @@ class Engine:
     kernels: bool | str = True  # accelerate the model; a string names the backend
     checkpoint_activations: bool | tuple[int, ...] = False  # all layers, or these
     parallel: str = "ddp"  # beyond one process: ddp or fsdp
+    plan: str | Mapping[str, Any] | None = None  # of the products on a CPU (see `routines`)
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def validate(recipe: Recipe) -> None:
     together. The files that it names needn't exist.
     """
     schema.validate(recipe)
+    routines.named(recipe.engine.plan)
     if recipe.initial is not None and not Path(recipe.initial).exists():
         return
     try:

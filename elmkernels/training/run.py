@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import checks
-from ..acceleration.projections import Plan
 from ..openelm.config import OpenELMConfig
 from ..openelm.metadata import TOKENIZERS
 from ..openelm.model import OpenELM
 from ..openelm.tokenizer import FILES as TOKENIZER_FILES
-from . import state
+from . import routines, state
 from .data import prepare as data
 from .data import tokenizers
 from .data.sequences import Sequences
@@ -91,12 +90,14 @@ def _train(
     sequences = _sequences(recipe, cache, "train", world, say)
     held_out = _sequences(recipe, cache, "validation", world, say)
     plan = None
+    if chosen is None and recipe.engine.plan == routines.MEASURED:
+        plan = world.together(lambda: routines.noted(out))
     if chosen is not None:
         path, facts = chosen
         if facts["tokens"] != len(sequences.tokens):
             expected = f"{facts['tokens']} tokens, as when {path} was written"
             checks.fail("the corpus", expected, len(sequences.tokens))
-        plan = Plan(**facts["plan"]) if facts.get("plan") else None
+        plan = routines.named(facts["plan"]) if facts.get("plan") else None
     trainer = Trainer(recipe, out, world, sequences, held_out, plan)
     if trainer.accelerated is not None and world.first:
         for name, why in trainer.accelerated.left:
@@ -119,6 +120,7 @@ def _go(
     if journal is not None:
         event = "start" if first == 0 else "resume"
         about = {"processes": trainer.world.size, "recipe": to_mapping(recipe)}
+        about["plan"] = trainer.plan
         journal.event(event, first, parameters=trainer.config.num_parameters, **about)
         if first:
             say(f"going on from step {first}")
