@@ -370,7 +370,8 @@ def _check_positive_integer(name: str, value: Any) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if value > _LARGEST:
-        raise ValueError(f"{name} must be at most {_LARGEST}, got {float(value):g}")
+        bits = int(value).bit_length()  # it may have thousands of digits
+        raise ValueError(f"{name} must be at most {_LARGEST}, got an integer of {bits} bits")
 
 
 def _layer_counts(name: str, counts: Any, layers: int) -> tuple[int, ...]:
