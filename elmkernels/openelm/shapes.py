@@ -16,7 +16,8 @@ def size(name: str, value: Any) -> int:
     """A positive integer that something could have as its size."""
     found = integer(name, value, 1)
     if found > LARGEST:
-        fail(name, f"at most {LARGEST}", found)
+        # It may have thousands of digits.
+        fail(name, f"at most {LARGEST}", f"an integer of {found.bit_length()} bits")
     return found
 
 

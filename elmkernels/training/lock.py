@@ -1,10 +1,11 @@
 """One run at a time in a folder: OUT/train.lock, which names the process that has it.
 
 The system holds the lock and lets it go when the process ends, however it ends: what a killed run
-leaves is a file that the next one takes over. Where the system has no such locks (it isn't POSIX),
-there are none here.
+leaves is a file that the next one takes over. Where the system or the file system has no such locks
+(it isn't POSIX, or is mounted without), there are none here.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from ..weights.storage import told
 
 FILE = "train.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -36,6 +38,10 @@ def alone(out: Path) -> Iterator[None]:
             os.close(descriptor)
             which = holder if holder.isdigit() else "that is beginning"
             raise ValueError(f"out must be of no other run, {out} is of process {which}") from None
+        except OSError as error:  # a file system without locks: there are none here either
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
         # A run that has just ended may have removed the file that was opened here.
         if _is_still(path, descriptor):
             break

@@ -234,6 +234,19 @@ def test_a_second_run_is_refused_until_the_first_is_gone(run, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with alone(tmp_path), alone(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
 def test_a_lock_within_one_process(tmp_path):
     with alone(tmp_path):
         with pytest.raises(ValueError, match=f"is of process {os.getpid()}"):

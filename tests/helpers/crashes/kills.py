@@ -38,14 +38,23 @@ def forked(recipe: str, out: Path) -> int:
         os._exit(code)
 
 
-def ended(pid: int, deadline: float) -> int | None:
-    """The exit status of a run that ends by itself before the deadline, else None."""
+def ended(pid: int, seconds: float, log: Path | None = None) -> int | None:
+    """The exit status of a run that ends by itself within so many seconds, else None. log: a file
+    that must grow before they are counted.
+    """
+    size, deadline = length(log), time.monotonic() + seconds
     while time.monotonic() < deadline:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return status
+        if log is not None and length(log) == size:
+            deadline = time.monotonic() + seconds
         time.sleep(0.002)
     return None
+
+
+def length(file: Path | None) -> int:
+    return file.stat().st_size if file is not None and file.exists() else 0
 
 
 def moment(out: Path) -> str:
@@ -78,10 +87,13 @@ def main(recipe: str, folder: str, kills: str, seed: str) -> None:
     chance, where = random.Random(int(seed)), Path(folder)
     speed.peak(torch.float32, torch.device("cpu"))  # measured once, here, and not in every fork
     begin = time.monotonic()
-    status = ended(forked(recipe, where / "whole"), begin + 120)
-    if status != 0:
+    pid, log = forked(recipe, where / "whole"), where / "whole" / "train.jsonl"
+    while not length(log) and time.monotonic() < begin + 120:
+        time.sleep(0.002)
+    first_line = time.monotonic()
+    if status := ended(pid, 120.0):
         raise SystemExit(f"the run that nobody kills ended with {status}")
-    whole_time = time.monotonic() - begin
+    whole_time, steps_time = time.monotonic() - begin, time.monotonic() - first_line
     hit: Counter[str] = Counter()
     unequal, rounds = [], 0
     while hit.total() < int(kills):
@@ -89,11 +101,13 @@ def main(recipe: str, folder: str, kills: str, seed: str) -> None:
         rounds += 1
         while True:
             pid = forked(recipe, out)
-            # Towards the end of the quota the last run is let go on.
-            patience = 120.0
-            if hit.total() < int(kills):
-                patience = chance.uniform(0, 1.1) * whole_time
-            status = ended(pid, time.monotonic() + patience)
+            if hit.total() >= int(kills):  # the last run is let go on
+                status = ended(pid, 120.0)
+            elif chance.random() < 0.5:
+                status = ended(pid, chance.uniform(0, 1.1) * whole_time)
+            else:  # its steps are the shorter part of so small a run
+                seconds = chance.uniform(0, 1.1) * steps_time
+                status = ended(pid, seconds, out / "train.jsonl")
             if status is not None:
                 break
             os.kill(pid, signal.SIGKILL)

@@ -6,7 +6,10 @@ import random
 from typing import Any
 
 _EDGES = (0, 1, 2, 7, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63)
-_NUMBERS = (*_EDGES, *(-e for e in _EDGES), 10**18, 10**30, -(10**30), 0.5, 1e308, -1e308, 1e-320)
+_NUMBERS = (
+    *_EDGES, *(-e for e in _EDGES), 10**18, 10**30, -(10**30), 10**400, 10**4000, 0.5, 1e308,
+    -1e308, 1e-320,
+)  # fmt: skip
 _TEXTS = (
     "", " ", "x", "0", "true", "false", "null", "nan", "..", "../../etc/passwd", "/etc/passwd",
     "C:\\x", "a/b", "\x00", "\u202e", "\ud800", "é" * 50, "x" * 5000, "-1", "1e400", "\n\nerror: x",

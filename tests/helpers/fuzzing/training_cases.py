@@ -1,5 +1,6 @@
 """The kinds of files that training reads: checkpoints, recipes, tokens."""
 
+import gzip
 import json
 import os
 import pickle
@@ -14,11 +15,13 @@ import torch
 
 from elmkernels.openelm import OpenELM, OpenELMConfig
 from elmkernels.training import optim, recipe, state
+from elmkernels.training.data.prepare import prepare
 from elmkernels.training.data.sequences import Sequences
 from elmkernels.training.data.tokens import Tokens, open_part
 from elmkernels.training.parallel import World
 from elmkernels.training.run import train
 
+from .. import corpora
 from ..runs import write_recipe
 from . import mutate
 from .cases import Files, Kind, command, damaged_entry, damaged_header, files_of, put
@@ -164,9 +167,40 @@ class RecipeText(Kind):
 
 
 class TokenFile(Kind):
-    """Token files and the JSON beside them."""
+    """Token files and the JSON beside them; texts, which become tokens."""
 
     def make(self, rng: random.Random) -> Callable[[], str]:
+        return self._texts(rng) if rng.random() < 0.3 else self._tokens(rng)
+
+    def _texts(self, rng: random.Random) -> Callable[[], str]:
+        rows = [{"text": "some words " * rng.randint(0, 9), "n": i} for i in range(5)]
+        lines = [json.dumps(row).encode() for row in rows]
+        if rng.random() < 0.5:
+            lines[rng.randrange(5)] = mutate.dumped(mutate.values(rng, rng.choice(rows)))
+        text = b"\n".join(lines) + b"\n"
+        files = {
+            "a.jsonl": text, "b.txt": b"plain words\n" * 20, "c.jsonl.gz": gzip.compress(text),
+            "d.txt.gz": gzip.compress(b"more words\n" * 20),
+        }  # fmt: skip
+        name = rng.choice([*files])
+        if rng.random() < 0.7:
+            files[name] = mutate.bytes_of(rng, files[name])
+        self.case.mkdir()
+        put(self.case / "texts", files)
+        if rng.random() < 0.1:
+            damaged_entry(rng, self.case / "texts", name)
+        data = corpora.recipe(train=(str(self.case / "texts"),))
+
+        def read() -> str:
+            tokens = prepare(data, self.case / "cache", "train")
+            again = prepare(data, self.case / "cache", "train")
+            if (tokens.read(0, len(tokens)) != again.read(0, len(again))).any():
+                raise AssertionError("the cache holds other tokens")
+            return "prepared"
+
+        return read
+
+    def _tokens(self, rng: random.Random) -> Callable[[], str]:
         wide = rng.random() < 0.3
         dtype = "uint32" if wide else "uint16"
         count = rng.choice((0, 1, 40, 400))
