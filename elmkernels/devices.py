@@ -38,7 +38,8 @@ class Datasheet:
     bf16: float
 
 
-# By the whole name that torch gives a GPU: cards that share a part of it differ (SXM, PCIe, NVL).
+# From the makers' data sheets, by the whole name that torch gives a GPU: cards that share a part of
+# it differ (SXM, PCIe, NVL).
 DATASHEETS: dict[str, Datasheet] = {
     "NVIDIA A10": Datasheet(0.600e12, 125e12),
     "NVIDIA A100-SXM4-40GB": Datasheet(1.555e12, 312e12),

@@ -26,7 +26,7 @@ from .progress import progress
 from .tokenizer.vocabulary import chat_template, file_beside, said_json, vocabulary_of
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-_QUANTISED = ("q8_0", "q4_0")
+_QUANTIZED = ("q8_0", "q4_0")
 _BLOCK = 32  # weights that share a scale in q8_0 and q4_0
 
 
@@ -122,7 +122,7 @@ def _check(config: OpenELMConfig, type: str) -> None:
                 f"{getattr(config, field)}"
             )
     for key, shape in config.parameter_shapes().items():
-        if type in _QUANTISED and len(shape) == 2 and shape[1] % _BLOCK:
+        if type in _QUANTIZED and len(shape) == 2 and shape[1] % _BLOCK:
             raise ValueError(
                 f"type {type} needs columns in multiples of {_BLOCK}, {key} has {shape[1]}"
             )
@@ -213,7 +213,7 @@ def _tensors(model: OpenELM) -> Iterator[tuple[str, tuple[int, int], Any]]:
 def _bytes(gguf: Any, key: str, weight: Tensor, kind: Any) -> np.ndarray:
     """A tensor in a type of GGML (None: float32), as bytes."""
     w = weight.detach().to("cpu").contiguous()
-    if kind is not None and kind.name.lower() in _QUANTISED:
+    if kind is not None and kind.name.lower() in _QUANTIZED:
         chunks = each_chunk(
             lambda rows: gguf.quants.quantize(w[rows].float().numpy(), kind), *w.shape
         )
@@ -231,7 +231,7 @@ def rounded(weight: Tensor, type: str) -> Tensor:
     Raises ImportError where the package `gguf` is missing.
     """
     gguf = _package("gguf", "GGUF files", "elmkernels[gguf]")
-    if type not in _QUANTISED:
+    if type not in _QUANTIZED:
         dtypes = {"f16": torch.float16, "bf16": torch.bfloat16}
         return weight.detach().to(dtypes.get(type, torch.float32)).float()
     kind = gguf.GGMLQuantizationType[type.upper()]
