@@ -1,5 +1,5 @@
-"""Pytest's setup: a whole run takes every core; tests marked slow run only when `-m` asks for
-them; the golden models.
+"""Pytest's setup: a whole run takes every core; tests marked slow or ecosystem run only when `-m`
+asks for them; the golden models.
 """
 
 import os
@@ -48,10 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.markexpr:
         return
-    skip = pytest.mark.skip(reason="slow; run with -m slow")
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+        for mark in ("slow", "ecosystem"):
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}; run with -m {mark}"))
 
 
 @pytest.fixture(params=TINY)

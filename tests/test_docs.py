@@ -171,6 +171,8 @@ def test_options_in_backticks_exist(parser):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 def test_python_blocks_compile_and_their_imports_resolve(path):
     for block in blocks(path, "python"):
+        if "elmkernels.hf" in block or "transformers" in block:
+            pytest.importorskip("transformers")
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Import):
                 for alias in node.names:

@@ -197,7 +197,7 @@ def _refuse(model: nn.Module, reason: Reason) -> NoReturn:
     raise ValueError(f"model ({type(model).__name__}) is not an OpenELM this can swap: {reason}")
 
 
-def native(model: nn.Module) -> nn.Module:
+def native(model: Any) -> Any:
     """The model of this package that another class wraps as its `transformer`, else the model."""
     wrapped = getattr(model, "transformer", None)
     return wrapped if isinstance(wrapped, OpenELM) else model

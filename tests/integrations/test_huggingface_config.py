@@ -89,3 +89,26 @@ def test_an_old_transformers_is_named(found, missing, monkeypatch):
     monkeypatch.setattr(versions, "version", lambda name: found)
     with pytest.raises(ImportError, match=rf"needs transformers >= 5\.\d+, {missing}"):
         versions.check_versions()
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    """Its Python blocks are one program, with a small model where the reader has OpenELM-270M."""
+    import re
+    from pathlib import Path
+
+    import torch
+    from helpers.tokenizers import hugging_face
+    from helpers.transformers_models import body
+
+    pytest.importorskip("accelerate")
+    page = (Path(__file__).parents[2] / "docs/huggingface.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    body(torch.bfloat16).save_pretrained("OpenELM-270M")
+    hugging_face(tmp_path / "OpenELM-270M")
+    values = '{"pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}'
+    (tmp_path / "OpenELM-270M/tokenizer_config.json").write_text(values)
+    assert len(blocks) >= 6
+    exec(compile("\n".join(blocks), "docs/huggingface.md", "exec"), {})
+    assert "accelerated (elmkernels model): 3 layers" in capsys.readouterr().out
+    assert (tmp_path / "small/model.safetensors").is_file()

@@ -2,8 +2,6 @@
 tokens that transformers' eager attention with its own cache gives, in float32.
 """
 
-import copy
-
 import pytest
 import torch
 from helpers.golden import load_hf_tiny
@@ -13,8 +11,6 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
-    DynamicCache,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     set_seed,
@@ -22,7 +18,6 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import elmkernels
-from elmkernels import hf
 from elmkernels.generation import step
 
 NEW = 12
@@ -171,195 +166,6 @@ def test_scores_and_states_come_along(ours, theirs):
             torch.testing.assert_close(x[real], y[real], rtol=1e-4, atol=1e-4)
 
 
-def test_attention_weights_by_eager_alone(ours, theirs):
-    weights = theirs(ids(1, 5), output_attentions=True).attentions
-    assert [w.shape[1] for w in weights] == list(theirs.config.num_query_heads)
-    torch.testing.assert_close(weights[0].sum(-1), torch.ones_like(weights[0].sum(-1)))
-    with pytest.raises(ValueError, match="attn_implementation must be 'eager'"):
-        ours(ids(1, 5), output_attentions=True)
-
-
-def test_a_chat_goes_on_with_the_cache_it_got(ours):
-    first = ours.generate(
-        ids(1, 9), max_new_tokens=5, do_sample=False, return_dict_in_generate=True
-    )
-    cache = first["cache"]
-    assert isinstance(cache, hf.OpenELMCache) and cache.get_seq_length() == 13
-    turn = torch.cat((first.sequences, ids(1, 4, seed=3)), dim=1)
-    name = {"cache": cache}
-    got = ours.generate(turn, max_new_tokens=5, do_sample=False, **name)
-    assert got.tolist() == ours.generate(turn, max_new_tokens=5, do_sample=False).tolist()
-    other = DynamicCache(config=ours.config)
-    ours.generate(first.sequences, max_new_tokens=1, do_sample=False, cache=other)
-    assert ours.generate(turn, max_new_tokens=5, do_sample=False, cache=other).tolist() == (
-        got.tolist()
-    )
-
-
-@pytest.mark.parametrize("make", [
-    lambda config: DynamicCache(), lambda config: DynamicCache(config=config),
-    lambda config: StaticCache(config=config, max_cache_len=40), hf.OpenELMCache,
-])  # fmt: skip
-@pytest.mark.parametrize("implementation", ["elmkernels", "sdpa", "eager"])
-def test_any_cache_with_any_attention(make, implementation):
-    model = wrapped("auto")
-    model.set_attn_implementation(implementation)
-    tokens = ids(2, 12)
-    with torch.no_grad():
-        whole = model(tokens, use_cache=False).logits
-        cache, parts, at = make(model.config), [], 0
-        for n in (5, 1, 4, 1, 1):
-            parts.append(model(tokens[:, at : at + n], cache=cache, use_cache=True).logits)
-            at += n
-            assert int(cache.get_seq_length()) == at
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_the_older_name_of_the_cache(ours):
-    cache = hf.OpenELMCache(ours.config)
-    with torch.no_grad():
-        out = ours(ids(1, 5), past_key_values=cache)
-        assert out.past_key_values is cache
-        step_by_step = ours(ids(1, 1), past_key_values=cache).logits
-    assert step_by_step.shape == (1, 1, 320) and cache.get_seq_length() == 6
-
-
-def test_the_cache_is_a_cache(ours):
-    tokens = ids(3, 8)
-    with torch.no_grad():
-        cache = ours(tokens).cache
-        assert len(cache) == 3 and cache.batch_size == 3 and cache.is_croppable
-        shapes = [tuple(layer.keys.shape) for layer in cache.layers]
-        assert shapes == [(3, heads, 8, 32) for heads in ours.config.num_kv_heads]
-        cache.crop(-3)
-        assert cache.get_seq_length() == 5
-        again = ours(tokens[:, 5:], cache=cache).logits
-        torch.testing.assert_close(again, ours(tokens).logits[:, 5:], rtol=1e-4, atol=1e-4)
-        cache.reorder_cache(torch.tensor([2, 0, 0]))
-        turned = ours(tokens[[2, 0, 0], -1:], cache=cache).logits
-        fresh = torch.cat((tokens, tokens[:, -1:]), 1)[[2, 0, 0]]
-        torch.testing.assert_close(turned, ours(fresh).logits[:, -1:], rtol=1e-4, atol=1e-4)
-        cache.batch_select_indices(torch.tensor([1]))
-        cache.batch_repeat_interleave(2)
-        assert cache.batch_size == 2 and cache.get_seq_length() == 9
-        other = copy.deepcopy(cache)
-        cache.reset()
-        assert cache.get_seq_length() == 0 and other.get_seq_length() == 9
-        assert other.layers[0].owner is other
-
-
-def test_a_padded_cache_is_cropped_and_reordered(ours):
-    prompt, mask = left_padded([3, 8])
-    longer = torch.cat((mask, torch.ones(2, 2).long()), 1)
-    rest = ids(2, 2, seed=4)
-    with torch.no_grad():
-        cache = ours(prompt, attention_mask=mask).cache
-        assert cache.kv.rows == [3, 8]
-        expected = ours(rest, attention_mask=longer, cache=cache).logits
-        cache.crop(-2)
-        assert cache.kv.rows == [3, 8] and cache.get_seq_length() == 8
-        torch.testing.assert_close(
-            ours(rest, attention_mask=longer, cache=cache).logits, expected, rtol=1e-5, atol=1e-5
-        )
-        cache.crop(-2)
-        cache.reorder_cache(torch.tensor([1, 0]))
-        got = ours(rest.flip(0), attention_mask=longer.flip(0), cache=cache).logits
-        torch.testing.assert_close(got.flip(0), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("holes", [False, True])
-def test_masks_of_any_form_are_exact(holes, ours, theirs):
-    """Padding on the left, on the right, and between."""
-    tokens = ids(3, 10)
-    mask = torch.ones(3, 10).long()
-    mask[0, :4] = mask[1, 7:] = 0
-    if holes:
-        mask[2, 3:5] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        expected = theirs(tokens, attention_mask=mask, position_ids=positions).logits
-        without = ours(tokens, attention_mask=mask, use_cache=False).logits
-        held = ours(tokens, attention_mask=mask, use_cache=True)
-        real = mask.bool()
-        for got in (without, held.logits):
-            torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-4)
-
-
-def test_a_mask_that_forgets_what_the_cache_holds_is_refused(ours):
-    prompt, mask = left_padded([3, 8])
-    with torch.no_grad():
-        cache = ours(prompt, attention_mask=mask).cache
-        with pytest.raises(ValueError, match="must say of the 8 tokens in the cache"):
-            ours(ids(2, 1), attention_mask=torch.ones(2, 9), cache=cache)
-        with pytest.raises(ValueError, match=r"attention_mask must be \[2, 9\] \(past \+ new"):
-            ours(ids(2, 1), attention_mask=torch.ones(2, 1), cache=cache)
-        assert cache.get_seq_length() == 8
-
-
-def test_dense_masks_and_positions_of_ones_own(ours, theirs):
-    tokens = ids(2, 6)
-    dense = torch.ones(6, 6).tril().bool().expand(2, 1, 6, 6).clone()
-    dense[:, :, 4:, 1] = False
-    positions = torch.arange(6).expand(2, -1) + 7
-    additive = torch.where(dense, 0.0, torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        a = ours(tokens, attention_mask=dense, position_ids=positions).logits
-        b = theirs(tokens, attention_mask=additive, position_ids=positions).logits
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        for cached in (False, True):
-            c = ours(tokens, position_ids=positions, use_cache=cached).logits
-            d = theirs(tokens, position_ids=positions, use_cache=cached).logits
-            torch.testing.assert_close(c, d, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_documents_in_a_row_do_not_see_each_other(implementation, ours):
-    tokens = ids(2, 12)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3], [*range(12)]])
-    other = wrapped("auto")
-    other.set_attn_implementation(implementation)
-    with torch.no_grad():
-        got = ours(tokens, position_ids=positions, use_cache=False).logits
-        assert torch.equal(got[:1, 5:8], ours(tokens[:1, 5:8], use_cache=False).logits) or (
-            (got[:1, 5:8] - ours(tokens[:1, 5:8], use_cache=False).logits).abs().max() < 1e-4
-        )
-        theirs = other(tokens[:1], position_ids=positions[:1], use_cache=False).logits
-    torch.testing.assert_close(got[:1], theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("implementation", ["elmkernels", "sdpa", "eager", "flex_attention"])
-@pytest.mark.parametrize("kernels", ["auto", None])
-def test_implementations_agree(implementation, kernels):
-    if implementation == "flex_attention" and kernels is None:
-        pytest.skip("once is enough: it is compiled")
-    model = wrapped(kernels)
-    model.set_attn_implementation(implementation)
-    prompt, mask = left_padded([3, 9])
-    with torch.no_grad():
-        got = model(prompt, attention_mask=mask, use_cache=False).logits
-        expected = eager()(prompt, attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
-
-
-def test_the_implementation_serves_other_models():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    prompt, mask = left_padded([3, 9])
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for given in ({}, {"attention_mask": mask}, {"attention_mask": mask, "num_beams": 2}):
-        found = []
-        for name in ("sdpa", "elmkernels"):
-            model.set_attn_implementation(name)
-            found.append(model.generate(prompt, **given, **options).tolist())
-        assert found[0] == found[1]
-
-
 class AfterThree(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 12)
@@ -410,16 +216,6 @@ def test_continuous_batching_says_why_not(ours):
         ours.generate_batch([[1, 2, 3]])
 
 
-def test_more_tokens_than_there_are_positions(ours):
-    with pytest.raises(ValueError, match=r"has 256 positions \(rope_max_length\)"):
-        ours(ids(1, 257))
-    with torch.no_grad():
-        cache = ours(ids(1, 250)).cache
-        with pytest.raises(ValueError, match="got 250 past"):
-            ours(ids(1, 7), cache=cache)
-    assert cache.get_seq_length() == 250
-
-
 BAD = {
     "neither": ({}, "input_ids must be given, or inputs_embeds, and not both, got neither"),
     "both": ({"input_ids": ids(1, 3), "inputs_embeds": torch.zeros(1, 3, 128)}, "got both"),
@@ -437,10 +233,3 @@ def test_arguments_are_checked(kind, ours):
     arguments, message = BAD[kind]
     with pytest.raises(ValueError, match=message):
         ours(**arguments)
-
-
-def test_gradients_do_not_go_through_the_cache(ours):
-    with pytest.raises(RuntimeError, match="holds no gradients"):
-        ours(ids(1, 3), cache=hf.OpenELMCache(ours.config))
-    cache = ours(ids(1, 3)).cache
-    assert isinstance(cache, DynamicCache) and cache.layers[0].keys.requires_grad

@@ -189,7 +189,7 @@ model.save_pretrained({folder!r} + "-again")
 """
 
 
-@pytest.mark.parametrize("form", ["plain", "packed12"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("packed12", marks=pytest.mark.ecosystem)])
 def test_a_saved_folder_finds_the_package_itself(form, tmp_path):
     folder = tmp_path / "saved"
     model = wrapped(None) if form == "plain" else None

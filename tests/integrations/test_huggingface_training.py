@@ -93,6 +93,24 @@ def test_how_the_loss_is_counted(grad):
         torch.testing.assert_close(got, summed / count, rtol=1e-5, atol=1e-5)
 
 
+KEPT = {
+    "the last": (1, lambda x: x[:, -1:]),
+    "positions": (torch.tensor([0, 4]), lambda x: x[:, [0, 4]]),
+    "each row's": (torch.tensor([[0], [4]]), lambda x: torch.stack((x[0, :1], x[1, 4:5]))),
+    "a mask": (torch.arange(10).view(2, 5) % 3 == 0, lambda x: x.flatten(0, 1)[::3]),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_which_positions_get_logits(kind):
+    keep, expected = KEPT[kind]
+    model = wrapped("auto")
+    for labels in (None, ids(2, 5)):
+        whole = model(ids(2, 5), labels=labels).logits
+        got = model(ids(2, 5), labels=labels, logits_to_keep=keep).logits
+        torch.testing.assert_close(got, expected(whole), rtol=1e-5, atol=1e-5)
+
+
 def test_a_loss_of_ones_own():
     model = wrapped("auto")
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean() + vocab_size

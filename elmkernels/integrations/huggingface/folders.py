@@ -52,7 +52,10 @@ def compression_of(path: str, options: dict[str, Any]) -> str | None:
     if isinstance(config, PreTrainedConfig):
         values = vars(config)
     else:
-        values, _ = PreTrainedConfig.get_config_dict(path, **hub_options(options))
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(config or path, **hub_options(options))
+        except OSError:  # a folder of adapters: transformers finds the model that they are for
+            return None
     return next((word for word in STORED_FORMS if values.get(word) is not None), None)
 
 

@@ -73,7 +73,7 @@ class LoadsAndSaves:
         else:
             model, info = cls._plain(path, args, options)
         if kernels is not None:
-            model.accelerate(kernels)
+            model._accelerate_loaded(kernels)
         return (model, info) if told else model
 
     @classmethod
@@ -114,6 +114,14 @@ class LoadsAndSaves:
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
+
+    def _accelerate_loaded(self, kernels: str) -> None:
+        try:
+            self.accelerate(kernels)
+        except ValueError as error:  # such as layers that another library has replaced
+            if kernels != AUTO:
+                raise
+            warnings.warn(f"loaded without kernels: {error}", stacklevel=3)
 
     def accelerate(self, kernels: str = AUTO, **options: Any) -> Report:
         """Put this package's kernels into the model, as `elmkernels.accelerate` does.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...openelm import OpenELM, next_tokens
@@ -77,3 +78,21 @@ def of_logits(logits: Tensor, labels: Tensor | None, options: dict[str, Any]) ->
     """The same of logits [batch, length, vocab_size]."""
     targets, how = _targets(labels, options)
     return _divided(cross_entropy(logits, targets.to(logits.device), **how), options)
+
+
+def positions_kept(x: Tensor, keep: int | Tensor) -> Tensor:
+    """The positions of x [batch, length, ...] that get logits.
+
+    Args:
+        x: what is sliced.
+        keep: how many of the last, 0 for all; positions [n] of every row, or [batch, n] of each;
+            or bool [batch, length], whose positions come one after another as [n, ...].
+
+    Returns:
+        What is kept.
+    """
+    if isinstance(keep, int):
+        return x[:, -keep:]
+    if keep.dim() == 2:
+        return x[keep] if keep.dtype == torch.bool else x.take_along_dim(keep[..., None], dim=1)
+    return x[:, keep]

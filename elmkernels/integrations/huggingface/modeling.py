@@ -1,6 +1,7 @@
 """OpenELM as a model of transformers: this package's own model, called and loaded as theirs are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from ...checks import fail
@@ -77,8 +77,8 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             transformer = OpenELM(config.shape)
         elif not isinstance(transformer, OpenELM):
             fail("transformer", "an elmkernels.OpenELM", type(transformer).__name__, TypeError)
-        elif transformer.config.parameter_shapes() != config.shape.parameter_shapes():
-            fail("transformer", "of the shape that config says", "another")
+        elif replace(transformer.config, model_name=None) != config.shape:
+            fail("transformer", f"of the shape {config.shape}", transformer.config)
         self.transformer = transformer
         for weight in transformer.parameters():
             if weight.device.type != "meta":  # drawn or loaded already: once is enough
@@ -349,7 +349,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         """Logits and loss of the last layer's output, by the names they have in the output."""
 
         def logits() -> Tensor:
-            return self.transformer.logits(slice_logits_to_keep(x, keep))
+            return self.transformer.logits(losses.positions_kept(x, keep))
 
         if labels is None and options.get("shift_labels") is None:
             return {"logits": logits()}
@@ -365,4 +365,4 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         else:
             vocab_size = self.config.vocab_size
             loss = chosen(logits=everywhere, labels=labels, vocab_size=vocab_size, **options)
-        return {"loss": loss, "logits": slice_logits_to_keep(everywhere, keep)}
+        return {"loss": loss, "logits": losses.positions_kept(everywhere, keep)}
