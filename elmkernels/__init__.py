@@ -9,7 +9,7 @@ except ModuleNotFoundError as error:
     raise ImportError(needs, name="torch") from None
 
 from . import ops, reference
-from .acceleration.projections import Plan
+from .acceleration.routines import Plan
 from .acceleration.swap import accelerate, restore
 from .compression.packing import pack, unpack
 from .compression.quantization import quantize

@@ -6,8 +6,7 @@ import torch
 
 from ..backends import PREFERENCE, Reason, traits
 from ..devices import BackendChoice
-from . import projections
-from .projections import Plan
+from .routines import FEW_ROWS, Plan
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Report:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.accelerated.items())
         backends = ", ".join(f"{op}: {name}" for op, name in self.backends.items())
         gemm = (
-            f"1 row {self.gemm.one_row}, up to {projections.FEW_ROWS} {self.gemm.few_rows}, "
+            f"1 row {self.gemm.one_row}, up to {FEW_ROWS} {self.gemm.few_rows}, "
             f"more {self.gemm.many_rows}, training {self.gemm.training}"
         )
         lines = [

@@ -22,8 +22,8 @@ from .classes import Fused, fuse, own_class, undo_of, unfuse
 from .decode_modes import modes_of
 from .foreign import ForeignState
 from .layout import BLOCKS, PROJECTIONS, Block, Layout, examine
-from .projections import Plan, measure_plan
 from .report import Report, fallbacks
+from .routines import Plan, measure_plan
 from .trying import given_by, missing_likeness, sample
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from ..acceleration import projections
+from ..acceleration import routines
 from .timing import copies_of, interleave, synchronize
 
 Probes = dict[str, tuple[Callable[[], object], float]]  # {name: (call, the work it does)}
@@ -81,9 +81,9 @@ def _products(
         "matmul": lambda: x @ turned,
         "F.linear": lambda: F.linear(x, weight),
     }
-    if device.type == "cpu" and projections.onednn_takes(dtype):
-        prepacked = projections.prepacked_copy(weight)
-        found["prepacked"] = lambda: projections.onednn(x, prepacked)
+    if device.type == "cpu" and routines.onednn_takes(dtype):
+        prepacked = routines.prepacked_copy(weight)
+        found["prepacked"] = lambda: routines.onednn(x, prepacked)
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..acceleration.projections import Plan
+from ..acceleration.routines import Plan
 from ..acceleration.swap import accelerate
 from ..openelm.config import OpenELMConfig
 from ..openelm.costs import matmul_operations

@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from .. import __version__
-from ..acceleration.projections import measure_plan
+from ..acceleration.routines import measure_plan
 from ..backends import BACKENDS, build_report, choose, defined
 from ..bench.machine import busy
 from ..bench.table import format_table

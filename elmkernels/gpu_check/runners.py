@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..acceleration.projections import Plan
+from ..acceleration.routines import Plan
 from ..acceleration.swap import accelerate
 from ..backends import SDPA
 from ..bench.baselines.torch_baseline import TorchBaseline

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..acceleration.projections import LINEAR, Plan
+from ..acceleration.routines import LINEAR, Plan
 from ..generation.step import greedy, next_logits
 from ..openelm.cache import KVCache
 from ..openelm.config import OpenELMConfig

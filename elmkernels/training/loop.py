@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .. import checks
-from ..acceleration.projections import Plan
+from ..acceleration.routines import Plan
 from ..acceleration.swap import accelerate
 from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig

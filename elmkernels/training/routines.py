@@ -14,15 +14,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..acceleration.projections import (
-    LINEAR,
-    MV,
-    ONEDNN,
-    PREPACKED,
-    Plan,
-    measure_plan,
-    onednn_takes,
-)
+from ..acceleration.routines import LINEAR, MV, ONEDNN, PREPACKED, Plan, measure_plan, onednn_takes
 from .journal import FILE, events
 from .schema import known
 

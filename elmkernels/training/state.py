@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
-from ..acceleration.projections import LINEAR, MV, ONEDNN, PREPACKED, Plan
+from ..acceleration.routines import LINEAR, MV, ONEDNN, PREPACKED, Plan
 from ..openelm.config import OpenELMConfig
 from ..weights.storage import sync_folder, write_json
 from ..weights.texts import read_json

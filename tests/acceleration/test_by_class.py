@@ -22,7 +22,8 @@ from elmkernels import OpenELM, accelerate, restore
 from elmkernels.acceleration import classes, swap
 from elmkernels.acceleration.classes import Fused, fuse, fused_class, own_class, unfuse
 from elmkernels.acceleration.fused import FusedRMSNorm, State
-from elmkernels.acceleration.projections import PREPACKED, Linear, Plan
+from elmkernels.acceleration.projections import Linear
+from elmkernels.acceleration.routines import PREPACKED, Plan
 from elmkernels.openelm.layers import Attention, DecoderLayer, FeedForward, RMSNorm
 from elmkernels.openelm.surgery import has_mark
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from elmkernels import OpenELM, accelerate, backends, pack, quantize, restore, unpack
 from elmkernels.acceleration import swap
-from elmkernels.acceleration.projections import LINEAR, MV, ONEDNN, PREPACKED, Plan
+from elmkernels.acceleration.routines import LINEAR, MV, ONEDNN, PREPACKED, Plan
 from elmkernels.backends import BACKENDS, choose
 from elmkernels.openelm.compressed import Compressed, CompressedLinear
 from elmkernels.openelm.surgery import mark_of

@@ -15,7 +15,7 @@ from helpers.golden import (
 from torch import nn
 
 from elmkernels import OpenELM, accelerate, restore
-from elmkernels.acceleration.projections import ONEDNN, Plan
+from elmkernels.acceleration.routines import ONEDNN, Plan
 from elmkernels.backends import BACKENDS
 from elmkernels.openelm import KVCache, greedy
 

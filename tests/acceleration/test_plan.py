@@ -11,8 +11,8 @@ import torch
 from helpers import ROOT
 from torch.nn import functional as F
 
-from elmkernels.acceleration import projections
-from elmkernels.acceleration.projections import LINEAR, MV, ONEDNN, Plan, agrees, mv, onednn_takes
+from elmkernels.acceleration import routines
+from elmkernels.acceleration.routines import LINEAR, MV, ONEDNN, Plan, agrees, mv, onednn_takes
 
 # Models of four plans after torch's number of threads has changed, in a process whose OpenMP grants
 # two threads of the four that torch believes in.
@@ -149,10 +149,10 @@ def test_what_is_wrong_is_not_timed(monkeypatch, broken):
         timed.append(set(fns))
         return {name: float(name == LINEAR) for name in fns}
 
-    monkeypatch.setattr(projections, "_onednn_is_right", lambda dtype, threads: True)
-    monkeypatch.setattr(projections, "_best_seconds", all_but_linear)
-    monkeypatch.setattr(projections, name, lambda x, w: x.new_empty(x.shape[0], w.shape[0]))
-    plan = projections._measured.__wrapped__(torch.float32, False, torch.get_num_threads())
+    monkeypatch.setattr(routines, "_onednn_is_right", lambda dtype, threads: True)
+    monkeypatch.setattr(routines, "_best_seconds", all_but_linear)
+    monkeypatch.setattr(routines, name, lambda x, w: x.new_empty(x.shape[0], w.shape[0]))
+    plan = routines._measured.__wrapped__(torch.float32, False, torch.get_num_threads())
     assert len(timed) == 3 and all(LINEAR in names and broken not in names for names in timed)
     if broken == ONEDNN:
         assert replace(plan, one_row=LINEAR) == Plan()
@@ -161,16 +161,16 @@ def test_what_is_wrong_is_not_timed(monkeypatch, broken):
 def test_a_plan_is_of_one_number_of_threads(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        projections, "_measured", lambda dtype, prepacked, threads: asked.append(threads)
+        routines, "_measured", lambda dtype, prepacked, threads: asked.append(threads)
     )
     monkeypatch.setattr(
-        projections, "_onednn_is_right", lambda dtype, threads: asked.append(threads) or True
+        routines, "_onednn_is_right", lambda dtype, threads: asked.append(threads) or True
     )
     before = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            projections.measure_plan(torch.float32)
+            routines.measure_plan(torch.float32)
             onednn_takes(torch.float32)
     finally:
         torch.set_num_threads(before)

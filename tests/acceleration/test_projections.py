@@ -8,7 +8,8 @@ from torch import nn
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration.classes import fuse
-from elmkernels.acceleration.projections import PREPACKED, Linear, Plan, Products
+from elmkernels.acceleration.projections import Linear, Products
+from elmkernels.acceleration.routines import PREPACKED, Plan
 
 
 class TestPrepackedWeights:

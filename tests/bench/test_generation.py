@@ -9,7 +9,7 @@ import torch
 from helpers.reports import Recorded
 
 from elmkernels import OpenELM, OpenELMConfig
-from elmkernels.acceleration import projections, swap
+from elmkernels.acceleration import routines, swap
 from elmkernels.bench import chart, generation, machine
 from elmkernels.bench.baselines import llama_cpp
 from elmkernels.bench.benchmark import COMPILED, EAGER, OURS
@@ -46,7 +46,7 @@ LLAMA = {"fp32": ["F32"], "16-bit": ["F16", "BF16"], "int8": ["Q8_0"], "int4": [
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """One thread, and no timing of routines: on models as small as these both only cost time."""
-    monkeypatch.setattr(swap, "measure_plan", lambda dtype, packing=False: projections.Plan())
+    monkeypatch.setattr(swap, "measure_plan", lambda dtype, packing=False: routines.Plan())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

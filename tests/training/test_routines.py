@@ -13,8 +13,8 @@ from helpers import ROOT
 from helpers.runs import losses, same_weights, train, write_recipe
 
 from elmkernels import Plan
-from elmkernels.acceleration import projections
-from elmkernels.acceleration.projections import ONEDNN, onednn_takes
+from elmkernels.acceleration import routines as products
+from elmkernels.acceleration.routines import ONEDNN, onednn_takes
 from elmkernels.cli.main import main
 from elmkernels.training import routines
 from elmkernels.training.journal import events
@@ -36,8 +36,8 @@ def fickle(monkeypatch):
         found.append(next(plans))
         return found[-1]
 
+    monkeypatch.setattr(products, "measure_plan", measure)
     monkeypatch.setattr(routines, "measure_plan", measure)
-    monkeypatch.setattr(projections, "measure_plan", measure)
     return found
 
 

@@ -13,7 +13,7 @@ from helpers.tape import record
 
 from elmkernels.acceleration import small_batch  # fmt: skip
 from elmkernels.acceleration.decode_modes import CALLS, GRAPH
-from elmkernels.acceleration.projections import Plan
+from elmkernels.acceleration.routines import Plan
 from elmkernels.generation.gpu_decoder import Decoder
 from elmkernels.openelm import KVCache, OpenELM, OpenELMConfig, Session, accelerate, pack, quantize
 from elmkernels.testing.rule import ATTENTION_SLACK, compare

@@ -1,0 +1,193 @@
+"""Which routine multiplies: torch reaches several GEMM libraries on a CPU, and which one is fast
+depends on the processor. In float32 `F.linear` runs on MKL, which is slow on processors that are
+not Intel's; in bfloat16 a product with one row leaves more of the memory's speed unused in
+`F.linear` than in `torch.mv`. `measure_plan` times the candidates once per dtype and process and
+takes another than `F.linear` only if it is clearly faster. All of them accumulate in float32.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
+MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
+LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepacked"
+
+# Whether a GPU multiplies up to 8 rows by a plain weight with this package's kernel instead of
+# cuBLAS's (see `small_batch`). Reasoned, not measured: both wait for the weight's bytes, but five
+# launches a layer are gone with the norms, SwiGLU and additions that are part of it.
+STREAMED = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which routine a projection calls on a CPU; on a GPU it is F.linear, or few rows `streamed`.
+
+    Args:
+        one_row: without gradients, for 1 row: "F.linear", "torch.mv", "oneDNN" or "oneDNN
+            prepacked".
+        few_rows: up to FEW_ROWS (16).
+        many_rows: for more.
+        training: with gradients.
+        streamed: whether a GPU multiplies up to 8 rows by this package's kernel.
+
+    Example:
+        >>> report = elmkernels.accelerate(model, plan=Plan(one_row="torch.mv"))
+        >>> report.gemm.one_row
+        'torch.mv'
+    """
+
+    one_row: str = LINEAR
+    few_rows: str = LINEAR
+    many_rows: str = LINEAR
+    training: str = LINEAR
+    streamed: bool = STREAMED
+
+    @property
+    def prepacks(self) -> bool:
+        """Whether a routine keeps a prepacked copy of the weights."""
+        return PREPACKED in (self.one_row, self.few_rows, self.many_rows)
+
+
+def onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T by oneDNN; weight [n, k] in any strides, or a `prepacked_copy`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a dtype here, and right, with torch's present number of threads:
+    float16 it doesn't take on every processor, and if OpenMP grants fewer threads than torch asks
+    for (OMP_THREAD_LIMIT), it leaves a part of a product unwritten.
+    """
+    return _onednn_is_right(dtype, torch.get_num_threads())
+
+
+@cache
+def _onednn_is_right(dtype: torch.dtype, threads: int) -> bool:
+    """By the products of a projection and its backward, plain and prepacked, once for each number
+    of threads. They are large enough to be shared out.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        x, weight, dy = (
+            torch.randn(size, generator=generator, device="cpu").to(dtype)
+            for size in ((96, 256), (512, 256), (96, 512))
+        )
+        try:
+            return (
+                agrees(lambda: onednn(x, weight), x, weight)
+                and agrees(lambda: onednn(dy, weight.t()), dy, weight.t())
+                and agrees(lambda: onednn(dy.t(), x.t()), dy.t(), x.t())
+                and agrees(lambda: onednn(x, prepacked_copy(weight)), x, weight)
+                and agrees(lambda: onednn(x[:1], weight), x[:1], weight)
+            )
+        except RuntimeError:
+            return False
+
+
+def agrees(candidate: Callable[[], Tensor], x: Tensor, weight: Tensor) -> bool:
+    """Whether a routine's x @ weight.T is no further from the product in float64 than twice
+    F.linear's, one rounding, and what the order of k float32 sums may do. Where it writes nothing,
+    it leaves NaN: memory that was just freed could hold the right product.
+    """
+    truth = x.double() @ weight.double().t()
+    linear = (F.linear(x, weight).double() - truth).abs().max()
+    sums = x.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+    allowed = 2 * linear + (torch.finfo(x.dtype).eps + sums) * truth.abs().max()
+    for _ in range(2):
+        poison = torch.full_like(truth, torch.nan, dtype=x.dtype)
+        del poison
+        if not bool(((candidate().double() - truth).abs() <= allowed).all()):
+            return False
+    return True
+
+
+def prepacked_copy(weight: Tensor) -> Tensor:
+    """A copy of weight [n, k] in oneDNN's blocked layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def mv(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., k] of one row times weight [n, k]."""
+    return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], weight.shape[0])
+
+
+def _best_seconds(fns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    for fn in fns.values():
+        fn()
+    samples: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            start = time.perf_counter()
+            fn()
+            samples[name].append(time.perf_counter() - start)
+    # The best, not the median: whatever else runs now only ever adds time.
+    return {name: min(s) for name, s in samples.items()}
+
+
+def _fastest(seconds: dict[str, float]) -> str:
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] <= MARGIN * seconds[LINEAR] else LINEAR
+
+
+def measure_plan(dtype: torch.dtype, prepacked: bool = False) -> Plan:
+    """The fastest right routine for each class of rows on this CPU, by timing a [4096, 1280]
+    weight.
+
+    prepacked: also time weights in oneDNN's own layout. Takes about a second, once a process and
+    number of threads: what was fastest then is kept. A routine whose product isn't F.linear's isn't
+    timed: what does a part of the work looks fast. If oneDNN doesn't take the dtype, everything is
+    F.linear.
+    """
+    return _measured(dtype, prepacked, torch.get_num_threads())
+
+
+@cache
+def _measured(dtype: torch.dtype, prepacked: bool, threads: int) -> Plan:
+    if not onednn_takes(dtype):
+        return Plan()
+    generator = torch.Generator().manual_seed(0)
+    # Four weights in turn, so that a single row reads from memory as it does in a model.
+    weights = [torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype) for _ in range(4)]
+    prepacks = [prepacked_copy(w) for w in weights] if prepacked else []
+    with torch.inference_mode():
+        one, few, many = (
+            _best_seconds(_candidates(rows, weights, prepacks, generator), rounds)
+            for rows, rounds in ((1, 40), (8, 30), (256, 10))
+        )
+    training = {name: seconds for name, seconds in many.items() if name != PREPACKED}
+    return Plan(_fastest(one), _fastest(few), _fastest(many), _fastest(training))
+
+
+def _candidates(
+    rows: int, weights: list[Tensor], prepacks: list[Tensor], generator: torch.Generator
+) -> dict[str, Callable[[], object]]:
+    """F.linear and the other routines that are right, each with the next weight at each call."""
+    x = torch.randn(rows, weights[0].shape[1], generator=generator).to(weights[0].dtype)
+    routines = {ONEDNN: (onednn, weights)}
+    if rows == 1:
+        routines[MV] = mv, weights
+    if prepacks:
+        routines[PREPACKED] = onednn, prepacks
+    right = {
+        name: (routine, of)
+        for name, (routine, of) in routines.items()
+        if agrees(lambda routine=routine, of=of: routine(x, of[0]), x, weights[0])
+    }
+
+    def in_turn(routine: Callable, of: list[Tensor]) -> Callable[[], object]:
+        turn = itertools.cycle(of)
+        return lambda: routine(x, next(turn))
+
+    return {
+        name: in_turn(routine, of)
+        for name, (routine, of) in ({LINEAR: (F.linear, weights)} | right).items()
+    }
