@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..checks import fitting
 from ..devices import autocast_dtype
 from ..openelm.documents import in_one_row
 from ..openelm.layers import Context, LogitsHead
@@ -46,7 +47,7 @@ class FusedRMSNorm(nn.Module):
         self.weight, self.eps, self.backend = original.weight, original.eps, backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps, backend=self.backend)
+        return ops.rms_norm(x, fitting(self.weight, x), self.eps, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, backend={self.backend}"
@@ -140,8 +141,8 @@ class FusedAttention(nn.Module):
         """qkv_proj's output [batch, length, ...] -> q, k, v (see `ops.qk_norm_rope`)."""
         return ops.qk_norm_rope(
             qkv,
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
+            None if self.q_norm is None else fitting(self.q_norm.weight, qkv),
+            None if self.k_norm is None else fitting(self.k_norm.weight, qkv),
             positions,
             self.q_heads,
             self.kv_heads,
@@ -196,8 +197,9 @@ class FusedDecoderLayer(nn.Module):
 
     def feed_forward(self, delta: Tensor, x: Tensor, lean: bool = False) -> Tensor:
         # Under autocast a projection's output is narrower than the residual stream.
+        weight = fitting(self.ffn_norm.weight, x)
         normed, x = ops.add_rms_norm(
-            delta.to(x.dtype), x, self.ffn_norm.weight, self.ffn_norm.eps, backend=self.backend
+            delta.to(x.dtype), x, weight, self.ffn_norm.eps, backend=self.backend
         )
         if lean:
             return x + self.ffn(_narrowed(normed), self._again(x, self.ffn_norm))
@@ -205,7 +207,7 @@ class FusedDecoderLayer(nn.Module):
 
     def _again(self, x: Tensor, norm: nn.Module) -> Callable[[], Tensor]:
         """What gives norm(x), as the projection after it takes it, once more."""
-        kept, weight, dtype = x.detach(), norm.weight.detach(), _projected(x)
+        kept, weight, dtype = x.detach(), fitting(norm.weight.detach(), x), _projected(x)
         return lambda: ops.rms_norm(kept, weight, norm.eps, backend=self.backend).to(dtype)
 
     def _lean(self) -> bool:

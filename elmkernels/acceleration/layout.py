@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..backends import Reason
 from ..openelm.compressed import weight_of
-from ..openelm.surgery import has_hooks
+from ..openelm.surgery import has_hooks, missing_dtype
 from . import fused
 
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
@@ -161,6 +161,8 @@ def examine(
         if not isinstance(getattr(body, name, None), nn.Module):
             _refuse(model, f"it has no `{prefix}{name}`")
     convention = _convention(model, _child(body.layers[0], "attn") or body.layers[0])
+    if reason := missing_dtype(body):
+        _refuse(model, reason)
     left = []
     for i, layer in enumerate(body.layers):
         where = f"{prefix}layers.{i}"

@@ -8,6 +8,8 @@ import numpy as np
 
 from ..checks import fail, integer, is_integer
 
+LAYERS = "num_transformer_layers"
+_DEEPEST = 16384  # layers: each is described before there is a weight
 _WIDEST = 2**40  # of any size: no machine holds more, and products of two are exact
 _FLOAT32 = np.finfo(np.float32)  # what statistics and angles are computed in
 _LEAST, _MOST = float(_FLOAT32.tiny), float(_FLOAT32.max)
@@ -16,8 +18,9 @@ _LEAST, _MOST = float(_FLOAT32.tiny), float(_FLOAT32.max)
 def size(name: str, value: Any) -> int:
     """A positive integer that something could have as its size."""
     found = integer(name, value, 1)
-    if found > _WIDEST:
-        fail(name, "at most 2^40", found)
+    most, words = (_DEEPEST, f"{_DEEPEST}") if name == LAYERS else (_WIDEST, "2^40")
+    if found > most:
+        fail(name, f"at most {words}", found)
     return found
 
 

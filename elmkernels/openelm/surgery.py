@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..checks import DTYPES
+
 M = TypeVar("M", bound=nn.Module)
 _MARK = "_elmkernels_accelerated"
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -81,6 +83,18 @@ def twin(model: M) -> M:
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything hangs on the module's forward or backward."""
     return any(getattr(module, name, None) for name in (*_FORWARD_HOOKS, *_BACKWARD_HOOKS))
+
+
+def missing_dtype(body: nn.Module) -> str | None:
+    """Why the ops can't compute in the dtypes of a model's weights, or None. body: what holds its
+    layers, norm and embedding.
+    """
+    for name, weight in body.named_parameters():
+        known = name.startswith(("layers.", "norm.", "token_embeddings."))
+        if known and weight.is_floating_point() and weight.dtype not in DTYPES:
+            dtypes = ", ".join(str(dtype) for dtype in DTYPES)
+            return f"`{name}` is {weight.dtype}, the kernels take {dtypes}"
+    return None
 
 
 def forward_hooks(module: nn.Module) -> list[dict]:
