@@ -87,13 +87,6 @@ def weight(name: str, w: Tensor, n: int, x_name: str, x: Tensor) -> None:
         fail(name, f"on {x.device} like {x_name}", w.device)
 
 
-def fitting(w: Tensor, x: Tensor) -> Tensor:
-    """A norm's weight as an op takes it with x: in float32 if it has another dtype than x's, as
-    under an autocast of another dtype, or in norms that are narrower than what they normalize.
-    """
-    return w if w.dtype == x.dtype or w.dtype == torch.float32 else w.float()
-
-
 def integers(name: str, x: Tensor, device: torch.device) -> None:
     """x is an int64 tensor on a device (positions, slots)."""
     if not isinstance(x, Tensor):

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm import stream
-from elmkernels.openelm.tokenizer import TextStream, Tokenizer, find_tokenizer, special_tokens
+from elmkernels.openelm import Tokenizer, stream
 from elmkernels.training.data.tokenizers import save as save_bytes
 
 
@@ -34,14 +33,11 @@ def write(folder: Path, prompt: str, tokens: int) -> None:
     """Print what the model of a folder writes after a prompt, as it comes."""
     model = OpenELM.from_pretrained(folder, dtype=torch.bfloat16)
     print(accelerate(model))  # what was accelerated, by which backend, and what was left
-    bos, stops = special_tokens(folder)
-    tokenizer = Tokenizer(find_tokenizer(None, folder), bos)
-    ids = tokenizer.encode(prompt)
-    text = TextStream(tokenizer, ids)  # a character may take several tokens
-    for (token,) in stream(model, [ids], tokens, stop_tokens=stops):
-        if token is not None:
-            print(text.add(token), end="", flush=True)
-    print(text.end())
+    tokenizer = Tokenizer.from_pretrained(folder)
+    run = stream(model, [prompt], tokens, tokenizer=tokenizer)  # ends where the checkpoint says
+    for piece in run.text():  # a character may take several tokens
+        print(piece, end="", flush=True)
+    print()
 
 
 def main() -> None:

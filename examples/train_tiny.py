@@ -43,7 +43,8 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 10 == 0 or step + 1 == args.steps:
             print(f"step {step + 1}: loss {loss.item():.3f}")
-    (row,) = generate(model.eval(), [list(b"import ")], 32, temperature=0.8, seed=0)
+    prompt = [list(b"import ")]
+    (row,) = generate(model.eval(), prompt, 32, temperature=0.8, seed=0, stop_tokens=())
     print(bytes(row.tokens).decode("utf-8", "replace"))
 
 

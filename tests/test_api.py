@@ -1,6 +1,7 @@
 """The public callables are described, and every example in their docstrings runs as it says."""
 
 import doctest
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import elmkernels
 from docs.generate import api
 from elmkernels import openelm, testing
 from elmkernels.openelm import OpenELM, OpenELMConfig
+from elmkernels.training.data.tokenizers import save as save_tokenizer
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=2, model_dim=256, head_dim=64, num_gqa_groups=2, ffn_dim_divisor=64,
@@ -62,6 +64,9 @@ def prepared(entry: api.Entry, folder: Path) -> dict:
     model = OpenELM.from_config(CONFIG, seed=0, dtype=torch.bfloat16)
     if "OpenELM-270M" in entry.doc.sections["Example"]:
         model.save_pretrained(folder / "OpenELM-270M")
+        config = folder / "OpenELM-270M" / "config.json"
+        said = json.loads(config.read_text()) | save_tokenizer(config.parent)
+        config.write_text(json.dumps(said))
     if before := BEFORE.get(entry.name):
         before(model)
     owner = entry.name.rpartition(".")[0]

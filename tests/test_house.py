@@ -248,6 +248,15 @@ def test_a_reason_why_not_is_called_missing(path):
                 assert re.fullmatch(r"_?missing(_\w+)?|modes_of", node.name), node.name
 
 
+def test_integers_are_asked_for_in_one_place():
+    """By `checks.is_integer` and `checks.integer`, which take numpy's too and no booleans."""
+    asking = {relative(p) for p in SOURCES if re.search(r"isinstance\(\w+, int\b", p.read_text())}
+    # The others look at values of their own, not at arguments.
+    assert asking <= {
+        "elmkernels/checks.py", "elmkernels/openelm/cache.py", "elmkernels/training/journal.py",
+    }  # fmt: skip
+
+
 def test_environment_variables_are_read_in_two_places_only():
     """Triton's own switch in backends; the toolchain's in setup.py. None is ours."""
     reading = {relative(p) for p in SOURCES if re.search(r"\benviron\b|\bgetenv\b", p.read_text())}

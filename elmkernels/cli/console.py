@@ -43,6 +43,22 @@ def note(text: str) -> None:
     print(f"elmkernels: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def escaped_stdout() -> Iterator[None]:
+    """Meanwhile stdout escapes what its encoding doesn't have: no text ends a command."""
+    out = sys.stdout
+    before = getattr(out, "errors", None)
+    if before is None or not hasattr(out, "reconfigure"):  # an object of the caller's own
+        yield
+        return
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe can't be flushed
+            out.reconfigure(errors=before)
+
+
 class Progress:
     """How far a command is, how long it took so far and about how long the rest will take, on
     stderr: a line that is painted anew every second on a terminal, else a line for each stage.

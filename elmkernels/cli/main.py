@@ -28,7 +28,7 @@ from . import (
     parity,
     train,
 )
-from .console import INTERRUPTED, PIPE_CLOSED, WRONG, WrongInput, note
+from .console import INTERRUPTED, PIPE_CLOSED, WRONG, WrongInput, escaped_stdout, note
 from .options import Parser
 
 DEFAULT = "check"
@@ -82,6 +82,11 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's by default); returns its exit code."""
+    with escaped_stdout():
+        return _exit_code(argv)
+
+
+def _exit_code(argv: Sequence[str] | None) -> int:
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         if sys.stdout is not None:

@@ -43,6 +43,7 @@ def quantize(
         True
     """
     check_scheme(bits, group_size)
+    bits, group_size = int(bits), int(group_size)
 
     def check(name: str, module: nn.Module) -> None:
         if isinstance(module, Quantized):

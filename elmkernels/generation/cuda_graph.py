@@ -68,7 +68,8 @@ def step(model: OpenELM, tokens: Tensor, window: Window, counts: Tensor | None =
         # Torch's operations would copy the keys to blank what lies beyond; here it is finite.
         slots = torch.arange(window.bucket, device=device)
         sight = {"key_mask": slots <= at, "offsets": None}
-    context = Context(at, Rotation(model.rope_table), cache=window, slots=at, **sight)
+    held: Any = window  # it is all that the layers ask of a cache
+    context = Context(at, Rotation(model.rope_table), cache=held, slots=at, **sight)
     x = model.token_embeddings(tokens)
     for layer in model.layers:
         x = layer(x, context)

@@ -35,7 +35,7 @@ from ..weights.formats import DecoderWeights
 from . import cuda_graph
 from .cuda_graph import Window, bucket_of, step, width_of
 from .readback import Reader
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, unless_nan
 
 AHEAD = 8  # steps that are launched before a token is waited for
 ROUNDS = 7  # of each mode, when they are timed
@@ -137,8 +137,8 @@ class Decoder:
 
     @torch.inference_mode()
     def next_tokens(self) -> list[int]:
-        """The next token of each row, -1 if it was to be drawn from NaN; the cache then holds the
-        ones before it.
+        """The next token of each row, -1 if its logits were NaN; the cache then holds the ones
+        before it.
         """
         while self._launched < min(self._steps, self._read + AHEAD):
             self._launch()
@@ -151,7 +151,7 @@ class Decoder:
     @torch.inference_mode()
     def rest(self) -> Tensor:
         """Every step that is left, launched at once -> the tokens since `begin`, int64 [batch,
-        steps] on the device. The cache then holds all but the last.
+        steps] on the device, -1 if logits were NaN. The cache then holds all but the last.
         """
         while self._launched < self._steps:
             self._launch(send=False)
@@ -206,12 +206,11 @@ class Decoder:
     def _choose(self, logits: Tensor) -> None:
         chosen = self.sampler(logits)
         # A choice that failed is known to the host later; until then any token does.
-        self._record(chosen, chosen if self.sampler.greedy else chosen.clamp(min=0))
+        self.tokens.copy_(chosen.clamp(min=0))
+        self._record(chosen)
 
-    def _record(self, chosen: Tensor, tokens: Tensor) -> None:
+    def _record(self, chosen: Tensor) -> None:
         self.chosen.index_copy_(0, self.index, chosen[None])
-        if tokens is not self.tokens:
-            self.tokens.copy_(tokens)
         self.index.add_(1)
 
     def _launch(self, send: bool = True) -> None:
@@ -242,7 +241,7 @@ class Decoder:
             logits = ops.decode_step(*place, chosen=chosen, backend=backend)
             self.lengths.add_(1)
             if greedy:
-                self._record(self.tokens, self.tokens)
+                self._record(unless_nan(self.tokens, logits))
             else:
                 self._choose(logits)
 

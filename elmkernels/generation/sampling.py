@@ -2,25 +2,32 @@
 
     repetition penalty   logit / penalty if it is positive, else logit * penalty, for every token
                          that the row holds already
-    temperature          logits / temperature; 0 takes the largest and nothing below applies
+    temperature          logits / temperature; 0 takes the largest and nothing below applies, and
+                         so does one below float32's smallest normal number
     top_k                the k largest remain, and what ties with the last of them
     top_p                the fewest of the largest whose probabilities sum to top_p or more remain
     draw                 from the softmax of what remains, by one uniform number a row
 
 All in float32, the sums of probabilities in float64. Each row draws from a generator of its own, so
-that what it draws depends on its seed and logits alone, not on its neighbours.
+that what it draws depends on its seed and logits alone, not on its neighbours. A choice from logits
+of which one is NaN is -1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import fail, integer, is_integer
+
 # Candidates that top_p looks at first: sorting a whole vocabulary costs more than a small model.
 _FIRST_CANDIDATES = 512
+_FLOAT32 = torch.finfo(torch.float32)
+_SEEDS = -(2**63), 2**64  # from, to: what a torch.Generator takes
 
 
 @dataclass(frozen=True)
@@ -41,34 +48,58 @@ class Sampling:
             if value is None and name == "top_p":
                 continue
             if not isinstance(value, Real) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                fail(name, "a number", repr(value), TypeError)
+            object.__setattr__(self, name, float(value))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")
+            fail("temperature", "at least 0 and finite", self.temperature)
+        if self.temperature < _FLOAT32.tiny:  # logits can't be divided by it
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k is not None and (not is_integer(self.top_k) or self.top_k < 1):
-            raise ValueError(f"top_k must be a positive integer, got {self.top_k!r}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(
-                f"repetition_penalty must be positive and finite, got {self.repetition_penalty}"
-            )
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", integer("top_k", self.top_k, 1))
+        if not _FLOAT32.tiny <= self.repetition_penalty <= _FLOAT32.max:
+            fail("repetition_penalty", "positive and finite in float32", self.repetition_penalty)
+        object.__setattr__(self, "seed", _seeds(self.seed))
 
     def generators(self, rows: int) -> list[torch.Generator]:
         """One for each row, on the CPU. Raises ValueError for a seed that is neither None, an
         integer nor one integer a row.
         """
-        seeds = self.seed
+        seeds: Any = self.seed
         if seeds is None:
             generators = [torch.Generator() for _ in range(rows)]
             for generator in generators:
                 generator.seed()
             return generators
-        seeds = [seeds + row for row in range(rows)] if is_integer(seeds) else list(seeds)
-        if len(seeds) != rows or not all(is_integer(seed) for seed in seeds):
-            raise ValueError(
-                f"seed must be an integer or one for each of {rows} rows, got {self.seed!r}"
-            )
+        if is_integer(seeds):
+            seeds = [seeds + row for row in range(rows)]
+            _check_seeds(seeds, self.seed)
+        if len(seeds) != rows:
+            fail("seed", f"an integer or one for each of {rows} rows", list(seeds))
         return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _seeds(given: Any) -> int | tuple[int, ...] | None:
+    """A seed, or those of all rows, as Python's integers that torch takes."""
+    if given is None:
+        return None
+    found: Any = given.tolist() if isinstance(given, Tensor) else given
+    if isinstance(found, Iterable) and not isinstance(found, str | bytes):
+        seeds = list(found)
+        _check_seeds(seeds, given)
+        return tuple(int(seed) for seed in seeds)
+    _check_seeds([found], given)
+    return int(found)
+
+
+def _check_seeds(seeds: list[Any], given: Any) -> None:
+    for seed in seeds:
+        if not is_integer(seed):
+            expected = "None, an integer or one for each row"
+            fail("seed", expected, repr(given), TypeError)
+        if not _SEEDS[0] <= seed < _SEEDS[1]:
+            fail("seed", "at least -2^63 and less than 2^64", seed)
 
 
 class Sampler:
@@ -114,20 +145,20 @@ class Sampler:
         """Go on as a sampler of the same form and of no more steps would, at the same addresses."""
         self.sampling = other.sampling
         self.count.copy_(other.count)
-        if self.uniforms is not None:
+        if self.uniforms is not None and other.uniforms is not None:
             self.uniforms[: other.uniforms.shape[0]].copy_(other.uniforms)
-        if self.seen is not None:
+        if self.seen is not None and other.seen is not None:
             self.seen.copy_(other.seen)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]: -1 if they were
-        to be drawn from NaN.
+        """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]: -1 if one of the
+        row's logits is NaN.
         """
         s = self.sampling
         if self.seen is not None:
             logits = penalize(logits.float(), self.seen, s.repetition_penalty)
         if self.uniforms is None:
-            tokens = logits.argmax(-1)
+            tokens = largest(logits)
         else:
             warped = warp(logits, s.temperature, s.top_k, s.top_p)
             tokens = draw(warped, self.uniforms.index_select(0, self.count)[0])
@@ -135,6 +166,23 @@ class Sampler:
             self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         self.count.add_(1)
         return tokens
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The first of the largest of logits [rows, vocab_size], int64 [rows]; -1 if one is NaN."""
+    return unless_nan(logits.argmax(-1), logits)
+
+
+def unless_nan(tokens: Tensor, logits: Tensor) -> Tensor:
+    """tokens int64 [rows] as torch.argmax finds them, to which NaN is the largest: -1 for that."""
+    return tokens.masked_fill(logits.gather(1, tokens[:, None])[:, 0].isnan(), -1)
+
+
+def check_choices(tokens: Sequence[int], rows: Sequence[int] | None = None) -> None:
+    """Raise ValueError if the token of a row is none. rows: those that are looked at; None: all."""
+    for row in range(len(tokens)) if rows is None else rows:
+        if tokens[row] < 0:
+            fail("logits", "numbers to choose a token", f"NaN in row {row}")
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -161,12 +209,12 @@ def _top_p(logits: Tensor, p: float) -> Tensor:
     probabilities = logits.softmax(-1, dtype=torch.float64)
     vocab_size = logits.shape[-1]
     # Whether a few are enough can be asked for nothing on a CPU only.
-    sizes = (min(_FIRST_CANDIDATES, vocab_size),) if logits.device.type == "cpu" else ()
-    for n in (*sizes, vocab_size):
-        largest, tokens = probabilities.topk(n)
-        sums = largest.cumsum(-1)
-        if n == vocab_size or bool((sums[:, -1] >= p).all()):
-            break
+    few = logits.device.type == "cpu" and vocab_size > _FIRST_CANDIDATES
+    found, tokens = probabilities.topk(_FIRST_CANDIDATES if few else vocab_size)
+    sums = found.cumsum(-1)
+    if few and not bool((sums[:, -1] >= p).all()):
+        found, tokens = probabilities.topk(vocab_size)
+        sums = found.cumsum(-1)
     # A token remains if those before it don't reach p: the first one always.
     before = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), dim=-1)
     kept = logits.gather(1, tokens).masked_fill(before >= p, -math.inf)
@@ -183,7 +231,3 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     # and never one of probability 0, whose sum exceeds nothing that its predecessor's doesn't.
     tokens = torch.searchsorted(sums, (uniform * total)[:, None], right=True)[:, 0]
     return tokens.where(total.isfinite(), -1)
-
-
-def is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

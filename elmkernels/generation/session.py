@@ -8,24 +8,24 @@ each at its own positions.
 A `Session` keeps its cache: a prompt that begins like what a row holds pays for the rest alone.
 An interruption (Ctrl-C) ends a stream, and nothing is lost: `Stream.rows` has what was
 generated, and the session goes on from there.
+
+With a tokenizer prompts may be texts, rows have a text, and a text may end them (see `text`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..acceleration.decode_modes import CALLS, wanted
-from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
+from ..openelm.tokenizer import Tokenizer
 from .gpu_decoder import Decoder
-from .prompts import Prompts, check_lengths, prompt_ids, stop_set
+from .prompts import Prompts, check_lengths, check_tokenizer, prompt_ids
 from .row import Row
-from .sampling import Sampler, Sampling, is_integer
-from .step import next_logits
-
-CHUNK = 512
+from .step import new_cache, next_logits
+from .streaming import CHUNK, Stream
 
 
 class Session:
@@ -62,17 +62,12 @@ class Session:
         decode_mode: str | None = None,
     ) -> None:
         self.model, self.decode_mode = model, decode_mode
-        self.cache = KVCache(
-            model.config,
-            batch,
-            max_length,
-            dtype=model.activation_dtype,
-            device=model.norm.weight.device,
-        )
+        self.cache = new_cache(model, batch, max_length)
+        self._dtype = model.activation_dtype
         # Always at least what the cache holds: ids are added before they are written, so that no
         # interruption leaves a token in the cache whose id isn't here.
-        self.ids: list[list[int]] = [[] for _ in range(batch)]
-        self._current: Stream | None = None
+        self.ids: list[list[int]] = [[] for _ in range(self.cache.batch)]
+        self.current: Stream | None = None
         self._decoder: Decoder | None = None
         if decode_mode not in (None, CALLS):
             self._decoder = Decoder(model, self.cache, decode_mode)
@@ -99,7 +94,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything; a stream that has not ended can't go on."""
-        self._current = None
+        self.current = None
         self.cache.reset()
         self.ids = [[] for _ in self.ids]
 
@@ -126,8 +121,8 @@ class Session:
         Returns:
             The Stream.
         """
-        self._current = Stream(self, prompts, max_new_tokens, **options)
-        return self._current
+        self.current = Stream(self, prompts, max_new_tokens, **options)
+        return self.current
 
     def begin(self, prompts: Sequence[list[int]]) -> list[int]:
         """Go back to the longest common prefix of each row with its prompt, less one token if it
@@ -139,6 +134,9 @@ class Session:
         Returns:
             How many tokens of each were kept.
         """
+        if (dtype := self.model.activation_dtype) != self._dtype:  # autocast began or ended
+            self.cache.reset()
+        self._dtype = dtype
         kept = []
         for held, ids, prompt in zip(self.cache.rows, self.ids, prompts, strict=True):
             most = min(held, len(prompt) - 1)
@@ -171,145 +169,19 @@ class Session:
                 for ids, held, n in zip(self.ids, rows, counts, strict=True)
             ]
             ids = torch.tensor(parts, dtype=torch.int64, device=device)
-            if padded is not None:
+            if decoder is not None and padded is not None:
                 last = decoder.prefill(ids, counts)
                 cache.advance(counts)
             elif width == 1 and min(counts) == 1:
                 last = next_logits(self.model, ids[:, 0], cache)
             else:
                 last = self.model(ids, cache=cache, logits_to_keep=1, counts=counts)[:, -1]
-            if logits is None or min(counts) > 0:
-                logits = last
-            else:
+            if logits is not None and min(counts) == 0:
                 going = torch.tensor([n > 0 for n in counts], device=device)
-                logits = torch.where(going[:, None], last, logits)
+                last = torch.where(going[:, None], last, logits)
             if width == max(missing):
-                return logits
-
-
-class Stream(Iterator[list[int | None]]):
-    """The steps of one generation: each gives a token a row, None for a row that has ended.
-
-    Args:
-        session, prompts, max_new_tokens, stop_tokens, chunk, sampling: as `Session` and `generate`
-            have them; `Session.stream` and `stream` make one.
-
-    Attributes:
-        rows: what was generated so far.
-        interrupted: whether a KeyboardInterrupt ended it; that one is not raised again.
-        reused: the tokens of each prompt that the session held already.
-
-    Example:
-        >>> steps = Session(model).stream([[1, 2, 3]], 4)
-        >>> len([token for (token,) in steps]), steps.rows[0].finish_reason
-        (4, 'length')
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        prompts: Prompts,
-        max_new_tokens: int,
-        *,
-        stop_tokens: int | Iterable[int] = (),
-        chunk: int = CHUNK,
-        **sampling: Any,
-    ) -> None:
-        config = session.model.config
-        ids = prompt_ids(prompts, config.vocab_size)
-        cache = session.cache
-        if len(ids) != cache.batch:
-            raise ValueError(
-                f"prompts must be {cache.batch}, as the session's batch, got {len(ids)}"
-            )
-        check_lengths(ids, max_new_tokens, cache.max_length, "the cache's max_length")
-        if not is_integer(chunk) or chunk < 1:
-            raise ValueError(f"chunk must be a positive integer, got {chunk!r}")
-        self.stops = stop_set(stop_tokens, config.vocab_size)
-        self.session, self.chunk, self.steps_left = session, chunk, max_new_tokens
-        self.sampler = Sampler(
-            Sampling(**sampling), ids, config.vocab_size, cache.device, max_new_tokens
-        )
-        self.rows = [Row() for _ in ids]
-        self.interrupted = False
-        self.reused = session.begin(ids)
-        self._prompts = [len(prompt) for prompt in ids]
-        self._last: Tensor | None = None  # the tokens of the last step, not in the cache yet
-        self._decoder: Decoder | None = None  # what goes on after the prompt, if not calls
-        if not max_new_tokens:
-            self._end("length")
-
-    def __next__(self) -> list[int | None]:
-        if not self.steps_left:
-            raise StopIteration
-        if self.session._current is not self:
-            raise RuntimeError("the session was reset, or began another stream, before this ended")
-        try:
-            return self._step()
-        except KeyboardInterrupt:
-            self.interrupt()
-        except BaseException:
-            self._end("failed")
-            raise
-        raise StopIteration
-
-    @property
-    def decode_mode(self) -> str:
-        """How it was decoded so far: names of `decode_modes.DECODE_MODES`."""
-        if self._decoder is None:
-            return CALLS
-        return ", ".join(sorted(set(self._decoder.taken.values()))) or CALLS
-
-    def interrupt(self) -> None:
-        """End here, as a KeyboardInterrupt during a step does."""
-        self.interrupted = True
-        self._end("interrupted")
-
-    @torch.inference_mode()
-    def _step(self) -> list[int | None]:
-        session, chosen = self.session, self._choices()
-        if min(chosen) < 0:
-            raise ValueError("logits must be numbers to draw a token, got NaN")
-        given: list[int | None] = list(chosen)
-        for b, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
-            # A row that has ended runs along, so that rows of equal length stay so.
-            session.ids[b].append(token)
-            if row.finish_reason:
-                given[b] = None
-            elif token in self.stops:
-                row.finish_reason, row.stopped_by = "stop", token
-                given[b] = None
-            else:
-                row.tokens.append(token)
-        self.steps_left -= 1
-        if not self.steps_left or all(row.finish_reason for row in self.rows):
-            self._end("length")
-        return given
-
-    def _choices(self) -> list[int]:
-        """The next token of each row."""
-        if self._decoder is not None:
-            return self._decoder.next_tokens()
-        session = self.session
-        if self._last is not None:
-            logits = next_logits(session.model, self._last, session.cache)
-        else:
-            logits = session.prefill(self.chunk)
-            if decoder := session.decoder():
-                decoder.begin(logits, self.sampler, self.steps_left)
-                self._decoder = decoder
-                return decoder.next_tokens()
-        self._last = self.sampler(logits)
-        return self._last.tolist()
-
-    def _end(self, reason: str) -> None:
-        self.steps_left = 0
-        for row in self.rows:
-            row.finish_reason = row.finish_reason or reason
-        # What a row ran along after its end is no part of it.
-        real = [n + len(row.tokens) for n, row in zip(self._prompts, self.rows, strict=True)]
-        cache = self.session.cache
-        cache.truncate([min(pair) for pair in zip(cache.rows, real, strict=True)])
+                return last
+            logits = last
 
 
 def stream(
@@ -328,7 +200,7 @@ def stream(
 
     Returns:
         A Stream: an iterator of list[int | None], a token for each row that goes on. Its `rows` are
-        what `generate` returns.
+        what `generate` returns, its `text()` is an iterator of a row's text.
 
     Raises:
         TypeError, ValueError: as `generate` does.
@@ -337,10 +209,12 @@ def stream(
         >>> for (token,) in stream(model, [[1, 2, 3]], 20):
         ...     print(token)
     """
-    ids = prompt_ids(prompts, model.config.vocab_size)
+    tokenizer = options.get("tokenizer")
+    check_tokenizer(tokenizer)
+    ids = prompt_ids(prompts, model.config, tokenizer)
     limit = model.config.rope_max_length
-    check_lengths(ids, max_new_tokens, limit, "rope_max_length")
-    room = min(limit, max(map(len, ids)) + max_new_tokens)
+    steps = check_lengths(ids, max_new_tokens, limit, "rope_max_length")
+    room = min(limit, max(map(len, ids)) + steps)
     session = Session(model, len(ids), room, decode_mode=decode_mode)
     return session.stream(ids, max_new_tokens, **options)
 
@@ -355,7 +229,9 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int | Sequence[int] | None = None,
-    stop_tokens: int | Iterable[int] = (),
+    stop_tokens: int | Iterable[int] | None = None,
+    stop_strings: str | Iterable[str] = (),
+    tokenizer: Tokenizer | None = None,
     chunk: int = CHUNK,
     decode_mode: str | None = None,
 ) -> list[Row]:
@@ -364,23 +240,29 @@ def generate(
     Args:
         model: the model, accelerated or not.
         prompts: integers [batch, length], or a list of lists of ids, which may differ in length
-            (none empty).
+            (none empty); with a tokenizer also of texts.
         max_new_tokens: the most tokens after each prompt.
-        temperature: what the logits are divided by; 0 takes the most likely token.
+        temperature: what the logits are divided by; 0 takes the most likely token, as does one
+            below float32's normal numbers.
         top_k: draw from the k most likely tokens; None for all.
         top_p: draw from the most likely tokens that together have this probability; None for all.
         repetition_penalty: what the logits of tokens that a row holds are divided by.
         seed: of what is drawn: row b draws from seed + b (or seed[b]), whatever the rows beside it.
-        stop_tokens: ids that end a row; they are not among its tokens.
+        stop_tokens: ids that end a row; they are not among its tokens. None: those that the
+            checkpoint says (`OpenELMConfig.eos_token_ids`); () for none.
+        stop_strings: texts that end a row, wherever they begin and end in tokens; they are not part
+            of its text.
+        tokenizer: what makes rows have a text (`Tokenizer.from_pretrained`).
         chunk: tokens of a prompt that go through the model in one pass.
         decode_mode: see `Session`.
 
     Returns:
-        A Row for each prompt: its tokens, and why it ended.
+        A Row for each prompt: its tokens, its text with a tokenizer, and why it ended.
 
     Raises:
         TypeError, ValueError: before anything is run, for arguments out of their range and for
-            prompts that don't fit rope_max_length with what is to follow.
+            prompts that don't fit rope_max_length with what is to follow; ValueError for logits
+            that are NaN.
 
     Example:
         >>> (row,) = elmkernels.generate(model, [[1, 2, 3]], 20, temperature=0.8, seed=0)
@@ -388,8 +270,8 @@ def generate(
     """
     run = stream(
         model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens, chunk=chunk,
-        decode_mode=decode_mode,
+        repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens,
+        stop_strings=stop_strings, tokenizer=tokenizer, chunk=chunk, decode_mode=decode_mode,
     )  # fmt: skip
     for _ in run:
         pass

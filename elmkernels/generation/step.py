@@ -8,10 +8,24 @@ from torch import Tensor
 
 from .. import ops
 from ..acceleration.decoder_weights import Snapshot, snapshot_of
+from ..checks import integer
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from ..openelm.surgery import given_backend, is_accelerated
 from ..ops.decode_step import MAX_BATCH
+from .sampling import check_choices, largest
+
+
+def new_cache(
+    model: OpenELM, batch: int, max_length: int | None, device: torch.device | None = None
+) -> KVCache:
+    """A cache for a model, in the dtype of the keys that its first pass gives: a model whose
+    forward is wrapped tells it only there. device: None for that of the model.
+    """
+    device = model.norm.weight.device if device is None else device
+    cache = KVCache(model.config, batch, max_length, dtype=model.activation_dtype, device=device)
+    cache.follows = True
+    return cache
 
 
 def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -75,7 +89,8 @@ def greedy(
     attention_mask: Tensor | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """The most likely next tokens. On a GPU no step waits for the one before: nothing is read back.
+    """The most likely next tokens. On a GPU no step waits for the one before: nothing is read back
+    until all are chosen.
 
     Args:
         model: the model, accelerated or not.
@@ -88,7 +103,7 @@ def greedy(
         int64 [batch, steps].
 
     Raises:
-        ValueError: input_ids or steps is out of its range.
+        ValueError: input_ids or steps is out of its range; or logits were NaN.
 
     Example:
         >>> greedy(model, torch.tensor([[1, 2, 3]]), 20)
@@ -97,26 +112,23 @@ def greedy(
         raise ValueError(
             f"input_ids must be [batch, length] with length > 0, got {list(input_ids.shape)}"
         )
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
+    steps = integer("steps", steps, 0)
     batch, length = input_ids.shape
-    cache = KVCache(
-        model.config,
-        batch,
-        length + steps if max_length is None else max_length,
-        dtype=model.activation_dtype,
-        device=input_ids.device,
-    )
+    room = length + steps if max_length is None else max_length
+    cache = new_cache(model, batch, room, input_ids.device)
     tokens = input_ids.new_empty((batch, steps), dtype=torch.int64)
     if not steps:
         return tokens
-    chosen = model(input_ids, attention_mask, cache, logits_to_keep=1)[:, -1].argmax(-1)
-    tokens[:, 0] = chosen
+    tokens[:, 0] = chosen = largest(
+        model(input_ids, attention_mask, cache, logits_to_keep=1)[:, -1]
+    )
     for step in range(1, steps):
+        chosen = chosen.clamp(min=0)  # a choice that failed is raised at the end
         if attention_mask is None:
             logits = next_logits(model, chosen, cache)
         else:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
             logits = model(chosen[:, None], attention_mask, cache, logits_to_keep=1)[:, -1]
-        tokens[:, step] = chosen = logits.argmax(-1)
+        tokens[:, step] = chosen = largest(logits)
+    check_choices(tokens.amin(-1).tolist())
     return tokens

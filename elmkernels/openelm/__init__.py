@@ -13,13 +13,14 @@ from .cache import KVCache
 from .config import OpenELMConfig
 from .loss import LossHead, next_token_loss, next_tokens
 from .model import OpenELM
+from .tokenizer import TextStream, Tokenizer
 
 _ELSEWHERE = {
     "Plan": "acceleration.projections",
     "Report": "acceleration.report",
     "Row": "generation.row",
     "Session": "generation.session",
-    "Stream": "generation.session",
+    "Stream": "generation.streaming",
     "accelerate": "acceleration.swap",
     "generate": "generation.session",
     "greedy": "generation.step",
@@ -37,6 +38,8 @@ __all__ = [
     "LossHead",
     "OpenELM",
     "OpenELMConfig",
+    "TextStream",
+    "Tokenizer",
     "gguf",
     "next_token_loss",
     "next_tokens",

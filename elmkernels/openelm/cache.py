@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
+from ..checks import fail, is_integer
 from ..weights.formats import Arena
 from .config import OpenELMConfig
 
@@ -36,10 +37,13 @@ class KVCache:
         config: of the model.
         batch: how many rows.
         max_length: the most tokens of a row; None for the model's rope_max_length.
-        dtype: floating, that of the model's activations; None for torch's default.
+        dtype: floating, that of the model's keys; None for torch's default until the first keys
+            come, then theirs.
         device: None for torch's default.
 
     Attributes:
+        follows: whether it still takes the dtype of the first keys (see `take_dtype`): as long as
+            no dtype was given.
         k, v: of layer i, k[i] and v[i] [batch, max_length, kv_heads_i, head_dim]: views of arena.
         arena: all of them in one buffer, which `ops.decode_step` takes.
 
@@ -66,13 +70,18 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         max_length = config.rope_max_length if max_length is None else max_length
+        for name, size in (("batch", batch), ("max_length", max_length)):
+            if not is_integer(size):
+                fail(name, "an integer", repr(size), TypeError)
         if batch < 1 or max_length < 1:
             raise ValueError(f"batch and max_length must be positive, got {batch} and {max_length}")
+        batch, max_length = int(batch), int(max_length)
         if max_length > config.rope_max_length:
             raise ValueError(
                 f"max_length must be at most rope_max_length {config.rope_max_length}, "
                 f"got {max_length}"
             )
+        self.follows = dtype is None
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating point, got {dtype}")
@@ -83,6 +92,17 @@ class KVCache:
         # interruption can find rows that were counted and rows that were not.
         self._filled: int | tuple[int, ...] = 0
         self._allocate(dtype, device)
+
+    def take_dtype(self, dtype: torch.dtype) -> None:
+        """Change to the dtype of the keys that come, if it follows them and holds no token.
+
+        Args:
+            dtype: of the keys and values that a model is about to write.
+        """
+        if self.follows and not self.length and dtype != self.dtype:
+            device = self.device
+            del self.arena, self.k, self.v  # a GPU may have no room for both
+            self._allocate(dtype, device)
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         shapes = [(self.batch, heads, self.max_length, self.head_dim) for heads in self.kv_heads]
@@ -169,7 +189,7 @@ class KVCache:
             n: how many more, of every row, or one number a row.
         """
         filled = self._filled
-        if isinstance(n, int) and isinstance(filled, int):
+        if is_integer(n) and isinstance(filled, int):
             if filled + n > self.max_length:
                 self._refuse("", filled, n)
             return
@@ -185,13 +205,13 @@ class KVCache:
 
     def _counts(self, name: str, n: int | Sequence[int] | Tensor) -> list[int]:
         """One number for each row, none negative."""
-        counts = n.tolist() if isinstance(n, Tensor) else n
-        counts = [counts] * self.batch if isinstance(counts, int) else list(counts)
-        if len(counts) != self.batch or not all(isinstance(c, int) and c >= 0 for c in counts):
+        counts: Any = n.tolist() if isinstance(n, Tensor) else n
+        counts = [counts] * self.batch if is_integer(counts) else list(counts)
+        if len(counts) != self.batch or not all(is_integer(c) and c >= 0 for c in counts):
             raise ValueError(
                 f"{name} must be a number of tokens, or one for each of {self.batch} rows, got {n}"
             )
-        return counts
+        return [int(count) for count in counts]
 
     def append(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's keys and values after the tokens counted so far, without counting them.
@@ -208,6 +228,7 @@ class KVCache:
             RuntimeError: they require a gradient.
         """
         n = k.shape[1]
+        self.take_dtype(k.dtype)
         self.check_room(n)
         slots = None
         if self.ragged:
@@ -252,8 +273,8 @@ class KVCache:
         """
         self.check_room(n)
         filled = self._filled
-        if isinstance(n, int) and isinstance(filled, int):
-            self._filled = filled + n
+        if is_integer(n) and isinstance(filled, int):
+            self._filled = filled + int(n)
         else:
             counts = self._counts("n", n)
             self._hold([held + more for held, more in zip(self.rows, counts, strict=True)])
@@ -264,10 +285,10 @@ class KVCache:
         Args:
             length: one number a row, or one for all, which shortens the rows that are longer.
         """
-        if isinstance(length, int):
+        if is_integer(length):
             if not 0 <= length <= self.length:
                 raise ValueError(f"length must lie in [0, {self.length}], got {length}")
-            self._hold([min(held, length) for held in self.rows])
+            self._hold([min(held, int(length)) for held in self.rows])
             return
         lengths = self._counts("length", length)
         for row, (held, kept) in enumerate(zip(self.rows, lengths, strict=True)):

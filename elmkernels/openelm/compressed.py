@@ -60,6 +60,15 @@ def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
     return linear(x, weight, backend=backend)
 
 
+def dtype_of(embedding: nn.Module, other: torch.dtype) -> torch.dtype:
+    """The dtype of what an embedding gives, in which the layers compute whatever their norms are
+    in; `other` if it doesn't say.
+    """
+    held = embedding if isinstance(embedding, Compressed) else getattr(embedding, "weight", None)
+    dtype = getattr(held, "dtype", other)
+    return dtype if dtype.is_floating_point else other
+
+
 PACKED12_SCHEME = {"format": "packed12", "version": 1}
 # {name: (shape, dtype)} of stored tensors; None: any size, any floating dtype.
 Stored = dict[str, tuple[tuple[int | None, ...], str | None]]

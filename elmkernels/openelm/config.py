@@ -39,7 +39,6 @@ _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-3B": (36, 3072, 128),
 }
 VARIANTS = tuple(_VARIANT_SHAPES)
-_MOST_LAYERS = 10_000  # a layer costs Python objects before its weights
 _HF_REQUIRED = ("num_transformer_layers", "model_dim", "head_dim", "vocab_size")
 
 
@@ -118,9 +117,6 @@ class OpenELMConfig:
             "max_context_length",
         ):
             self._set(name, size(name, getattr(self, name)))
-        layers = self.num_transformer_layers
-        if layers > _MOST_LAYERS:
-            raise ValueError(f"num_transformer_layers must be at most {_MOST_LAYERS}, got {layers}")
         for name in ("norm_eps", "rope_freq_constant"):
             self._set(name, number(name, getattr(self, name)))
         for name in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):

@@ -217,6 +217,7 @@ def check_cache(
 ) -> None:
     """Raise ValueError unless a model whose activations have the dtype can write tokens there."""
     batch, length = input_ids.shape
+    cache.take_dtype(dtype)
     for name, expected, got in (
         ("batch", batch, cache.batch),
         ("dtype", dtype, cache.dtype),

@@ -27,7 +27,7 @@ TOKENIZERS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_LARGEST = 256 << 20  # bytes of one such file
+_LARGEST = 256 << 20  # bytes of all such files
 _DEEPEST = 64  # levels of lists and objects in a value
 
 
@@ -140,7 +140,11 @@ def files_beside(
         path = find(name)
         if path is None:
             continue
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"{path} must be at most {_LARGEST} bytes, got {path.stat().st_size}")
+        size = sum(map(len, found.values())) + path.stat().st_size
+        if size > _LARGEST:
+            raise ValueError(
+                f"{path} and others beside the weights must be at most {_LARGEST} "
+                f"bytes together, got {size}"
+            )
         found[name] = path.read_bytes()
     return found

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import fail, to_dtype
+from ..checks import fail, integer, to_dtype
 from ..devices import autocast_dtype, check_here
 from .cache import KVCache
 from .checkpoint import load, save
-from .compressed import weight_of
+from .compressed import dtype_of, weight_of
 from .config import OpenELMConfig
 from .layers import (
     DecoderLayer,
@@ -105,7 +105,7 @@ class OpenELM(nn.Module):
             self._place_rope_table(device)
         else:
             self.to_empty(device=device)
-            generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+            generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
             self.reset_parameters(generator)
 
     @classmethod
@@ -179,9 +179,9 @@ class OpenELM(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What a cache must hold: autocast's dtype if it is on, else the weights'."""
-        weight = self.norm.weight  # the others may be compressed
-        return autocast_dtype(weight.device.type) or weight.dtype
+        """Of the keys that a cache must hold: autocast's if it is on, else the embedding's."""
+        norm = self.norm.weight
+        return autocast_dtype(norm.device.type) or dtype_of(self.token_embeddings, norm.dtype)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -360,8 +360,7 @@ class OpenELM(nn.Module):
         embed: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, int | list[int]]:
         """The last layer's output, and how many tokens are new to a cache, of each row or all."""
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
+        logits_to_keep = integer("logits_to_keep", logits_to_keep, 0)
         check_inputs(self.config, input_ids, cache)
         if cache is not None:
             check_cache(self.config, self.activation_dtype, cache, input_ids)

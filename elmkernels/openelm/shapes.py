@@ -9,15 +9,19 @@ import numpy as np
 from ..checks import fail, integer, is_integer
 
 LARGEST = 2**31 - 1  # of any size: what kernels count rows and columns in
+LAYERS = "num_transformer_layers"
+_DEEPEST = 10_000  # layers: each costs Python objects before its weights
 _LEAST, _MOST = 1e-30, 1e30  # of eps and the rotary base: well inside of float32
 
 
 def size(name: str, value: Any) -> int:
     """A positive integer that something could have as its size."""
     found = integer(name, value, 1)
-    if found > LARGEST:
+    most = _DEEPEST if name == LAYERS else LARGEST
+    if found > most:
         # It may have thousands of digits.
-        fail(name, f"at most {LARGEST}", f"an integer of {found.bit_length()} bits")
+        got = found if found <= LARGEST else f"an integer of {found.bit_length()} bits"
+        fail(name, f"at most {most}", got)
     return found
 
 

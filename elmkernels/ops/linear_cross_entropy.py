@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define
-from ..checks import fail, floating, integers
+from ..checks import fail, floating, integers, is_integer
 from ._chunked_loss import check_targets, joined, run
 
 define(
@@ -104,7 +104,7 @@ def _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduc
     integers("targets", targets, hidden.device)
     if targets.shape != hidden.shape[:-1]:
         fail("targets", f"{list(hidden.shape[:-1])} like hidden's rows", list(targets.shape))
-    if not isinstance(ignore_index, int):
+    if not is_integer(ignore_index):
         fail("ignore_index", "an integer", repr(ignore_index), TypeError)
     if not z_loss >= 0:
         fail("z_loss", "at least 0", z_loss)
@@ -154,6 +154,7 @@ def linear_cross_entropy(
         >>> loss.backward()
     """
     _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction)
+    ignore_index = int(ignore_index)
     kind = hidden.device.type
     backend = choose("linear_cross_entropy", kind, backend)
     if backend == REFERENCE:

@@ -1,5 +1,7 @@
 """The command `generate`: what it prints, by text and by ids, and what it refuses."""
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -206,6 +208,13 @@ def test_a_signal_ends_it_cleanly(tmp_path):
             "not allowed with argument --checkpoint",
         ),
         (["--model", "9B", "--ids", "1"], "'9B'"),
+        (["--checkpoint", str(TINY), "--ids", "9" * 5000], "must hold token ids"),
+        (["--checkpoint", str(TINY), "--ids", "1", "--stop-string", "x"], "--stop-string needs a"),
+        (["--checkpoint", str(TINY), "--ids", "1", *WARM, "--top-p", "nan"], "got nan"),
+        (["--checkpoint", str(TINY), "--ids", "1", *WARM, "--top-p", "x"], "--top-p"),
+        (["--checkpoint", str(TINY), "--ids", "1", "--temperature", "inf"], "got inf"),
+        (["--checkpoint", str(TINY), "--ids", "1", *WARM, "--seed", str(2**64)], "seed must be"),
+        (["--checkpoint", str(TINY), "--ids", "1", "--repetition-penalty", "nan"], "got nan"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
@@ -250,3 +259,60 @@ def test_an_empty_file_of_ids(capsys, tmp_path):
     file = tmp_path / "ids.txt"
     file.write_text("\n")
     assert "empty file" in refusal(capsys, *HERE, "--ids", str(file))
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_a_stop_string(capsys, monkeypatch, folder, streamed):
+    hugging_face(folder)
+    letters = "".join  # a random model writes no text: each token stands for a letter
+    monkeypatch.setattr(
+        Tokenizer, "decode", lambda self, ids: letters(chr(97 + i % 26) for i in ids)
+    )
+    argv = [*CPU, "--checkpoint", str(folder), "--prompt", "the cat", "--max-new-tokens", "30"]
+    argv += ["--stop", "none"]
+    text = run_json(capsys, *argv)["rows"][0]["text"]
+    stop = text[7:9]
+    argv += ["--stop-string", "not there", "--stop-string", stop]
+    if not streamed:
+        (row,) = run_json(capsys, *argv)["rows"]
+        assert row["text"] == text[: text.index(stop)]
+        assert (row["finish_reason"], row["stopped_by"]) == ("stop", stop)
+        assert len(row["tokens"]) == text.index(stop) + 2
+    assert main([*argv, *["--stream"] * streamed]) == 0
+    assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16"])
+def test_any_encoding_of_stdout(monkeypatch, folder, encoding, streamed):
+    """What it doesn't have is escaped; afterwards stdout is what it was."""
+    hugging_face(folder)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\u00e9\u732b\U0001f408" * len(ids))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict", newline="\n")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    argv = [*CPU, "--checkpoint", str(folder), "--ids", "1", "--max-new-tokens", "2"]
+    assert main([*argv, *["--stream"] * streamed]) == 0
+    assert stdout.errors == "strict"
+    stdout.flush()
+    printed = stdout.buffer.getvalue().decode(encoding)
+    expected = ("\u00e9\u732b\U0001f408" * 2 + "\n").encode(encoding, "backslashreplace")
+    assert printed == expected.decode(encoding)
+
+
+def test_the_checkpoints_own_end(capsys, folder):
+    found = run_json(capsys, *HERE, "--ids", PROMPT, "--stop", "none", "--max-new-tokens", "24")
+    tokens = found["rows"][0]["tokens"]
+    end = tokens[6]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [5000, end]}))
+    argv = [*CPU, "--checkpoint", str(folder), "--ids", PROMPT, "--max-new-tokens", "24"]
+    (row,) = run_json(capsys, *argv)["rows"]
+    assert row["tokens"] == tokens[: tokens.index(end)] and row["stopped_by"] == end
+
+
+def test_a_temperature_below_float32_draws_nothing(capsys):
+    said = refusal(capsys, *HERE, "--ids", "1", "--temperature", "1e-46", "--top-k", "5")
+    assert "--top-k has no effect at temperature 0" in said
+    argv = [*HERE, "--ids", PROMPT, "--max-new-tokens", "24", "--stop", "none"]
+    assert main([*argv, "--temperature", "1e-46"]) == 0
+    assert capsys.readouterr().out == ",".join(map(str, GOLDEN[9:])) + "\n"

@@ -71,3 +71,13 @@ def test_a_quantised_model_generates_alike_swapped_or_not():
     expected = generate(model, [[1, 2, 3], [4]], 12)
     accelerate(model)
     assert generate(model, [[1, 2, 3], [4]], 12) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_greedy_raises_for_nan(steps):
+    model = model_in("float32")
+    accelerate(model)
+    with torch.no_grad():
+        model.layers[1].attn.out_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="logits must be numbers to choose a token, got NaN"):
+        greedy(model, torch.tensor([[1, 2, 3]]), steps)

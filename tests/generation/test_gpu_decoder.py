@@ -263,3 +263,17 @@ def test_what_cannot_be_had(model):
     restore(model)
     accelerate(model, backend="reference")
     assert "decode_step has no kernel here" in missing(ONE_LAUNCH, model, cache)
+
+
+@every_way
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_nan_is_an_error_and_no_token(model, device, mode, options):
+    """Of all logits, or of one alone, from the first step on and from a later one."""
+    session = Session(model, 2, 200, decode_mode=mode)
+    session.generate([[1, 2, 3], [4, 5]], 4, stop_tokens=(), **options)
+    with torch.no_grad():
+        model.token_embeddings.weight[-1] = float("nan")  # the head's last row
+    with pytest.raises(
+        ValueError, match="logits must be numbers to choose a token, got NaN in row"
+    ):
+        session.generate([[1, 2, 3, 6], [4, 5, 7]], 4, stop_tokens=(), **options)

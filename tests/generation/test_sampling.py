@@ -2,10 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from elmkernels.generation.sampling import Sampler, Sampling, draw, penalize, warp
+from elmkernels.generation.sampling import (
+    Sampler,
+    Sampling,
+    check_choices,
+    draw,
+    penalize,
+    warp,
+)
 
 VOCAB = 700  # more than the candidates that top_p looks at first
 
@@ -172,3 +180,88 @@ def test_wrong_seeds_and_logits():
         Sampling(seed=[1]).generators(2)
     logits = torch.tensor([[0.0, 0.0], [0.0, math.nan]])
     assert draw(logits, torch.tensor([0.7, 0.7], dtype=torch.float64)).tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-300, 1e-38, np.float64(1e-50), 5e-324])
+def test_a_temperature_that_float32_does_not_hold_is_greedy(temperature):
+    logits = logits_of()
+    sampling = Sampling(temperature=temperature, seed=0, top_k=3)
+    assert sampling.temperature == 0
+    sampler = Sampler(sampling, [[0]] * 4, VOCAB, logits.device, 20)
+    assert torch.equal(sampler(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0}, {"repetition_penalty": 1.5}, {"temperature": 0.5, "top_k": 5}]
+    + [{"temperature": 1.0, "top_p": 0.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("where", [[0], [VOCAB - 1], list(range(VOCAB))], ids=len)
+def test_no_token_is_chosen_from_nan(options, where):
+    """Greedy or drawn, whether one logit is NaN or all: -1 for that row alone."""
+    logits = logits_of()
+    logits[2, where] = math.nan
+    sampler = Sampler(Sampling(seed=0, **options), [[0]] * 4, VOCAB, logits.device, 20)
+    tokens = sampler(logits).tolist()
+    assert tokens[2] == -1 and min(tokens[:2] + tokens[3:]) >= 0
+    with pytest.raises(
+        ValueError, match="logits must be numbers to choose a token, got NaN in row 2"
+    ):
+        check_choices(tokens)
+    check_choices(tokens, [0, 1, 3])
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [np.int64(7), np.uint8(7), 7, [7], (np.int32(7),), np.array([7]), torch.tensor([7])],
+    ids=repr,
+)
+def test_seeds_are_any_integers(seed):
+    logits = logits_of(rows=1)
+    sampler = Sampler(Sampling(temperature=1.0, seed=seed), [[0]], VOCAB, logits.device, 20)
+    same = Sampler(Sampling(temperature=1.0, seed=7), [[0]], VOCAB, logits.device, 20)
+    assert [sampler(logits).item() for _ in range(9)] == [same(logits).item() for _ in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"temperature": math.nan},
+            ValueError,
+            "temperature must be at least 0 and finite, got nan",
+        ),
+        (
+            {"temperature": math.inf},
+            ValueError,
+            "temperature must be at least 0 and finite, got inf",
+        ),
+        ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
+        ({"temperature": True}, TypeError, "temperature must be a number, got True"),
+        ({"top_p": math.nan}, ValueError, r"top_p must lie in \(0, 1\], got nan"),
+        ({"top_p": -0.5}, ValueError, r"top_p must lie in \(0, 1\], got -0.5"),
+        ({"top_k": 1.0}, ValueError, "top_k must be a positive integer, got 1.0"),
+        ({"top_k": True}, ValueError, "top_k must be a positive integer, got True"),
+        (
+            {"repetition_penalty": 1e-46},
+            ValueError,
+            "repetition_penalty must be positive and finite",
+        ),
+        (
+            {"repetition_penalty": 1e39},
+            ValueError,
+            "repetition_penalty must be positive and finite",
+        ),
+        ({"repetition_penalty": math.nan}, ValueError, "repetition_penalty must be positive"),
+        ({"seed": 1.5}, TypeError, "seed must be None, an integer or one for each row, got 1.5"),
+        ({"seed": "12"}, TypeError, "seed must be None, an integer or one for each row, got '12'"),
+        ({"seed": [1, 2.0]}, TypeError, "seed must be None, an integer or one for each row"),
+        ({"seed": True}, TypeError, "seed must be None, an integer or one for each row, got True"),
+        ({"seed": 2**64}, ValueError, r"seed must be at least -2\^63 and less than 2\^64"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        Sampling(**options)

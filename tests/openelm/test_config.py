@@ -197,6 +197,11 @@ def test_integers_are_integers(name, value):
         small(**{name: value})
 
 
+def test_layers_are_counted_before_they_are_described():
+    with pytest.raises(ValueError, match="num_transformer_layers must be at most 16384, got"):
+        small(num_transformer_layers=10**9)
+
+
 def test_numbers_of_numpy_become_pythons():
     given = dict(model_dim=np.int64(128), norm_eps=np.float32(1e-5), ffn_with_glu=np.bool_(True))
     config = small(**given, num_query_heads=list(np.array([4, 4, 4, 4])), padding_index=np.uint8(3))

@@ -12,6 +12,7 @@ from helpers.tokenizers import hugging_face, sentence_piece
 
 from elmkernels import OpenELM, pack, quantize, unpack
 from elmkernels.cli.main import main
+from elmkernels.openelm import metadata
 from elmkernels.openelm.gguf import export_gguf
 from elmkernels.openelm.metadata import Metadata
 from elmkernels.openelm.tokenizer import Tokenizer
@@ -106,6 +107,12 @@ def test_a_damaged_file_beside_is_named(source):
         OpenELM.from_pretrained(source)
     (source / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(ValueError, match="eos_token_id must be a token id"):
+        OpenELM.from_pretrained(source)
+
+
+def test_what_stands_beside_may_not_be_larger_than_any_tokenizer(source, monkeypatch):
+    monkeypatch.setattr(metadata, "_LARGEST", 300)
+    with pytest.raises(ValueError, match="must be at most 300 bytes together, got"):
         OpenELM.from_pretrained(source)
 
 
