@@ -1,7 +1,7 @@
 """What a generation is given, checked before anything is run."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from torch import Tensor
