@@ -12,7 +12,7 @@ import sys
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
-from elmkernels.openelm.surgery import twin
+from elmkernels.surgery import twin
 from elmkernels.testing.model_parity import check_model
 
 TINY = OpenELMConfig(

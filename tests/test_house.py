@@ -18,7 +18,7 @@ OPS = set(ops.__all__)
 
 # The rooms from the ground up, and which of them a room may import besides itself. The longest
 # prefix of a module's name decides.
-MODEL = {"checks", "devices", "reference", "weights"}
+MODEL = {"checks", "devices", "reference", "surgery", "text", "weights"}
 KERNELS = {"backends", "ops"} | MODEL
 ACCELERATED = {"openelm", "acceleration"} | KERNELS
 GENERATING = {"generation", "compression"} | ACCELERATED
@@ -28,8 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"libraries"},
     "devices": {"backends"},
     "checks": set(),
+    "surgery": set(),
     "weights": {"checks"},
     "reference": {"weights.formats"},
+    "text": {"checks", "weights"},
     "triton": set(),
     "ops": {"backends", "checks", "reference", "weights"},
     "openelm": MODEL,
@@ -148,7 +150,8 @@ def test_no_circle_of_files():
 
 ROOM_NAMES = {
     "acceleration", "bench", "cli", "compression", "generation", "gpu_check", "integrations",
-    "openelm", "ops", "reference", "testing", "training", "triton", "weights",
+    "openelm", "ops", "reference", "testing", "text", "training", "triton",
+    "weights",
 }  # fmt: skip
 
 
@@ -158,7 +161,7 @@ def test_the_package_holds_the_rooms_and_no_other():
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
     assert files == {
         "__init__.py", "__main__.py", "backends.py", "checks.py", "devices.py", "hf.py",
-        "libraries.py",
+        "libraries.py", "surgery.py",
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.bench import roofline
 from elmkernels.bench.benchmark import ACCELERATED, EAGER
-from elmkernels.openelm.surgery import twin
+from elmkernels.surgery import twin
 from elmkernels.testing import model_parity
 
 SMALL = OpenELMConfig(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ..openelm.surgery import known
+from ..surgery import known
 
 F = TypeVar("F", bound=Callable[..., Any])
 STATE = "_fused"

@@ -15,8 +15,8 @@ from ..backends import BACKENDS, REFERENCE, Reason, choose
 from ..checks import DTYPES
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..openelm.surgery import given_backend, is_accelerated
 from ..ops.decode_step import MAX_BATCH
+from ..surgery import given_backend, is_accelerated
 from .decoder_weights import snapshot_of
 
 ONE_LAUNCH, GRAPH, CALLS = "one-launch", "graph", "calls"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..openelm import layers as reference
 from ..openelm.model import OpenELM
-from ..openelm.surgery import GLOBAL_HOOKS, HOOKS, plain, untouched
+from ..surgery import GLOBAL_HOOKS, HOOKS, plain, untouched
 from ..weights.formats import DecoderWeights, Form, Layer, Weight, is_compressed
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..openelm.layers import norms_called
-from ..openelm.surgery import untouched
 from ..reference import rope_table
+from ..surgery import untouched
 from .classes import while_fused
 from .fused import (
     AttentionParts,

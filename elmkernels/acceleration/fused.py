@@ -21,7 +21,7 @@ from ..openelm.documents import in_one_row
 from ..openelm.layers import Context, LogitsHead, RMSNorm
 from ..openelm.loss import LossHead, plain_weight
 from ..openelm.shared_weight import TiedWeightGradient
-from ..openelm.surgery import known, plain, plain_tensor, untouched
+from ..surgery import known, plain, plain_tensor, untouched
 from . import recompute, small_batch
 from .classes import Fused, setting, while_fused
 from .projections import forget

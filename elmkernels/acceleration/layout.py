@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..backends import Reason
 from ..checks import DTYPES
@@ -18,7 +18,7 @@ from ..openelm import layers
 from ..openelm.compressed import Compressed, weight_of
 from ..openelm.loss import LossHead
 from ..openelm.model import OpenELM
-from ..openelm.surgery import missing_own, missing_plain
+from ..surgery import missing_own, missing_plain
 from . import foreign, fused
 from .classes import own_class
 from .trying import (
@@ -243,10 +243,8 @@ def examine(model: nn.Module) -> Layout:
             _refuse(model, f"`{where}.attn` is called in another way than the layers before")
         _check_block(layout, block, where)
     _examine_norm(layout, layout.norm(), f"{prefix}norm")
-    dtype = getattr(layout.norm(), "weight", None)
-    if isinstance(dtype, Tensor) and dtype.dtype not in DTYPES:
-        takes = ", ".join(map(str, DTYPES))
-        _refuse(model, f"its weights are {dtype.dtype}, the kernels take {takes}")
+    if reason := _missing_dtype(body):
+        _refuse(model, reason)
     for name, head in layout.heads().items():
         _examine_head(layout, name, head)
     return layout
@@ -312,6 +310,17 @@ def _examine_head(layout: Layout, name: str, head: nn.Module) -> None:
         layout.leave(head, missing_linear(head))
     else:
         layout.leave(head, missing_own(head) or missing_class(head, own[name]))
+
+
+def _missing_dtype(body: nn.Module) -> Reason | None:
+    """Why the kernels can't compute in the dtypes of a model's weights. body: what holds its
+    layers, norm and embedding.
+    """
+    for name, weight in body.named_parameters():
+        known = name.startswith(("layers.", "norm.", "token_embeddings."))
+        if known and weight.is_floating_point() and weight.dtype not in DTYPES:
+            return f"`{name}` is {weight.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
+    return None
 
 
 def _missing_heads(block: Block) -> Reason | None:

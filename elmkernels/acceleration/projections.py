@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..openelm import layers
 from ..openelm.compressed import product
-from ..openelm.surgery import known, plain_tensor
+from ..surgery import known, plain_tensor
 from ..weights.formats import Weight
 from .classes import Fused, setting, while_fused
 from .routines import (

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..openelm.surgery import plain
+from ..surgery import plain
 
 
 class _Again(NamedTuple):

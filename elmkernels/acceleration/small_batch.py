@@ -24,8 +24,8 @@ from ..devices import autocast_dtype
 from ..openelm import layers
 from ..openelm.compressed import CompressedLinear, weight_of
 from ..openelm.layers import Context
-from ..openelm.surgery import plain
 from ..ops.linear import MAX_ROWS
+from ..surgery import plain
 from ..weights.formats import Weight, form_of
 from .classes import Fused
 from .projections import Linear, TiedHead

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..backends import Reason, missing_kernels
 from ..devices import BackendChoice, backend_choices, never_fall_back
 from ..openelm.compressed import Compressed, weight_of
-from ..openelm.surgery import Mark, has_mark, mark_of, set_mark
 from ..ops.linear import MAX_ROWS
+from ..surgery import Mark, has_mark, mark_of, set_mark
 from . import fused, projections, small_batch
 from .classes import Fused, fuse, own_class, undo_of, unfuse
 from .decode_modes import modes_of

@@ -15,7 +15,7 @@ from .. import reference
 from ..backends import Reason
 from ..openelm import layers
 from ..openelm.compressed import Compressed
-from ..openelm.surgery import missing_own, missing_plain, plain_tensor
+from ..surgery import missing_own, missing_plain, plain_tensor
 from .classes import Fused, own_class
 
 _APART = ("__init__", "extra_repr")  # methods that compute nothing of a forward

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..acceleration.swap import accelerate
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
-from ..openelm.surgery import twin
+from ..surgery import twin
 from ..testing.model_parity import ModelParity, check_model
 from . import chart, roofline
 from .benchmark import ACCELERATED, EAGER, Benchmark, Report, Results, Sizes, headline

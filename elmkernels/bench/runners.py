@@ -25,7 +25,7 @@ from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
-from ..openelm.surgery import is_accelerated, twin
+from ..surgery import is_accelerated, twin
 from .baselines import llama_cpp
 from .benchmark import COMPILED, LLAMA, OURS
 

@@ -11,8 +11,8 @@ from ..backends import Reason
 from ..openelm.compressed import Compressed, CompressedEmbedding, weight_of
 from ..openelm.model import OpenELM
 from ..openelm.progress import progress
-from ..openelm.surgery import mark_of, set_module
 from ..ops.linear import dense_rows
+from ..surgery import mark_of, set_module
 
 
 @dataclass

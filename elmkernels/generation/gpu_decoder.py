@@ -30,7 +30,7 @@ from ..backends import Reason
 from ..checks import one_line
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..openelm.surgery import given_backend
+from ..surgery import given_backend
 from ..weights.formats import DecoderWeights
 from . import cuda_graph
 from .cuda_graph import Window, bucket_of, step, width_of

@@ -11,8 +11,8 @@ from ..acceleration.decoder_weights import Snapshot, snapshot_of
 from ..checks import integer
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..openelm.surgery import given_backend, is_accelerated
 from ..ops.decode_step import MAX_BATCH
+from ..surgery import given_backend, is_accelerated
 from .sampling import check_choices, largest
 
 

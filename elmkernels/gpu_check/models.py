@@ -14,7 +14,7 @@ from ..bench.runners import compress
 from ..devices import architectures, capability, missing_on
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
-from ..openelm.surgery import twin
+from ..surgery import twin
 from ..testing.model_parity import free_bytes
 from .stages import FAILED, Found, LeftOut
 from .watch import HUNG

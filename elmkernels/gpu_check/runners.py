@@ -19,7 +19,7 @@ from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..openelm.surgery import twin
+from ..surgery import twin
 
 GRAPH = f"{ACCELERATED}, graph"
 SDPA_GRAPH, CUBLAS_GRAPH = f"{GRAPH}, {SDPA}", f"{GRAPH}, cuBLAS"

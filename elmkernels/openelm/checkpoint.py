@@ -26,16 +26,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import to_dtype
+from ..checks import is_integer, to_dtype
 from ..devices import check_here
+from ..text.metadata import CONFIG, files_beside, raw_config
 from ..weights import storage
 from ..weights.storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 from .compressed import STORED_FORMS, Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
-from .metadata import files_beside
 from .progress import progress
 
-_CONFIG = "config.json"
 MOST_PROBLEMS = 8  # that one error names
 
 
@@ -81,7 +80,7 @@ def load(
     scheme = None
     if path.is_dir():
         if config is not None:
-            raise ValueError(f"config must not be given with a folder: {path / _CONFIG} is read")
+            raise ValueError(f"config must not be given with a folder: {path / CONFIG} is read")
         folder = Folder(path)
         values = raw_config(path)
         stored = storage.folder_weights(folder)
@@ -152,8 +151,8 @@ def save(
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else [WEIGHTS]
-    texts = {_CONFIG: config.to_hf_dict() | _scheme_to_save(model)}
-    texts[_CONFIG]["torch_dtype"] = str(model.get_parameter("norm.weight").dtype).split(".")[-1]
+    texts = {CONFIG: config.to_hf_dict() | _scheme_to_save(model)}
+    texts[CONFIG]["torch_dtype"] = str(model.get_parameter("norm.weight").dtype).split(".")[-1]
     if count > 1:
         weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(weight.nbytes for weight in weights.values())
@@ -187,16 +186,6 @@ def read_config(path: str | Path) -> OpenELMConfig:
     return _folder_config(folder, raw_config(path), len(storage.folder_weights(folder)))[0]
 
 
-def raw_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder as it stands there. Raises FileNotFoundError or
-    ValueError.
-    """
-    file = Folder(Path(path)).find(_CONFIG)
-    if file is None:
-        raise FileNotFoundError(f"{Path(path) / _CONFIG} does not exist")
-    return storage.read_json(file)
-
-
 def _check_held(stored: Stored, weight: Tensor, device: torch.device) -> None:
     """Raise ValueError for a tensor whose strides repeat a few stored bytes: it would cost more
     memory than its file has. ("meta" costs none.)
@@ -216,14 +205,14 @@ def _folder_config(
     """
     try:
         layers = values.get("num_transformer_layers")
-        if isinstance(layers, int) and layers > tensors:
+        if is_integer(layers) and layers > tensors:
             raise ValueError(
                 f"num_transformer_layers must be at most the {tensors} tensors stored, got {layers}"
             )
         beside = files_beside(folder.path, folder.find, values)
         return OpenELMConfig.from_hf_dict(values, beside), _scheme(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder.path / _CONFIG}: {error}") from error
+        raise ValueError(f"{folder.path / CONFIG}: {error}") from error
 
 
 def _scheme(values: Mapping[str, Any]) -> Scheme | None:
@@ -251,9 +240,9 @@ def _given_config(config: Any, path: Path) -> OpenELMConfig:
             f"path must be a checkpoint folder, got the GGUF file {path}, which is written for "
             "llama.cpp and not read here"
         )
-    if config is None and (path.parent / _CONFIG).is_file():
+    if config is None and (path.parent / CONFIG).is_file():
         raise ValueError(
-            f"path must be the folder {path.parent}, which holds {_CONFIG}, got its file "
+            f"path must be the folder {path.parent}, which holds {CONFIG}, got its file "
             f"{path.name} (which can be loaded with a config of its own)"
         )
     raise ValueError(
@@ -281,11 +270,9 @@ def _expected(
             parts = marked.stored(shape, scheme.values)
             expected |= {f"{module}.{part}": value for part, value in parts.items()}
     for other in found - {form}:
-        raise ValueError(
-            f"{path} holds {other.label} weights, but no {_CONFIG} with `{other.word}`"
-        )
+        raise ValueError(f"{path} holds {other.label} weights, but no {CONFIG} with `{other.word}`")
     if form is not None and form not in found:
-        raise ValueError(f"{path / _CONFIG} says {scheme}, but no weight is stored so")
+        raise ValueError(f"{path / CONFIG} says {scheme}, but no weight is stored so")
     return expected
 
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from ..checks import fail
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
+from ..surgery import known
 from ..weights.affine import check_scheme
 from ..weights.checks import check_stored
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Form, Packed12, Weight
-from .surgery import known
 
 
 def weight_of(module: nn.Module) -> Weight:

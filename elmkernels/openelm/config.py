@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import is_integer
-from ..weights.texts import read_yaml
-from .metadata import BOS, EOS, Metadata, token_ids
-from .shapes import (
+from ..text.metadata import BOS, EOS, Metadata, token_ids
+from ..text.shapes import (
     LARGEST,
     boolean,
     expand_multipliers,
@@ -31,6 +30,7 @@ from .shapes import (
     plain,
     size,
 )
+from ..weights.texts import read_yaml
 
 _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-270M": (16, 1280, 64),

@@ -23,7 +23,7 @@ from .config import OpenELMConfig
 from .layers import DecoderLayer
 from .model import OpenELM
 from .progress import progress
-from .tokenizer.vocabulary import chat_template, file_beside, said_json, vocabulary_of
+from .vocabulary import chat_template, file_beside, said_json, vocabulary_of
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _QUANTIZED = ("q8_0", "q4_0")

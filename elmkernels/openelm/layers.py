@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from ..checks import fail
 from ..reference import attention, qk_norm_rope, rms_norm, swiglu
+from ..surgery import known, plain
 from ..weights.formats import Weight
 from .cache import KVCache
 from .compressed import product
 from .config import OpenELMConfig
 from .documents import check_documents, in_one_row, positions_of
-from .surgery import known, plain
 
 
 class Rotation:

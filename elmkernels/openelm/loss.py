@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..reference import cross_entropy
+from ..surgery import known, plain
 from .shared_weight import TiedWeightGradient
-from .surgery import known, plain
 
 
 @known

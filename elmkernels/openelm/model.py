@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import fail, integer, to_dtype
 from ..devices import autocast_dtype, check_here
+from ..surgery import gathered, known, plain, set_module
 from .cache import KVCache
 from .checkpoint import load, save
 from .compressed import dtype_of, weight_of
@@ -34,7 +35,6 @@ from .layers import (
 )
 from .loss import LossHead, plain_weight
 from .rotary import placed
-from .surgery import gathered, known, plain, set_module
 
 
 @known

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import checks
 from ..openelm.config import OpenELMConfig
-from ..openelm.metadata import TOKENIZERS
 from ..openelm.model import OpenELM
 from ..openelm.tokenizer import FILES as TOKENIZER_FILES
+from ..text.metadata import TOKENIZERS
 from . import routines, state
 from .data import prepare as data
 from .data import tokenizers

@@ -25,7 +25,7 @@ from elmkernels.acceleration.fused import FusedRMSNorm, State
 from elmkernels.acceleration.projections import Linear
 from elmkernels.acceleration.routines import PREPACKED, Plan
 from elmkernels.openelm.layers import Attention, DecoderLayer, FeedForward, RMSNorm
-from elmkernels.openelm.surgery import has_mark
+from elmkernels.surgery import has_mark
 
 IDS = torch.arange(2 * 9).view(2, 9) * 7 % CONFIG.vocab_size
 FUSED = ("layers.1", "layers.1.attn", "layers.1.ffn", "layers.1.attn_norm", "layers.1.ffn.proj_1",

@@ -14,7 +14,7 @@ from elmkernels.acceleration import swap
 from elmkernels.acceleration.routines import LINEAR, MV, ONEDNN, PREPACKED, Plan
 from elmkernels.backends import BACKENDS, choose
 from elmkernels.openelm.compressed import Compressed, CompressedLinear
-from elmkernels.openelm.surgery import mark_of
+from elmkernels.surgery import mark_of
 
 PLAN = Plan(MV, ONEDNN, PREPACKED, LINEAR)
 IDS = torch.arange(12).view(1, 12)

@@ -19,7 +19,7 @@ from elmkernels.backends import BACKENDS
 from elmkernels.cli.main import main
 from elmkernels.generation import gpu_decoder
 from elmkernels.openelm import KVCache, Session, cache
-from elmkernels.openelm.surgery import mark_of
+from elmkernels.surgery import mark_of
 
 GPU = torch.device("cuda", 0)
 NO_TRITON = {"triton": "triton is not installed (pip install triton)"}

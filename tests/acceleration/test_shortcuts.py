@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from elmkernels import OpenELM, OpenELMConfig, accelerate, generate
 from elmkernels.openelm import KVCache, next_logits
 from elmkernels.openelm.layers import Attention, DecoderLayer, FeedForward, RMSNorm
-from elmkernels.openelm.surgery import missing_plain, plain
+from elmkernels.surgery import missing_plain, plain
 
 IDS = torch.arange(2 * 9).view(2, 9) * 7 % CONFIG.vocab_size
 TARGETS = IDS.roll(-1, 1)

@@ -13,7 +13,7 @@ import elmkernels
 from elmkernels import backends
 from elmkernels.bench import chart, end_to_end, roofline
 from elmkernels.cli.main import main
-from elmkernels.openelm.surgery import twin
+from elmkernels.surgery import twin
 from elmkernels.testing import CASES, model_parity, parity
 
 QUICK = ["--quick", "--checkpoint", str(TINY), "--device", "cpu", "--dtype", "bf16"]

@@ -15,7 +15,7 @@ from elmkernels.gpu_check.model_units import agreement
 from elmkernels.gpu_check.models import TINY
 from elmkernels.gpu_check.runners import DecoderRunner, TorchBaselineRunner, room_for
 from elmkernels.openelm import KVCache
-from elmkernels.openelm.surgery import twin
+from elmkernels.surgery import twin
 
 CONFIG = OpenELMConfig.from_name("OpenELM-270M", **TINY)
 LENGTH, STEPS = 250, 12  # across the border of the first bucket

@@ -198,7 +198,7 @@ def test_integers_are_integers(name, value):
 
 
 def test_layers_are_counted_before_they_are_described():
-    with pytest.raises(ValueError, match="num_transformer_layers must be at most 16384, got"):
+    with pytest.raises(ValueError, match="num_transformer_layers must be at most 10000, got"):
         small(num_transformer_layers=10**9)
 
 

@@ -12,10 +12,10 @@ from helpers.tokenizers import hugging_face, sentence_piece
 
 from elmkernels import OpenELM, pack, quantize, unpack
 from elmkernels.cli.main import main
-from elmkernels.openelm import metadata
 from elmkernels.openelm.gguf import export_gguf
-from elmkernels.openelm.metadata import Metadata
 from elmkernels.openelm.tokenizer import Tokenizer
+from elmkernels.text import metadata
+from elmkernels.text.metadata import Metadata
 
 SAID = {
     "eos_token_id": [77, 9],

@@ -8,7 +8,7 @@ from torch import nn
 from ...acceleration.swap import restore
 from ...checks import fail
 from ...openelm.compressed import Compressed
-from ...openelm.surgery import is_accelerated
+from ...surgery import is_accelerated
 
 
 class HasEmbeddings:

@@ -9,10 +9,10 @@ from transformers import GenerationConfig
 
 from ...acceleration.report import Report
 from ...acceleration.swap import accelerate
-from ...checks import fail
+from ...checks import fail, is_integer
 from ...openelm import OpenELM
 from ...openelm.compressed import STORED_FORMS
-from ...openelm.surgery import is_accelerated
+from ...surgery import is_accelerated
 from . import folders
 from .configuration import OpenELMConfig
 
@@ -208,7 +208,7 @@ class LoadsAndSaves:
 
 def _bytes(size: int | str) -> int:
     """5 or "5GB" as bytes."""
-    if isinstance(size, int):
+    if is_integer(size):
         return size
     found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", size.strip())
     if found is None or found[2].upper() not in _UNITS:

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import is_integer
 from ...openelm import OpenELM, next_tokens
 from ...openelm.loss import plain_weight
 from ...openelm.shared_weight import TiedWeightGradient
-from ...openelm.surgery import unhooked
 from ...reference import cross_entropy
+from ...surgery import untouched
 
 IGNORED = -100
 
@@ -27,7 +28,7 @@ def _head_weight(body: OpenELM) -> Tensor | None:
         return plain_weight(body.classifier)
     embedding = body.token_embeddings
     # transformers hooks the embedding's output for checkpointing; the product doesn't call it.
-    if type(embedding) is nn.Embedding and unhooked(body.tied_head):
+    if type(embedding) is nn.Embedding and untouched(body.tied_head):
         return embedding.weight
     return plain_weight(embedding)
 
@@ -91,7 +92,7 @@ def positions_kept(x: Tensor, keep: int | Tensor) -> Tensor:
     Returns:
         What is kept.
     """
-    if isinstance(keep, int):
+    if is_integer(keep):
         return x[:, -keep:]
     if keep.dim() == 2:
         return x[keep] if keep.dtype == torch.bool else x.take_along_dim(keep[..., None], dim=1)

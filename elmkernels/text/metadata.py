@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import fail, is_integer
+from ..weights.storage import Folder, read_json
 
 BOS, EOS = 1, 2  # Llama 2's tokenizer, which OpenELM has, where a checkpoint doesn't say
 # Of the weights as they are stored: whoever stores them again says it anew.
 _OF_WEIGHTS = {"torch_dtype", "dtype", "quantization", "quantization_config", "elmkernels"}
+CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKENIZERS = (
     "tokenizer.json",
@@ -148,3 +150,13 @@ def files_beside(
             )
         found[name] = path.read_bytes()
     return found
+
+
+def raw_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder as it stands there. Raises FileNotFoundError or
+    ValueError.
+    """
+    file = Folder(Path(path)).find(CONFIG)
+    if file is None:
+        raise FileNotFoundError(f"{Path(path) / CONFIG} does not exist")
+    return read_json(file)

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from ..checkpoint import raw_config
-from ..metadata import GENERATION, parsed, token_ids
+from .metadata import GENERATION, parsed, raw_config, token_ids
 
 FILES = ("tokenizer.json", "tokenizer.model")
 

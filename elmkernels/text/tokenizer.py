@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checks import fail, is_integer
-from ..metadata import BOS
+from ..checks import fail, is_integer
 from .files import FILES, find_tokenizer, special_tokens
 from .libraries import HuggingFace, Library, SentencePiece
+from .metadata import BOS
 
 # The fewest tokens that are decoded with what follows, as a token's text may depend on them.
 _CONTEXT = 8

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...checks import is_integer
-from ..config import OpenELMConfig
-from ..metadata import parsed
+from ..checks import is_integer
+from ..text.metadata import parsed
+from .config import OpenELMConfig
 
 _ADDED = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
 _SPECIAL = "special_tokens_map.json"

@@ -4,7 +4,7 @@ OpenELM was trained on Llama 2's tokenizer, of which Apple ships no copy. A prom
 token <s> (`bos_token_id` of config.json), which is put there once, whatever the file says of it.
 """
 
-from .files import FILES, find_tokenizer, special_tokens
-from .text import TextStream, Tokenizer
+from ..text.files import FILES, find_tokenizer, special_tokens
+from ..text.tokenizer import TextStream, Tokenizer
 
 __all__ = ["FILES", "TextStream", "Tokenizer", "find_tokenizer", "special_tokens"]
