@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..backends import Reason
 from ..checks import DTYPES
 from ..openelm import layers
 from ..openelm.compressed import Compressed, weight_of
 from ..openelm.loss import LossHead
+from ..openelm.model import OpenELM
 from ..openelm.surgery import missing_own, missing_plain
 from . import foreign, fused
 from .classes import own_class
@@ -182,11 +183,15 @@ class Layout:
         found = {n: base_of(m) if n == "classifier" else inner(m) for n, m in held.items()}
         return {name: module for name, module in found.items() if module is not None}
 
-    def called(self) -> Iterator[tuple[str, Reason]]:
-        """Modules that a shortcut could pass over, but something hangs on them now."""
+    def parts(self) -> list[nn.Module]:
+        """Every module that a forward may pass over or a kernel reads, once."""
         own = [part for block in self.blocks for part in block.parts.values()]
         own += [self.norm(), self.body.token_embeddings, *self.heads().values()]
-        for module in {id(m): m for m in own if m is not None}.values():
+        return list({id(m): m for m in own if m is not None}.values())
+
+    def called(self) -> Iterator[tuple[str, Reason]]:
+        """Modules that a shortcut could pass over, but something hangs on them now."""
+        for module in self.parts():
             reason = missing_plain(module)
             if reason is not None and self.takes(module):
                 yield self.path(module), f"{reason}: no shortcut goes past it"
@@ -210,7 +215,8 @@ def found_in(model: nn.Module) -> Layout:
         _refuse(model, f"it holds several models, {', '.join(found)}: give one of them")
     ((name, body),) = found.items()
     parent, _, own = name.rpartition(".")
-    root = model.get_submodule(parent) if own == "transformer" else body
+    whole = own != "transformer" or isinstance(body, OpenELM)
+    root = body if whole else model.get_submodule(parent)
     return Layout(model, root, body, names)
 
 
@@ -235,10 +241,12 @@ def examine(model: nn.Module) -> Layout:
             _refuse(model, f"`{where}.attn` is called in another way than the layers before")
         _check_block(layout, block, where)
     _examine_norm(layout, layout.norm(), f"{prefix}norm")
-    dtype = getattr(layout.norm(), "weight", None)
-    if isinstance(dtype, Tensor) and dtype.dtype not in DTYPES:
-        takes = ", ".join(map(str, DTYPES))
-        _refuse(model, f"its weights are {dtype.dtype}, the kernels take {takes}")
+    for module in layout.parts():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.is_floating_point() and weight.dtype not in DTYPES:
+            takes = ", ".join(map(str, DTYPES))
+            name = layout.path(module)
+            _refuse(model, f"`{name}.weight` is {weight.dtype}, the kernels take {takes}")
     for name, head in layout.heads().items():
         _examine_head(layout, name, head)
     return layout
