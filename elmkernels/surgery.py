@@ -86,7 +86,7 @@ def missing_own(module: nn.Module) -> str | None:
 
 def missing_plain(module: nn.Module) -> str | None:
     """Why a module isn't plain, beside its class; None if nothing else is in the way."""
-    if any(vars(module)[name] for name in HOOKS):
+    if any(vars(module).get(name) for name in HOOKS):
         return "it has hooks"
     if "_compiled_call_impl" in vars(module):
         return "it is compiled by itself"

@@ -260,6 +260,15 @@ def test_integers_are_asked_for_in_one_place():
     }  # fmt: skip
 
 
+def test_one_function_says_whether_a_shortcut_may_be_taken():
+    """`surgery.plain`: nobody else looks at hooks, and acceleration replaces no module."""
+    for path in SOURCES:
+        text, name = path.read_text(), module_name(path)
+        assert name == "surgery" or not re.search(r"_(forward|backward)(_pre)?_hooks", text)
+        if in_room(name, "acceleration"):
+            assert not re.search(r"\b(set_module|add_module|setattr\(model)", text), name
+
+
 def test_environment_variables_are_read_in_two_places_only():
     """Triton's own switch in backends; the toolchain's in setup.py. None is ours."""
     reading = {relative(p) for p in SOURCES if re.search(r"\benviron\b|\bgetenv\b", p.read_text())}

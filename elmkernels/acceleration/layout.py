@@ -183,11 +183,15 @@ class Layout:
         found = {n: base_of(m) if n == "classifier" else inner(m) for n, m in held.items()}
         return {name: module for name, module in found.items() if module is not None}
 
-    def called(self) -> Iterator[tuple[str, Reason]]:
-        """Modules that a shortcut could pass over, but something hangs on them now."""
+    def parts(self) -> list[nn.Module]:
+        """Every module that a forward may pass over or a kernel reads, once."""
         own = [part for block in self.blocks for part in block.parts.values()]
         own += [self.norm(), self.body.token_embeddings, *self.heads().values()]
-        for module in {id(m): m for m in own if m is not None}.values():
+        return list({id(m): m for m in own if m is not None}.values())
+
+    def called(self) -> Iterator[tuple[str, Reason]]:
+        """Modules that a shortcut could pass over, but something hangs on them now."""
+        for module in self.parts():
             reason = missing_plain(module)
             if reason is not None and self.takes(module):
                 yield self.path(module), f"{reason}: no shortcut goes past it"

@@ -21,7 +21,7 @@ from . import fused, projections, small_batch
 from .classes import Fused, fuse, own_class, undo_of, unfuse
 from .decode_modes import modes_of
 from .foreign import ForeignState
-from .layout import BLOCKS, PROJECTIONS, Block, Layout, examine
+from .layout import BLOCKS, NORMS, PROJECTIONS, Block, Layout, examine
 from .report import Report, fallbacks
 from .routines import Plan, measure_plan
 from .trying import given_by, missing_likeness, sample
@@ -95,14 +95,16 @@ def accelerate(
 
 def _undo_of(layout: Layout) -> Callable[[], None]:
     """What puts all that `accelerate` changes back as it is now."""
-    root, classes, mark = layout.root, undo_of(layout.root), mark_of(layout.root)
+    root, classes = layout.root, undo_of(layout.root)
     compressed = [(m, m.backend) for m in root.modules() if isinstance(m, Compressed)]
+    marks = [(m, mark_of(m) if has_mark(m) else None) for m in root.modules()]
 
     def undo() -> None:
         classes()
         for module, name in compressed:
             module.backend = name
-        set_mark(root, mark)
+        for module, mark in marks:
+            set_mark(module, mark)
 
     return undo
 
@@ -111,9 +113,9 @@ def _clear(root: nn.Module) -> None:
     """Give every module its own class back."""
     for module in root.modules():
         unfuse(module)
+        set_mark(module, None)
         if isinstance(module, Compressed):
             module.backend = None
-    set_mark(root, None)
 
 
 KINDS = {"": "layers", "attn": "attentions", "ffn": "feed-forwards"}
@@ -156,12 +158,11 @@ class _Swap:
         named, convention, parts = self.named, self.layout.convention, block.parts
         state = fused.LayerState(named["add_rms_norm"], named["linear"])
         self.put(parts[""], convention.layer, state, KINDS[""])
-        norm = fused.State(named["rms_norm"])
-        self.put(parts["attn_norm"], fused.FusedRMSNorm, norm, "norms")
-        # These are parts of add_rms_norm and of qk_norm_rope, unless something hangs on them.
-        for path in ("ffn_norm", "attn.q_norm", "attn.k_norm"):
+        for path in NORMS:
+            # All but the first are parts of other ops, unless something hangs on them.
+            what = "norms" if path == "attn_norm" else ""
             if parts[path] is not None:
-                self.put(parts[path], fused.FusedRMSNorm, norm)
+                self.put(parts[path], fused.FusedRMSNorm, fused.State(named["rms_norm"]), what)
         self.put(parts["attn"], convention.attention, self.attention(block), KINDS["attn"])
         activation = parts["ffn"]._modules.get("act")
         kind = None if activation is None else type(activation)

@@ -256,6 +256,17 @@ def test_policies_by_class_find_the_modules(kind, when):
         close(a, b)
 
 
+class Transformed(nn.Module):
+    """As an ecosystem's class holds ours."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.transformer = model
+
+    def forward(self, ids):
+        return self.transformer(ids)
+
+
 class Owner(nn.Module):
     """Someone's own model round ours."""
 
@@ -267,7 +278,7 @@ class Owner(nn.Module):
         return self.backbone(ids)
 
 
-ROOTS = [compiled, Answering, Owner, nn.Sequential]
+ROOTS = [compiled, Answering, Owner, nn.Sequential, Transformed]
 
 
 @pytest.mark.parametrize("make", [model_of, corenet, hugging_face])

@@ -92,7 +92,7 @@ def test_what_the_kernels_do_not_take_runs_as_it_did(case, when):
         change(model)
     if when == "before":
         if case == "made float64 later":
-            with pytest.raises(ValueError, match="is torch.float64, the kernels take"):
+            with pytest.raises(ValueError, match=r"weight` is torch.float64, the kernels take"):
                 accelerate(fast)
             return
         accelerate(fast)
@@ -141,3 +141,10 @@ def test_an_activation_is_known_by_trying_it_and_called_if_hooked(monkeypatch):
         fast.layers[0].ffn.act = eager.layers[0].ffn.act = nn.GELU()
         close(fast(IDS), eager(IDS))
     assert len(calls) == 3 * len(fast.layers) - 2
+
+
+def test_one_float64_weight_is_refused_by_its_name():
+    model = OpenELM(CONFIG, seed=1)
+    model.layers[1].ffn.proj_2.double()
+    with pytest.raises(ValueError, match=r"`layers.1.ffn.proj_2.weight` is torch.float64"):
+        accelerate(model)
