@@ -110,6 +110,7 @@ def add_rms_norm_fwd(
             *r.tensors, weight.contiguous(), normed, total, r.count, n // r.vec, *r.sizes,
             *r.strides[0], *r.strides[1], eps,
             VEC=r.vec, RANK=r.rank, **constants, num_warps=tile.warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return normed, total
 

@@ -9,6 +9,9 @@ Backward, with z = x * rstd and dz = dy * weight:
     dx = rstd * (dz - z * mean(dz * z)) (+ extra),   dweight = sum over rows of dy * round(z).
 Persistent programs keep one fp32 row of dweight each; a second kernel adds those in a fixed order.
 
+No product is fused into a sum: of a sum of two lanes each lane would round the other's product
+alone, and lanes that share a row would disagree about it, with whichever stores last being right.
+
 Bytes a row of n in a type of b bytes, each from memory once: forward 2nb, backward 3nb (+ nb with
 extra), plus 8n a program for dweight. The floor is those bytes over the memory's bandwidth.
 No configuration has been measured on a GPU yet; the table says so.
@@ -148,6 +151,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         _fwd[(triton.cdiv(r.count, tile.tile),)](
             r.tensors[0], weight.contiguous(), y, r.count, n // r.vec, *r.sizes, *r.strides[0], eps,
             VEC=r.vec, RANK=r.rank, **constants, num_warps=tile.warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return y
 
@@ -255,6 +259,7 @@ def norm_bwd(
             *r.tensors, weight.contiguous(), dx, partial, r.count, n // r.vec, *r.sizes,
             *r.strides[0], *r.strides[1], *r.strides[2], eps,
             EXTRA=extra is not None, VEC=r.vec, RANK=r.rank, **constants, num_warps=tile.warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
         return dx, sum_partials(partial, weight)
 

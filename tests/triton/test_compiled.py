@@ -44,6 +44,7 @@ KERNELS = {
     "qk_norm_rope": (qk_norm_rope._fwd, qk_norm_rope._bwd),
     "linear_cross_entropy": (linear_cross_entropy._rows,),
 }
+UNFUSED = (rms_norm._fwd, rms_norm._bwd, add_rms_norm._fwd)
 INTEGERS = re.compile(
     r"rows|n|d[12]|[abcpsx][012]|k[012]|v[012]|heads|length|[qk]v?_heads|table_length|max_length"
     r"|programs|ignore_index"
@@ -78,8 +79,11 @@ class Build:
         return found
 
     def compile(self, arch: str):
+        options = {"num_warps": self.warps}
+        if self.kernel in UNFUSED:
+            options["enable_fp_fusion"] = False
         constants = dict(self.constants)
-        return compile_for(arch, self.kernel, self.signature(), constants, num_warps=self.warps)
+        return compile_for(arch, self.kernel, self.signature(), constants, **options)
 
 
 def _norms(op: str, arch: str, vec: int) -> Iterator[tuple]:
