@@ -99,10 +99,14 @@ class KVCache:
         Args:
             dtype: of the keys and values that a model is about to write.
         """
-        if self.follows and not self.length and dtype != self.dtype:
-            device = self.device
+        before, device = self.dtype, self.device
+        if self.follows and not self.length and dtype != before:
             del self.arena, self.k, self.v  # a GPU may have no room for both
-            self._allocate(dtype, device)
+            try:
+                self._allocate(dtype, device)
+            except MemoryError:
+                self._allocate(before, device)
+                raise
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         shapes = [(self.batch, heads, self.max_length, self.head_dim) for heads in self.kv_heads]
@@ -227,7 +231,8 @@ class KVCache:
             RuntimeError: they require a gradient.
         """
         n = k.shape[1]
-        self.take_dtype(k.dtype)
+        if not layer_index:  # the next ones find what it wrote
+            self.take_dtype(k.dtype)
         self.check_room(n)
         slots = None
         if self.ragged:

@@ -126,6 +126,33 @@ def test_a_cache_of_a_given_dtype_keeps_it():
             model.float()(IDS[:, :1], cache=cache)
 
 
+def test_a_cache_whose_memory_does_not_suffice_stays_as_it_was(monkeypatch):
+    cache, allocate = KVCache(CONFIG, 1, 8), KVCache._allocate
+
+    def short(self, dtype, device):
+        if dtype == torch.float64:
+            raise MemoryError("no room")
+        allocate(self, dtype, device)
+
+    monkeypatch.setattr(KVCache, "_allocate", short)
+    with pytest.raises(MemoryError, match="no room"):
+        cache.take_dtype(torch.float64)
+    assert cache.dtype == cache.arena.data.dtype == torch.float32
+
+
+def test_layers_of_several_dtypes_are_refused():
+    """A cache is of one dtype, and what the first layer wrote stays."""
+    cache = KVCache(CONFIG, 1, 8)
+    shapes = [(1, 2, heads, CONFIG.head_dim) for heads in CONFIG.num_kv_heads]
+    first = torch.randn(shapes[0]).bfloat16()
+    k, _ = cache.append(0, first, first)
+    assert torch.equal(k, first)
+    wide = torch.randn(shapes[1])
+    with pytest.raises(ValueError, match="k of layer 1 must be .* torch.bfloat16, got .*float32"):
+        cache.append(1, wide, wide)
+    assert torch.equal(cache.filled(0, 2)[0], first)
+
+
 @pytest.mark.parametrize("part", ["layers.1.attn.qkv_proj", "norm", "token_embeddings", ""])
 def test_what_no_kernel_computes_in_is_refused_by_accelerate(part):
     model = OpenELM(CONFIG, seed=1)
