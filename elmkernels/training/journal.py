@@ -113,9 +113,25 @@ def _board(folder: Path) -> Any:
 
 
 def events(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a journal, without one that was torn."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines of a journal, without one that was torn. Raises FileNotFoundError, and ValueError
+    for what no run has written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a log of a run: {error}") from error
+    for line in found:
+        if not isinstance(line, dict) or not {"event", "step"} <= line.keys():
+            raise ValueError(f"{path}: a line must have event and step, got {_short(line)}")
+    return found
+
+
+def _short(line: Any) -> str:
+    text = json.dumps(line)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def curve(path: str | Path, event: str = "step", value: str = "loss") -> dict[int, float]:

@@ -18,6 +18,7 @@ from elmkernels import Plan
 from elmkernels.cli.main import main
 from elmkernels.training import state
 from elmkernels.training.data.tokens import open_part
+from elmkernels.training.journal import events
 from elmkernels.training.lock import FILE, alone
 
 MORE = ("--set", "schedule.steps=9")
@@ -194,6 +195,20 @@ def test_links_are_not_written_through(run, tmp_path, capsys):
     (out / "checkpoints" / ".step-00000001.partial").symlink_to(tmp_path, True)
     train(recipe, out, "--steps", "1")
     assert (tmp_path / "other").read_text() == "precious\nlast"
+
+
+@pytest.mark.parametrize(
+    "text", ["x\n", "[1]\n", "{}\n", "[" * 200_000 + "\n", '{"event": "step"}\n', "\udc80\n", "5\n"]
+)
+def test_a_log_by_anybody(tmp_path, text):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=f"{path}"):
+        events(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FileNotFoundError, match=f"{path}"):
+        events(path)
 
 
 # Two runs.
