@@ -23,9 +23,9 @@ from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from . import chart
 from .baselines import llama_cpp
+from .baselines.apart import Died
 from .benchmark import COMPILED, EAGER, LLAMA, Benchmark, Report, Results, Sizes, headline
 from .generation_figures import figures, own_read, text
-from .roofline import peak
 from .runners import LlamaRunner, Run, Runner, Task, TorchRunner, our_runner, reading
 from .timing import fingerprint
 
@@ -228,14 +228,14 @@ def _run_task(
             try:
                 runs[runner.name] = run = runner.run(task)
                 chosen[runner.name] = run()[0]
+                if not task.steps:
+                    peaks[runner.name] = runner.peak(run)
             except Exception as error:  # compilers and other people's libraries raise anything
                 if runner.kind not in (COMPILED, LLAMA):
                     raise
                 runs.pop(runner.name, None)
                 found["missing"][f"{runner.name}, {task.name}"] = one_line(error)
                 continue
-            if not task.steps:
-                peaks[runner.name] = peak(run, CPU)
         if task.steps and task.prompts.shape[0] == 1:
             _agree(task, runners, chosen, sizes.agree, found)
         seconds |= {name: [] for name in runs}
@@ -245,7 +245,8 @@ def _run_task(
             reads |= {name: read for name, read in own.items() if read is not None}
         for n in range(sizes.rounds):
             report.stage(f"{group.name}: {task.name}, round {n + 1}/{sizes.rounds}")
-            _round(n, runs, reads, seconds, probes)
+            for name, why in _round(n, runs, reads, seconds, probes).items():
+                found["missing"][f"{name}, {task.name}"] = why
     finally:
         for runner in runners:
             runner.end()
@@ -259,27 +260,36 @@ def _round(
     probes: dict[str, tuple[Callable[[], object], int]],
     seconds: dict[str, list[float]],
     read: list[dict[str, float]],
-) -> None:
-    """Append to `seconds` and `read` (bytes a second of each probe) once all had their turn."""
+) -> dict[str, str]:
+    """Append to `seconds` and `read` (bytes a second of each probe) once all had their turn. What
+    has died is taken out of `runs` and `seconds`: {its name: of what}.
+    """
     turns: dict[str, Callable[[], object]] = {
         **runs,
         **{name: call for name, (call, _) in probes.items()},
     }
     names = list(turns)
     first = n % len(names)
-    taken = {}
+    taken: dict[str, float] = {}
+    died: dict[str, str] = {}
     gc.collect()
     gc.disable()
     try:
         for name in (*names[first:], *names[:first]):
             start = time.perf_counter()
-            turns[name]()
+            try:
+                turns[name]()
+            except Died as error:
+                died[name] = one_line(error)
             taken[name] = time.perf_counter() - start
     finally:
         gc.enable()
     read.append({name: nbytes / taken[name] for name, (_, nbytes) in probes.items()})
+    for name in died:
+        del runs[name], seconds[name]
     for name in runs:
         seconds[name].append(taken[name])
+    return died
 
 
 def _probes(nbytes: int) -> dict[str, tuple[Callable[[], object], int]]:

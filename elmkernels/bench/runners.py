@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,11 @@ from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
 from ..surgery import is_accelerated, twin
 from .baselines import llama_cpp
+from .baselines.apart import Apart, Died
 from .benchmark import COMPILED, LLAMA, OURS
+from .roofline import peak
 
-TRIAL_STEPS = 16  # to choose llama.cpp's attention by
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Runner:
         they are those of the group's eager model.
         """
         return None
+
+    def peak(self, run: Run) -> int | None:
+        """Bytes that a run needs at its highest; None if that can't be watched."""
+        return peak(run, torch.device("cpu"))
 
     def end(self) -> None:
         """Let go of what the last task needed."""
@@ -152,61 +158,69 @@ class TorchRunner(Runner):
 
 
 class LlamaRunner(Runner):
-    """llama.cpp on a file of one type, with the faster of its two attentions for each task."""
+    """llama.cpp on a file of one type, in a process of its own, with the faster of its two
+    attentions for each task.
+
+    Where it dies, it is tried again without its extra buffers: the products of quantised weights by
+    tile instructions die of an illegal one on some processors. `facts` says so.
+    """
 
     def __init__(self, model: OpenELM, type: str, folder: Path) -> None:
         self.name, self.kind, self.type = f"llama.cpp {type.upper()}", LLAMA, type
         self.source = model
-        self.facts: dict[str, Any] = {"attention": {}, "outside_llama_decode": {}}
+        self.facts = {"attention": {}, "outside_llama_decode": {}, "extra_buffers": "on"}
         self.path = folder / f"{type}.gguf"
         export_gguf(model, self.path, type)
-        start = time.perf_counter()
-        self.model = llama_cpp.Model(self.path, model.config)
-        self.facts |= {"load_seconds": time.perf_counter() - start, "version": self.model.version}
-        self.weight_bytes = self.model.weight_bytes
-        self.context: llama_cpp.Context | None = None
+        self.session: Apart | None = None
+        self._again(self._start)
         self.cache_token_bytes = 4 * model.config.head_dim * sum(model.config.num_kv_heads)
 
+    def _start(self) -> None:
+        extra = self.facts["extra_buffers"] == "on"
+        arguments = self.path, self.source.config, torch.get_num_threads(), extra
+        self.session = Apart(f"{llama_cpp.__name__}:Session", *arguments)
+        about = self.session.call("about")
+        self.weight_bytes = about.pop("weight_bytes")
+        self.facts |= about
+
+    def _again(self, work: Callable[[], T]) -> T:
+        """What work gives, the second time without extra buffers, if it dies the first."""
+        try:
+            return work()
+        except Died as error:
+            if self.facts["extra_buffers"] != "on":
+                raise
+            self._quit()
+            self.facts["extra_buffers"] = f"off, with them it {error}"
+            try:
+                if work != self._start:
+                    self._start()
+                return work()
+            except RuntimeError as second:
+                raise type(second)(f"{error}; without extra buffers: {second}") from second
+
     def run(self, task: Task) -> Run:
-        trial = Task(task.name, task.prompts, min(task.steps, TRIAL_STEPS))
-        taken, outside = {}, {}
-        for flash in llama_cpp.FLASH:
-            self._start(task, flash)
-            run = self._work(trial)
-            run()
-            self.context.inside = 0.0
-            taken[flash] = _seconds(run)
-            outside[flash] = 1 - self.context.inside / taken[flash]
-        best = min(taken, key=taken.get)
-        self._start(task, best)
-        self.facts["attention"][task.name] = best
-        self.facts["outside_llama_decode"][task.name] = outside[best]
-        return self._work(task)
+        rows = task.prompts.tolist()
 
-    def _start(self, task: Task, flash: str) -> None:
-        self.end()
-        self.context = llama_cpp.Context(self.model, task.length, task.prompts.shape[0], flash)
+        def prepare() -> None:
+            if self.session is None:  # it has died in the task before
+                self._start()
+            best, outside = self.session.call("prepare", rows, task.steps)
+            self.facts["attention"][task.name] = best
+            self.facts["outside_llama_decode"][task.name] = outside
 
-    def _work(self, task: Task) -> Run:
-        context, rows = self.context, task.prompts.tolist()
-        length = len(rows[0])
+        self._again(prepare)
+        return self._run
 
-        def prefill() -> list[list[int]]:
-            context.truncate(0)
-            return [[token] for token in context.prompt(rows)]
+    def _run(self) -> list[list[int]]:
+        try:
+            return self.session.call("run")
+        except Died:
+            self._quit()
+            raise
 
-        if not task.steps:
-            return prefill
-        first = [row[0] for row in prefill()]
-
-        def decode() -> list[list[int]]:
-            context.truncate(length)
-            chosen = [first]
-            for _ in range(task.steps):
-                chosen.append(context.step(chosen[-1]))
-            return [list(row) for row in zip(*chosen, strict=True)]
-
-        return decode
+    def peak(self, run: Run) -> int | None:
+        return self.session.call("peak")
 
     def truth(self, prompt: Tensor, steps: int) -> list[int] | None:
         if self.source.norm.weight.dtype == torch.float32 and self.type == "f32":
@@ -220,13 +234,19 @@ class LlamaRunner(Runner):
         return greedy(model, prompt, steps)[0].tolist()
 
     def end(self) -> None:
-        if self.context is not None:
-            self.context.close()
-            self.context = None
+        if self.session is not None:
+            try:
+                self.session.call("end")
+            except Died:
+                self._quit()
+
+    def _quit(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None
 
     def close(self) -> None:
-        self.end()
-        self.model.close()
+        self._quit()
         self.path.unlink(missing_ok=True)
 
 
@@ -273,12 +293,6 @@ def _remove(folder: Path) -> None:
     for name in os.listdir(folder):
         (folder / name).unlink()
     folder.rmdir()
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _weight_bytes(model: OpenELM) -> int:

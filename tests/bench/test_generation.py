@@ -112,7 +112,7 @@ def test_every_group_has_every_figure(without_llama):
     assert results["groups"]["fp32"]["missing"]["compiled fp32"] == "left out as asked for"
     assert results["groups"]["fp32"]["runners"]["ours fp32"]["agree"]["equal"] == 4
     assert len(texts) == 5 + bool(results["busy"])
-    assert "missing llama.cpp Q4_0: llama_cpp can't be imported" in texts[-1]
+    assert "missing llama.cpp Q4_0: llama_cpp is not installed" in texts[-1]
     json.dumps(results, default=str)
 
 

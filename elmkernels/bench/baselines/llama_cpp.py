@@ -1,4 +1,5 @@
-"""llama.cpp as a baseline: the same weights in a GGUF file, stepped through its C functions.
+"""llama.cpp as a baseline: the same weights in a GGUF file, stepped through its C functions, in a
+process of its own (`Session`; see `apart`).
 
 `llama_cpp.Llama` copies logits and keeps a sampler for every token. Here a step is two C calls,
 llama_decode and llama_get_logits_ith, and an argmax over the logits where they lie:
@@ -6,8 +7,9 @@ llama_decode and llama_get_logits_ith, and an argmax over the logits where they 
 """
 
 import ctypes
+import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import numpy as np
 import torch
 
 from ...openelm.config import OpenELMConfig
+from ..roofline import peak
 
 UBATCH = 512  # tokens of a prompt that go through its layers at once: its own default
+TRIAL_STEPS = 16  # to choose the attention by
 FLASH = {"flash attention": "ENABLED", "no flash attention": "DISABLED"}
 _keep: list[Any] = []  # C calls it for every line of log: it must outlive all of them
 
@@ -24,17 +28,19 @@ _keep: list[Any] = []  # C calls it for every line of log: it must outlive all o
 def missing() -> str | None:
     """Why llama.cpp can't take part here, or None."""
     for name, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
-        try:
-            __import__(name)
-        except (ImportError, OSError, RuntimeError) as error:
-            return f"{name} can't be imported ({error}): pip install {package}"
+        if importlib.util.find_spec(name) is None:  # not imported: it could end this process
+            return f"{name} is not installed: pip install {package}"
     return None
 
 
 class Model:
-    """A GGUF file, mapped. Raises RuntimeError if llama.cpp can't load it."""
+    """A GGUF file, mapped. Raises RuntimeError if llama.cpp can't load it.
 
-    def __init__(self, path: Path, config: OpenELMConfig) -> None:
+    extra_buffers: whether weights may be laid out for what a processor has beyond vectors, such as
+    tile instructions.
+    """
+
+    def __init__(self, path: Path, config: OpenELMConfig, extra_buffers: bool = True) -> None:
         import llama_cpp
 
         if not _keep:
@@ -46,6 +52,10 @@ class Model:
         self.weight_bytes = path.stat().st_size
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
+        if not extra_buffers:
+            if not hasattr(options, "use_extra_bufts"):
+                raise RuntimeError("this llama.cpp can't leave its extra buffers out")
+            options.use_extra_bufts = False
         self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self.handle:
             raise RuntimeError(f"llama.cpp can't load {path.name}")
@@ -141,3 +151,81 @@ class Context:
             row = np.frombuffer(self._row.from_address(address), np.float32)
             self._rows[address] = row
         return int(row.argmax())
+
+
+class Session:
+    """A file of one type, and the work of one task at a time: what runs in the other process."""
+
+    def __init__(
+        self, path: Path, config: OpenELMConfig, threads: int, extra_buffers: bool
+    ) -> None:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        self.model = Model(path, config, extra_buffers)
+        self.load_seconds = time.perf_counter() - start
+        self.context: Context | None = None
+        self._run: Callable[[], list[list[int]]] | None = None
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "load_seconds": self.load_seconds,
+            "version": self.model.version,
+            "weight_bytes": self.model.weight_bytes,
+        }
+
+    def prepare(self, rows: list[list[int]], steps: int) -> tuple[str, float]:
+        """The work of a task, with the faster of the two attentions: which that is, and what share
+        of a trial was spent outside of llama_decode.
+        """
+        taken, outside = {}, {}
+        for flash in FLASH:
+            run = self._work(self._start(rows, steps, flash), rows, min(steps, TRIAL_STEPS))
+            run()
+            self.context.inside = 0.0
+            start = time.perf_counter()
+            run()
+            taken[flash] = time.perf_counter() - start
+            outside[flash] = 1 - self.context.inside / taken[flash]
+        best = min(taken, key=lambda flash: taken[flash])
+        self._run = self._work(self._start(rows, steps, best), rows, steps)
+        return best, outside[best]
+
+    def run(self) -> list[list[int]]:
+        """The work that was prepared: the tokens of each row."""
+        return self._run()
+
+    def peak(self) -> int | None:
+        """Bytes that the work needs at its highest."""
+        return peak(self._run, torch.device("cpu"))
+
+    def end(self) -> None:
+        self._run = None
+        if self.context is not None:
+            self.context.close()
+            self.context = None
+
+    def _start(self, rows: list[list[int]], steps: int, flash: str) -> Context:
+        self.end()
+        self.context = Context(self.model, len(rows[0]) + steps, len(rows), flash)
+        return self.context
+
+    @staticmethod
+    def _work(context: Context, rows: list[list[int]], steps: int) -> Callable:
+        length = len(rows[0])
+
+        def prefill() -> list[list[int]]:
+            context.truncate(0)
+            return [[token] for token in context.prompt(rows)]
+
+        if not steps:
+            return prefill
+        first = [row[0] for row in prefill()]
+
+        def decode() -> list[list[int]]:
+            context.truncate(length)
+            chosen = [first]
+            for _ in range(steps):
+                chosen.append(context.step(chosen[-1]))
+            return [list(row) for row in zip(*chosen, strict=True)]
+
+        return decode
