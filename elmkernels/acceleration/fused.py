@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..derivatives import unusual
 from ..devices import autocast_dtype
 from ..openelm.documents import in_one_row
 from ..openelm.layers import Context, LogitsHead
@@ -103,6 +104,7 @@ class FusedLossHead(LossHead):
             weight is None
             or not (weight.requires_grad and torch.is_grad_enabled())
             or torch.compiler.is_compiling()  # its graph has no room for a gradient that waits
+            or unusual()  # nor has a transform
             or embedding.sparse
             or embedding.scale_grad_by_freq
             or embedding.max_norm is not None

@@ -21,10 +21,12 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..derivatives import unusual
 from ..openelm.compressed import product
+from ..ops._cost import of_linear
+from ..ops._flops import counts
 from ..weights.formats import Weight
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
@@ -73,6 +75,10 @@ def onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
+if torch.backends.mkldnn.is_available():  # torch has no formula of its own for it
+    counts(torch.ops.mkldnn._linear_pointwise, of_linear)
+
+
 @cache
 def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies a dtype on this processor: float16 it doesn't on every one."""
@@ -105,13 +111,14 @@ class _OneDNNLinear(torch.autograd.Function):
         return onednn(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = onednn(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        # oneDNN's products can't be differentiated again, torch's can.
+        multiply = F.linear if torch.is_grad_enabled() else onednn
+        dx = multiply(dy, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = onednn(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
+            dweight = multiply(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
         return dx, dweight
 
 
@@ -128,7 +135,6 @@ class _AutocastLinear(torch.autograd.Function):
         return F.linear(x, weight.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
@@ -192,6 +198,8 @@ class Products:
         self._prepacked_of: tuple | None = None
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if unusual():
+            return F.linear(x, weight)
         if _autocast_training(x, weight):
             with torch.autocast(x.device.type, enabled=False):
                 return _AutocastLinear.apply(x, weight, torch.get_autocast_dtype("cpu"))

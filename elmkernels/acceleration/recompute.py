@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..derivatives import unusual
+
 
 class _Again(NamedTuple):
     make: Callable[[], Tensor]
@@ -42,7 +44,7 @@ def apply(
 
     make must hold detached tensors only. None, or no gradients to keep: module(x).
     """
-    if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or unusual():
         return module(x)
     address, count = x.data_ptr(), x.numel()
 
