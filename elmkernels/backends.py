@@ -189,7 +189,7 @@ def define(
                 continue
             qualified = f"elmkernels_{backend.name}::{name}"
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(qualified, fake)
+            torch.library.register_fake(qualified, _unless_onnx(op, fake))
             if backend.name == "triton" and backend.missing is None:
                 for device in backend.devices:
                     torch.library.impl(qualified, device, _late(op, name))
@@ -198,6 +198,21 @@ def define(
             if backend.name in COMPILED and backend.missing is None:
                 _withdraw_if(backend.name, libraries.lacks(backend.name, name, backend.devices[0]))
     _decide(op)
+
+
+def _unless_onnx(op: str, fake: Callable) -> Callable:
+    """The fake, which every trace calls, but for ONNX: it has no form of a kernel, and its exporter
+    would name the operator without a way out."""
+
+    def traced(*args):
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"{op} by a kernel can't be exported to ONNX: call elmkernels.restore(model) "
+                'before torch.onnx.export, or the op with backend="reference"'
+            )
+        return fake(*args)
+
+    return traced
 
 
 def _withdraw_if(name: str, missing: str | None) -> None:

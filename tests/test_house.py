@@ -18,7 +18,7 @@ OPS = set(ops.__all__)
 
 # The rooms from the ground up, and which of them a room may import besides itself. The longest
 # prefix of a module's name decides.
-MODEL = {"checks", "devices", "reference", "surgery", "text", "weights"}
+MODEL = {"checks", "derivatives", "devices", "reference", "surgery", "text", "weights"}
 KERNELS = {"backends", "ops"} | MODEL
 ACCELERATED = {"openelm", "acceleration"} | KERNELS
 GENERATING = {"generation", "compression"} | ACCELERATED
@@ -28,12 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"libraries"},
     "devices": {"backends"},
     "checks": set(),
+    "derivatives": set(),
     "surgery": set(),
     "weights": {"checks"},
     "reference": {"weights.formats"},
     "text": {"checks", "weights"},
     "triton": set(),
-    "ops": {"backends", "checks", "reference", "weights"},
+    "ops": {"backends", "checks", "derivatives", "reference", "weights"},
     "openelm": MODEL,
     "openelm.compressed": MODEL | {"ops.linear"},  # the one place where a model meets an op
     "openelm.gguf": MODEL | {"ops.linear"},
@@ -160,8 +161,8 @@ def test_the_package_holds_the_rooms_and_no_other():
     assert folders == ROOM_NAMES
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
     assert files == {
-        "__init__.py", "__main__.py", "backends.py", "checks.py", "devices.py", "hf.py",
-        "libraries.py", "surgery.py",
+        "__init__.py", "__main__.py", "backends.py", "checks.py", "derivatives.py", "devices.py",
+        "hf.py", "libraries.py", "surgery.py",
     }  # fmt: skip
 
 
@@ -191,8 +192,8 @@ def test_extras_are_imported_late(path):
 
 
 LIMITS = {
-    "ops/qk_norm_rope.py": 250, "ops/attention.py": 190, "ops/linear.py": 160,
-    "ops/linear_cross_entropy.py": 185, "ops/decode_step.py": 205, "ops/_chunked_loss.py": 165,
+    "ops/qk_norm_rope.py": 262, "ops/attention.py": 190, "ops/linear.py": 160,
+    "ops/linear_cross_entropy.py": 200, "ops/decode_step.py": 205, "ops/_chunked_loss.py": 165,
     "reference/qk_norm_rope.py": 65,
 }  # fmt: skip
 

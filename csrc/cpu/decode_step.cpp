@@ -222,8 +222,8 @@ class Step {
         T* out = state_.gated.data() + b * state_.ffn + first;
         sweep(last - first, [&](int64_t i, auto part) {
           const Vec g = round_to<T>(load(gate + i, part));
-          const Vec silu = round_to<T>(g * sigmoid(g, T{}));
-          store(out + i, decoder_.gated ? silu * round_to<T>(load(up + i, part)) : silu, part);
+          const Vec y = round_to<T>(silu(g, T{}));
+          store(out + i, decoder_.gated ? y * round_to<T>(load(up + i, part)) : y, part);
         });
       }
     });

@@ -17,8 +17,7 @@ Tensor swiglu_fwd(const Tensor& gate_up) {
         T* out = data<T>(y) + r * n;
         sweep(n, [&](int64_t i, auto part) {
           const Vec g = load(gate + i, part);
-          const Vec silu = round_to<T>(g * sigmoid(g, T{}));
-          store(out + i, silu * load(gate + n + i, part), part);
+          store(out + i, round_to<T>(silu(g, T{})) * load(gate + n + i, part), part);
         });
       }
     });
@@ -40,13 +39,9 @@ Tensor swiglu_bwd(const Tensor& dy, const Tensor& gate_up) {
         sweep(n, [&](int64_t i, auto part) {
           const Vec g = load(gate + i, part);
           const Vec v = load(d + i, part);
-          const Vec e = exp_of_minus(g, T{});
-          const Vec s = sigmoid_from(e, T{});
-          const Vec silu = g * s;
-          // silu' = s (1 + g (1 - s)). A large g magnifies what 1 - s loses if it is subtracted.
-          const Vec slope = s * fma(g, e * s, vec(1.0f));
-          store(out + i, v * load(gate + n + i, part) * slope, part);
-          store(out + n + i, v * round_to<T>(silu), part);
+          const SiluAndSlope found = silu_and_slope(g, T{});
+          store(out + i, v * load(gate + n + i, part) * found.slope, part);
+          store(out + n + i, v * round_to<T>(found.silu), part);
         });
       }
     });

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .. import ops, reference
 from ..checks import DTYPES
+from ..derivatives import unusual
 from ..devices import autocast_dtype
 from ..openelm.documents import in_one_row
 from ..openelm.layers import Context, LogitsHead, RMSNorm
@@ -168,6 +169,7 @@ class FusedLossHead(Fused, LossHead):
             or not isinstance(embedding, nn.Embedding)
             or not (weight.requires_grad and torch.is_grad_enabled())
             or torch.compiler.is_compiling()  # its graph has no room for a gradient that waits
+            or unusual()  # nor has a transform
             or embedding.sparse
             or embedding.scale_grad_by_freq
             or embedding.max_norm is not None

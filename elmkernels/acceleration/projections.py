@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..derivatives import unusual
 from ..openelm import layers
 from ..openelm.compressed import product
 from ..surgery import known, plain_tensor
@@ -50,13 +50,14 @@ class _OneDNNLinear(torch.autograd.Function):
         return onednn(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = onednn(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        # oneDNN's products can't be differentiated again, torch's can.
+        multiply = F.linear if torch.is_grad_enabled() else onednn
+        dx = multiply(dy, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = onednn(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
+            dweight = multiply(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
         return dx, dweight
 
 
@@ -73,7 +74,6 @@ class _AutocastLinear(torch.autograd.Function):
         return F.linear(x, weight.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
@@ -196,6 +196,8 @@ class Products:
         self._weight: weakref.ref[Tensor] | None = None  # the last that was prepacked here
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if unusual():
+            return F.linear(x, weight)
         if _autocast_training(x, weight):
             with torch.autocast(x.device.type, enabled=False):
                 return _AutocastLinear.apply(x, weight, torch.get_autocast_dtype("cpu"))

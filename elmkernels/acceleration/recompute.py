@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..derivatives import unusual
 from ..surgery import plain
 
 
@@ -48,7 +49,7 @@ def applies() -> bool:
     forbids them), and nobody else decides what is kept: activation checkpointing and offloading do,
     and ours inside would hold what they mean to let go. A compiler makes that choice itself.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or unusual():
         return False
     if _hooks is None or _allowed is None:
         return False

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops._cost import of_linear
+from ..ops._flops import counts
+
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
 LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepacked"
@@ -58,6 +61,10 @@ class Plan:
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T by oneDNN; weight [n, k] in any strides, or a `prepacked_copy`."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+if torch.backends.mkldnn.is_available():  # torch has no formula of its own for it
+    counts(torch.ops.mkldnn._linear_pointwise, of_linear)
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..acceleration.layout import PROJECTIONS, native
@@ -68,6 +69,8 @@ def dense_weight(module: nn.Module) -> Tensor:
     return dense_rows(weight, weight.dtype, 0, weight.shape[0]).detach()
 
 
+@torch.inference_mode(False)  # what it makes can be trained, and lives on, outside of that mode
+@torch.no_grad()
 def convert(
     model: OpenELM,
     embeddings: bool,

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..checks import fail
+from ..derivatives import Derivative, once, unusual
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
 from ..surgery import known
@@ -28,21 +28,29 @@ def weight_of(module: nn.Module) -> Weight:
     return module.compressed() if isinstance(module, Compressed) else cast(Tensor, module.weight)
 
 
-class _Product(torch.autograd.Function):
+class _Product(Derivative):
     """Dtypes that `ops.linear` doesn't take: float64, and packed12 weights with any but theirs."""
 
+    op, remedy = "a product with a compressed weight", "call `unpack`, or make the weight dense"
+
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
+    def forward(x, weight):
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         for begin, end in blocks(weight, x.dtype):
             y[..., begin:end] = F.linear(x, dense_rows(weight, x.dtype, begin, end))
         return y
 
     @staticmethod
-    @once_differentiable
+    def keep(ctx, inputs, output):
+        _, ctx.weight = inputs
+
+    @staticmethod
     def backward(ctx, dy):
-        return dy @ dense_rows(ctx.weight, dy.dtype, 0, ctx.weight.shape[0]), None
+        return once(_Product.op, _gradient, dy, ctx.weight, remedy=_Product.remedy), None
+
+
+def _gradient(dy: Tensor, weight: Form) -> Tensor:
+    return dy @ dense_rows(weight, dy.dtype, 0, weight.shape[0])
 
 
 def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
@@ -56,7 +64,7 @@ def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     if x.dtype == torch.float64 or not weight.takes(x.dtype):
-        return _Product.apply(x, weight)
+        return (_Product.transformed if unusual() else _Product.apply)(x, weight)
     return linear(x, weight, backend=backend)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import fail
+from ..checks import fail, values_of
 from ..reference import attention, qk_norm_rope, rms_norm, swiglu
 from ..surgery import known, plain
 from ..weights.formats import Weight
@@ -207,7 +207,7 @@ def _check_ids(config: OpenELMConfig, input_ids: Tensor) -> None:
     # On a GPU the check would wait for the device; there the embedding itself fails.
     if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
         return
-    low, high = (int(i) for i in torch.aminmax(input_ids))
+    low, high = (int(i) for i in torch.aminmax(values_of(input_ids)))
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), got {low} to {high}")
 

@@ -5,11 +5,11 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import reference
 from ..backends import REFERENCE, choose, kernel
+from ..derivatives import Derivative, once
 from ..weights.formats import Weight, form_of
 
 # Below what the C library maps anew, zeroed, at every call: page faults there cost more
@@ -56,20 +56,27 @@ def dense_product(x: Tensor, weight: Weight, backend: str) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-class FrozenLinear(torch.autograd.Function):
+class FrozenLinear(Derivative):
     """x w^T of a compressed weight, differentiable in x."""
 
+    op = "linear"
+
     @staticmethod
-    def forward(ctx, x, weight, backend):
-        ctx.weight, ctx.backend = weight, backend
+    def forward(x, weight, backend):
         return dense_product(x, weight, backend)
 
     @staticmethod
-    @once_differentiable
+    def keep(ctx, inputs, output):
+        _, ctx.weight, ctx.backend = inputs
+
+    @staticmethod
     def backward(ctx, dy):
-        # Added up in float32: the blocks must not cost a rounding each.
-        dx = dy.new_zeros((*dy.shape[:-1], ctx.weight.shape[1]), dtype=torch.float32)
-        for begin, end in blocks(ctx.weight, dy.dtype):
-            block = dense_rows(ctx.weight, dy.dtype, begin, end, backend=ctx.backend)
-            dx += dy[..., begin:end] @ block
-        return dx.to(dy.dtype), None, None
+        return once("linear", dense_gradient, dy, ctx.weight, ctx.backend), None, None
+
+
+def dense_gradient(dy: Tensor, weight: Weight, backend: str) -> Tensor:
+    """dy w, added up in float32: the blocks must not cost a rounding each."""
+    dx = dy.new_zeros((*dy.shape[:-1], weight.shape[1]), dtype=torch.float32)
+    for begin, end in blocks(weight, dy.dtype):
+        dx += dy[..., begin:end] @ dense_rows(weight, dy.dtype, begin, end, backend=backend)
+    return dx.to(dy.dtype)

@@ -7,12 +7,13 @@ Only the sum and the weight are saved; the sum is the next residual, so it is al
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, define, kernel
 from ..checks import floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_weight
+from ..derivatives import Derivative, once, unusual
+from ._flops import counted
 from ._rows_choice import rows_backend
 
 define(
@@ -31,27 +32,31 @@ define(
         ),
     ),
 )
+counted("add_rms_norm")
 
 
-class _AddRMSNorm(torch.autograd.Function):
+class _AddRMSNorm(Derivative):
+    op = "add_rms_norm"
+
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, backend):
-        normed, total = kernel("add_rms_norm_fwd", backend)(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.backend = eps, backend
+    def forward(x, residual, weight, eps, backend):
+        return kernel("add_rms_norm_fwd", backend)(x, residual, weight, eps)
+
+    @staticmethod
+    def keep(ctx, inputs, output):
+        _, _, weight, ctx.eps, ctx.backend = inputs
+        ctx.save_for_backward(output[1], weight)
         ctx.set_materialize_grads(False)
-        return normed, total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dnormed, dsum):
         total, weight = ctx.saved_tensors
         if dnormed is None:
             return dsum, dsum, None, None, None
         dsum = None if dsum is None else last_dim_contiguous(dsum)
-        dx, dweight = kernel("add_rms_norm_bwd", ctx.backend)(
-            last_dim_contiguous(dnormed), dsum, total, weight, ctx.eps
-        )
+        bwd = kernel("add_rms_norm_bwd", ctx.backend)
+        dnormed = last_dim_contiguous(dnormed)
+        dx, dweight = once("add_rms_norm", bwd, dnormed, dsum, total, weight, ctx.eps)
         return dx, dx, dweight, None, None
 
 
@@ -91,6 +96,8 @@ def add_rms_norm(
     if backend == REFERENCE:
         return reference.add_rms_norm(x, residual, weight, eps)
     x, residual = last_dim_contiguous(x), last_dim_contiguous(residual)
+    if unusual():
+        return _AddRMSNorm.transformed(x, residual, weight, eps, backend)
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or weight.requires_grad
     ):

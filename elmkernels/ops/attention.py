@@ -10,13 +10,14 @@ ever scored. Backward, from the saved lse,
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
+from ..derivatives import Derivative, once, unusual
+from . import _cost, _flops
 from ._attention_choice import attention_backend, kind_of
-from ._sdpa import by_sdpa
+from ._sdpa import REMEDY, by_sdpa
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _SIGHT = "Tensor? key_mask, Tensor? offsets, Tensor? cu_seqlens, float scale"
@@ -38,23 +39,26 @@ define(
         lambda dout, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
     ),
 )
+_flops.counted("attention", fwd=_cost.attention_fwd, bwd=_cost.attention_bwd)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, key_mask, offsets, cu_seqlens, scale, backend):
-        sight = key_mask, offsets, cu_seqlens
-        out, lse = kernel("attention_fwd", backend)(q, k, v, *sight, scale)
-        ctx.save_for_backward(q, k, v, out, lse, *sight)
-        ctx.scale, ctx.backend = scale, backend
-        return out
+class _Attention(Derivative):
+    op, remedy = "attention", REMEDY
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        grads = kernel("attention_bwd", ctx.backend)(
-            last_dim_contiguous(dout), *ctx.saved_tensors, ctx.scale
-        )
+    def forward(q, k, v, key_mask, offsets, cu_seqlens, scale, backend):
+        return kernel("attention_fwd", backend)(q, k, v, key_mask, offsets, cu_seqlens, scale)
+
+    @staticmethod
+    def keep(ctx, inputs, output):
+        *sight, ctx.scale, ctx.backend = inputs[3:]
+        ctx.save_for_backward(*inputs[:3], *output, *sight)
+        ctx.mark_non_differentiable(output[1])  # lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        bwd, dout = kernel("attention_bwd", ctx.backend), last_dim_contiguous(dout)
+        grads = once("attention", bwd, dout, *ctx.saved_tensors, ctx.scale, remedy=REMEDY)
         return *grads, None, None, None, None, None
 
 
@@ -179,6 +183,8 @@ def attention(
         return by_sdpa(q, k, v, key_mask, offsets, cu_seqlens, scale)
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     sight = key_mask, offsets, cu_seqlens, q.shape[3] ** -0.5 if scale is None else scale
+    if unusual():
+        return _Attention.transformed(q, k, v, *sight, backend)[0]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, *sight, backend)
+        return _Attention.apply(q, k, v, *sight, backend)[0]
     return kernel("attention_fwd", backend)(q, k, v, *sight)[0]

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define, kernel
-from ..checks import fail, integers, positive, tensor, within
+from ..checks import fail, integers, positive, tensor, values_of, within
+from ..derivatives import refuse, refuse_tangents, unusual
 from ..weights.checks import check_decoder_weights
-from ..weights.formats import Arena, DecoderWeights
+from ..weights.formats import Arena, DecoderWeights, form_of
 from ..weights.indices import check_shares, read_once
 from ..weights.table import table_of
+from ._cost import step_fwd
+from ._flops import counted
 from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS
@@ -35,6 +38,7 @@ define(
         ),
     ),
 )
+counted("decode_step", fwd=step_fwd)
 
 
 def _check_arena(arena: Arena, weights: DecoderWeights, batch: int) -> None:
@@ -91,6 +95,17 @@ def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
         fail("chosen", "contiguous", f"strides {chosen.stride()}")
 
 
+def _refuse_derivatives(weights: DecoderWeights, arena: Arena) -> None:
+    """A step reads weights by their addresses and writes the arena: nothing follows it there."""
+    remedy = 'call it under torch.no_grad(), or with backend="reference"'
+    parts = (x for w in weights.weights() for x in form_of(w).parts())
+    tensors = [arena.data, *(x for x in parts if isinstance(x, Tensor))]
+    wrapped = any(values_of(x) is not x for x in tensors)
+    if wrapped or torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        refuse("decode_step", "derivative or vmap", remedy)
+    refuse_tangents("decode_step", *tensors)
+
+
 def decode_step(
     weights: DecoderWeights,
     tokens: Tensor,
@@ -102,7 +117,7 @@ def decode_step(
 ) -> Tensor:
     """The next logits of every sequence; the keys and values of its token are written on the way.
 
-    There are no gradients: call it with weights that need none, or under torch.no_grad().
+    There are no gradients: weights that require one are refused unless under torch.no_grad().
 
     Args:
         weights: a decoder, as `openelm.decoder_weights_of` gives it; its matrices may be plain,
@@ -143,6 +158,8 @@ def decode_step(
         within("positions", positions, weights.rope_table.shape[0], "rope_table's length")
         within("positions", positions, arena.max_length, "the cache's max_length")
         return reference.decode_step(weights, tokens, positions, arena, chosen)
+    if unusual() or torch.is_grad_enabled():
+        _refuse_derivatives(weights, arena)
     table = table_of(weights)
     _check_shares(arena, table.kv_heads)
     return kernel("decode_step_fwd", backend)(

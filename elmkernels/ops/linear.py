@@ -17,8 +17,11 @@ from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define, kernel, optional_kernel
 from ..checks import fail, floating, last_dim_contiguous, like, shape
 from ..checks import weight as check_norm
+from ..derivatives import unusual
 from ..weights.checks import check_weight
 from ..weights.formats import Parts, Weight, form_of
+from ._cost import of_linear
+from ._flops import counted
 from ._linear_dense import BLOCK_BYTES, FrozenLinear, blocks, dense_product, dense_rows
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated
@@ -57,6 +60,7 @@ define(
         lambda like, *rest: like.new_empty((rest[-1] - rest[-2], rest[-3])),
     ),
 )
+counted("linear", fwd=of_linear, fused=of_linear)
 
 
 def linear(
@@ -97,10 +101,11 @@ def linear(
     chosen = choose("linear", x.device.type, backend)
     if chosen == REFERENCE:
         return reference.linear(x, weight, norm, eps, swiglu, residual)
+    special = unusual()
     others = [t for t in (x, norm, residual, weight) if isinstance(t, Tensor)]
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in others)
     rows = x.numel() // max(1, x.shape[-1])
-    streamed = not wants and 0 < rows <= MAX_ROWS and x.numel() and weight.shape[0]
+    streamed = not (wants or special) and 0 < rows <= MAX_ROWS and x.numel() and weight.shape[0]
     around = swiglu or norm is not None or residual is not None
     if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
         residual = None if residual is None else last_dim_contiguous(residual)
@@ -111,15 +116,17 @@ def linear(
     if streamed:
         y = kernel("linear_fwd", chosen)(last_dim_contiguous(x), *_parts(weight))
     else:
-        y = _torch_product(x, weight, wants, chosen)
+        y = _torch_product(x, weight, wants, special, chosen)
     if swiglu:
         y = gated(y, backend=backend)
     return y if residual is None else residual + y
 
 
-def _torch_product(x: Tensor, weight: Weight, wants: bool, backend: str) -> Tensor:
+def _torch_product(x: Tensor, weight: Weight, wants: bool, special: bool, backend: str) -> Tensor:
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
+    if special:
+        return FrozenLinear.transformed(x, weight, backend)
     return FrozenLinear.apply(x, weight, backend) if wants else dense_product(x, weight, backend)
 
 

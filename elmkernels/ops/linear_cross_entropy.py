@@ -12,12 +12,13 @@ reduction "none" always does.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define
 from ..checks import fail, floating, integers, is_integer
+from ..derivatives import Derivative, once, unusual
 from ._chunked_loss import check_targets, joined, run
+from ._flops import counted
 
 define(
     "linear_cross_entropy",
@@ -30,34 +31,40 @@ define(
     ),
     add=("(Tensor(a!) total, Tensor share, Tensor? scale, bool fresh) -> ()", lambda *_: None, CPU),
 )
+counted("linear_cross_entropy")  # its products are those of `_chunked_loss`
 
 
-class _Losses(torch.autograd.Function):
+class _Losses(Derivative):
     """The loss of every row."""
 
+    op = "linear_cross_entropy"
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, options, backend):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.options, ctx.backend = options, backend
+    def forward(hidden, weight, targets, ignore_index, z_loss, smoothing, backend):
+        options = ignore_index, z_loss, smoothing
         return run(hidden, weight, targets, None, *options, False, False, backend)[0]
 
     @staticmethod
-    @once_differentiable
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        *ctx.options, ctx.backend = inputs[3:]
+
+    @staticmethod
     def backward(ctx, dloss):
-        hidden, weight, targets = ctx.saved_tensors
-        return _gradients(ctx, hidden, weight, targets, dloss.contiguous())
+        return _again(ctx, dloss.contiguous())
 
 
 class _Sum(torch.autograd.Function):
     """The sum of the losses. What it makes in forward and gives away in backward no compiler would
-    follow: traced, it is kept as any saved tensor is.
+    follow: traced, it is kept as any saved tensor is. Transforms take the sum of _Losses.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, options, backend):
-        ctx.options, ctx.backend, ctx.made, ctx.dtype = options, backend, None, weight.dtype
+    def forward(ctx, hidden, weight, targets, *options):
+        *ctx.options, ctx.backend = options
+        ctx.made, ctx.dtype = None, weight.dtype
         wanted = ctx.needs_input_grad[:2]
-        losses, dh, dw = run(hidden, weight, targets, None, *options, *wanted, backend)
+        losses, dh, dw = run(hidden, weight, targets, None, *ctx.options, *wanted, ctx.backend)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(hidden, weight, targets, dh, *dw)
         else:
@@ -66,27 +73,33 @@ class _Sum(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss):
-        if ctx.made is not None:
-            (dh, dw), ctx.made = ctx.made, None
-            return _as_wanted(ctx, dh.mul_(dloss), joined(dw, ctx.dtype, ctx.backend, dloss))
-        hidden, weight, targets, *made = ctx.saved_tensors
+        _, _, targets, *made = ctx.saved_tensors
         if made:
             dh, *dw = (x * dloss for x in made)
             return _as_wanted(ctx, dh, joined(dw, ctx.dtype, ctx.backend))
-        return _gradients(ctx, hidden, weight, targets, dloss.expand(len(targets)).contiguous())
+        if ctx.made is None or torch.is_grad_enabled():
+            return _again(ctx, dloss.expand(len(targets)).contiguous())
+        (dh, dw), ctx.made = ctx.made, None
+        return _as_wanted(ctx, dh.mul_(dloss), joined(dw, ctx.dtype, ctx.backend, dloss))
 
 
-def _gradients(ctx, hidden, weight, targets, dloss) -> tuple:
-    wanted = ctx.needs_input_grad[:2]
-    _, dh, dw = run(hidden, weight, targets, dloss, *ctx.options, *wanted, ctx.backend)
-    return _as_wanted(ctx, dh, joined(dw, weight.dtype, ctx.backend))
+def _again(ctx, dloss: Tensor) -> tuple:
+    """The gradients by all three products."""
+    kept, wanted = ctx.saved_tensors[:3], ctx.needs_input_grad[:2]
+    arguments = *kept, dloss, *ctx.options, *wanted, ctx.backend
+    return _as_wanted(ctx, *once("linear_cross_entropy", _gradients, *arguments))
+
+
+def _gradients(hidden, weight, targets, dloss, *options) -> tuple[Tensor, Tensor | None]:
+    _, dh, dw = run(hidden, weight, targets, dloss, *options)
+    return dh, joined(dw, weight.dtype, options[-1])
 
 
 def _as_wanted(ctx, dhidden: Tensor, dweight: Tensor | None) -> tuple:
     of_hidden, of_weight = ctx.needs_input_grad[:2]
-    return dhidden if of_hidden else None, dweight if of_weight else None, None, None, None
+    gradients = dhidden if of_hidden else None, dweight if of_weight else None
+    return *gradients, *(None for _ in ctx.needs_input_grad[2:])
 
 
 def _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction) -> None:
@@ -170,13 +183,16 @@ def linear_cross_entropy(
     rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).contiguous()
     options = ignore_index, float(z_loss), float(label_smoothing)
     wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if wants and reduction != "none":
-        total = _Sum.apply(rows, weight, flat, options, backend)
+    call = rows, weight, flat, *options, backend
+    if wants and reduction != "none" and not unusual():
+        total = _Sum.apply(*call)
     else:
-        if wants:
-            losses = _Losses.apply(rows, weight, flat, options, backend)
+        if unusual():
+            losses = _Losses.transformed(*call)
+        elif wants:
+            losses = _Losses.apply(*call)
         else:
-            losses = run(rows, weight, flat, None, *options, False, False, backend)[0]
+            losses = run(*call[:3], None, *options, False, False, backend)[0]
         if reduction == "none":
             return losses.view(targets.shape)
         total = losses.sum()

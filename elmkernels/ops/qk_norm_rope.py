@@ -10,13 +10,14 @@ rms_norm's over each head; dv is copied. Only qkv, the weights and the positions
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, define, kernel
 from ..checks import broadcastable, fail, floating, integers, last_dim_contiguous, positive, within
 from ..checks import shape as check_shape
 from ..checks import weight as check_weight
+from ..derivatives import Derivative, once, refuse, unusual
+from ._flops import counted
 from ._rows_choice import rows_backend
 
 _INPUTS = (
@@ -57,26 +58,32 @@ define(
         _fake_bwd,
     ),
 )
+counted("qk_norm_rope")
 
 
-class _QKNormRope(torch.autograd.Function):
+class _QKNormRope(Derivative):
+    op = "qk_norm_rope"
+
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps, backend):
-        ctx.save_for_backward(qkv, q_weight, k_weight, positions, table)
-        ctx.eps, ctx.backend = eps, backend
+    def forward(qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps, backend):
         q, k = kernel("qk_norm_rope_fwd", backend)(
             qkv, q_weight, k_weight, positions, table, q_heads, kv_heads, eps
         )
         return q, k, _values(qkv, kv_heads, table.shape[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dq, dk, dv):
-        qkv, q_weight, k_weight, positions, table = ctx.saved_tensors
-        dqkv, dq_weight, dk_weight = kernel("qk_norm_rope_bwd", ctx.backend)(
-            last_dim_contiguous(dq), last_dim_contiguous(dk), last_dim_contiguous(dv),
-            qkv, q_weight, k_weight, positions, table, ctx.eps,
-        )  # fmt: skip
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.eps, ctx.backend = inputs[7:]
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        _, q_weight, k_weight, *_ = saved = ctx.saved_tensors
+        bwd, cotangents = (
+            kernel("qk_norm_rope_bwd", ctx.backend),
+            map(last_dim_contiguous, cotangents),
+        )
+        dqkv, dq_weight, dk_weight = once("qk_norm_rope", bwd, *cotangents, *saved, ctx.eps)
         dq_weight = None if q_weight is None else dq_weight
         dk_weight = None if k_weight is None else dk_weight
         return dqkv, dq_weight, dk_weight, None, None, None, None, None, None
@@ -146,6 +153,8 @@ def _checked_cache(
             "qkv and the weights must not require a gradient when a cache is written: "
             "call under torch.no_grad()"
         )
+    if unusual():
+        refuse("qk_norm_rope", "derivative or vmap if a cache is written", "call it without one")
     return k_cache, v_cache, slots
 
 
@@ -201,8 +210,7 @@ def qk_norm_rope(
         (torch.Size([1, 5, 4, 16]), torch.Size([1, 5, 2, 16]))
     """
     _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
-    cache = None
-    flat = qkv.dim() == 2
+    cache, flat = None, qkv.dim() == 2
     if k_cache is not None or v_cache is not None or slots is not None:
         cache = _checked_cache(
             qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache, slots
@@ -223,8 +231,8 @@ def qk_norm_rope(
         slots = slots.expand(qkv.shape[:2])
         q = kernel("qk_norm_rope_cache", backend)(*inputs, k_cache, v_cache, slots)
         return q, k_cache, v_cache
-    if _wants_gradient(qkv, q_weight, k_weight):
-        q, k, v = _QKNormRope.apply(*inputs, backend)
+    if (special := unusual()) or _wants_gradient(qkv, q_weight, k_weight):
+        q, k, v = (_QKNormRope.transformed if special else _QKNormRope.apply)(*inputs, backend)
     else:
         q, k = kernel("qk_norm_rope_fwd", backend)(*inputs)
         v = _values(qkv, kv_heads, rope_table.shape[1])

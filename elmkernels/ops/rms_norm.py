@@ -7,12 +7,13 @@ Nothing but x and the weight is saved: a backward kernel reads the row anyway an
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, define, kernel
 from ..checks import floating, last_dim_contiguous
 from ..checks import weight as check_weight
+from ..derivatives import Derivative, once, unusual
+from ._flops import counted
 from ._rows_choice import rows_backend
 
 define(
@@ -28,22 +29,25 @@ define(
         lambda dy, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     ),
 )
+counted("rms_norm")
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Derivative):
+    op = "rms_norm"
+
     @staticmethod
-    def forward(ctx, x, weight, eps, backend):
-        ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.backend = eps, backend
+    def forward(x, weight, eps, backend):
         return kernel("rms_norm_fwd", backend)(x, weight, eps)
 
     @staticmethod
-    @once_differentiable
+    def keep(ctx, inputs, output):
+        x, weight, ctx.eps, ctx.backend = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx, dweight = kernel("rms_norm_bwd", ctx.backend)(
-            last_dim_contiguous(dy), x, weight, ctx.eps
-        )
+        bwd = kernel("rms_norm_bwd", ctx.backend)
+        dx, dweight = once("rms_norm", bwd, last_dim_contiguous(dy), *ctx.saved_tensors, ctx.eps)
         return dx, dweight, None, None
 
 
@@ -53,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
     Args:
         x: [..., n] float32, bfloat16 or float16, any strides; a last dimension whose stride isn't 1
             is copied.
-        weight: [n] in x's dtype or float32.
+        weight: [n] in x's dtype or float32; torch.ones(n) for a norm that has none.
         eps: what is added to the mean of the squares.
         backend: a backend by its name, which never falls back; None for the best here.
 
@@ -77,6 +81,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
     if backend == REFERENCE:
         return reference.rms_norm(x, weight, eps)
     x = last_dim_contiguous(x)
+    if unusual():
+        return _RMSNorm.transformed(x, weight, eps, backend)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps, backend)
     return kernel("rms_norm_fwd", backend)(x, weight, eps)

@@ -6,11 +6,12 @@ written as one [dgate | dup]. Only gate_up is saved; silu is recomputed.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import CPU, REFERENCE, choose, define, kernel
 from ..checks import fail, floating, last_dim_contiguous
+from ..derivatives import Derivative, once, unusual
+from ._flops import counted
 
 define(
     "swiglu",
@@ -24,20 +25,25 @@ define(
         lambda dy, gate_up: gate_up.new_empty(gate_up.shape),
     ),
 )
+counted("swiglu")
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Derivative):
+    op = "swiglu"
+
     @staticmethod
-    def forward(ctx, gate_up, backend):
-        ctx.save_for_backward(gate_up)
-        ctx.backend = backend
+    def forward(gate_up, backend):
         return kernel("swiglu_fwd", backend)(gate_up)
 
     @staticmethod
-    @once_differentiable
+    def keep(ctx, inputs, output):
+        gate_up, ctx.backend = inputs
+        ctx.save_for_backward(gate_up)
+
+    @staticmethod
     def backward(ctx, dy):
-        (gate_up,) = ctx.saved_tensors
-        return kernel("swiglu_bwd", ctx.backend)(last_dim_contiguous(dy), gate_up), None
+        bwd = kernel("swiglu_bwd", ctx.backend)
+        return once("swiglu", bwd, last_dim_contiguous(dy), *ctx.saved_tensors), None
 
 
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -65,6 +71,8 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     if backend == REFERENCE:
         return reference.swiglu(gate_up)
     gate_up = last_dim_contiguous(gate_up)
+    if unusual():
+        return _SwiGLU.transformed(gate_up, backend)
     if gate_up.requires_grad and torch.is_grad_enabled():
         return _SwiGLU.apply(gate_up, backend)
     return kernel("swiglu_fwd", backend)(gate_up)

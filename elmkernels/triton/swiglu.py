@@ -102,11 +102,13 @@ def _bwd(
     dy = tl.load(dy + cols, mask=live, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + cols, mask=live, other=0.0).to(tl.float32)
     up = tl.load(gate_up + n + cols, mask=live, other=0.0).to(tl.float32)
-    s = 1.0 / (1.0 + tl.exp(-gate))
+    more = 1.0 + tl.exp(-gate)
+    s = 1.0 / more
+    silu = (gate / more).to(dtype).to(tl.float32)
     dgate_up += (row * 2 * n)[:, None] + cols
     dgate = dy * up * s * (1.0 + gate * (1.0 - s))
     tl.store(dgate_up, dgate.to(dtype), mask=live)
-    tl.store(dgate_up + n, (dy * gate * s).to(dtype), mask=live)
+    tl.store(dgate_up + n, (dy * silu).to(dtype), mask=live)
 
 
 def swiglu_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .formats import BITS, GROUP_SIZES, Affine
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.inference_mode(False)  # its threads have no such mode, and what it makes outlives this one
 def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 64) -> Affine:
     """w floating [n, k] -> its quantized form, on the same device.
 

@@ -27,13 +27,17 @@ class _Passed(NamedTuple):
 _PASSED: dict[int, _Passed] = {}
 
 
-def writes(x: Tensor) -> int:
+def _writes(x: Tensor) -> int:
     """How often a tensor was written in place; -1 if torch doesn't know."""
     return -1 if x.is_inference() else x._version
 
 
+def _without_numbers(x: Tensor) -> bool:
+    return x.is_meta or (type(x) is not Tensor and is_fake(x))
+
+
 def _state(tensors: tuple[Tensor, ...]) -> tuple:
-    return tuple((x.data_ptr(), x.numel(), writes(x)) for x in tensors)
+    return tuple((x.data_ptr(), x.numel(), _writes(x)) for x in tensors)
 
 
 def read_once(
@@ -42,7 +46,7 @@ def read_once(
     """Call read(), which raises if the numbers in `tensors` are wrong, unless it passed before for
     these tensors, with the same `facts`, and they are what they were.
     """
-    if torch.compiler.is_compiling() or any(x.is_meta or is_fake(x) for x in tensors):
+    if torch.compiler.is_compiling() or any(map(_without_numbers, tensors)):
         return
     tensors = tuple(map(values_of, tensors))
     key, state = id(tensors[0]), _state(tensors)

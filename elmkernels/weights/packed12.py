@@ -37,6 +37,7 @@ def count_exponents(w: Tensor) -> Table:
     return Table(table, len(common), int(counts.sum() - counts[common].sum()))
 
 
+@torch.inference_mode(False)  # what it makes outlives the mode
 def pack_weight(w: Tensor, table: Table | None = None) -> Packed12:
     """w bfloat16 [n, k] -> its packed form, on the same device; `reference.dense` gives back every
     bit. table: what `count_exponents` found, if that is known. Raises ValueError for another w.

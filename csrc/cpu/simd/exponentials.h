@@ -50,6 +50,41 @@ inline Vec sigmoid(Vec a, T type) {
   return sigmoid_from(exp_of_minus(a, type), type);
 }
 
+// Beyond kTail exp is clamped, and a large a would magnify what it clamps: a sigmoid of 0 and a
+// complement of 0 are exact there, but for the last numbers that float holds.
+constexpr float kTail = 80.0f;
+
+// a exp(b) for b < -kTail: 0 from -2 kTail on, as in float; NaN of infinity times 0.
+inline Vec times_exp(Vec a, Vec b) {
+  const Vec root = where_below(b, -2 * kTail, vec(0.0f), exp_clamped(b * vec(0.5f)));
+  return a * root * root;
+}
+
+// silu(a) = a sigmoid(a).
+template <class T>
+inline Vec silu(Vec a, T type) {
+  const Vec found = a * sigmoid(a, type);
+  if (!any_below(a, -kTail)) return found;
+  return where_below(a, -kTail, times_exp(a, a), found);
+}
+
+// silu(a), and its slope s (1 + a (1 - s)) with s = sigmoid(a). A large a magnifies what 1 - s
+// loses if it is subtracted.
+struct SiluAndSlope {
+  Vec silu, slope;
+};
+template <class T>
+inline SiluAndSlope silu_and_slope(Vec a, T type) {
+  const Vec minus = vec(0.0f) - a;
+  const Vec e = where_below(minus, -kTail, vec(0.0f), exp_of_minus(a, type));
+  const Vec s = sigmoid_from(e, type);
+  SiluAndSlope found{a * s, s * fma(a, e * s, vec(1.0f))};
+  if (!any_below(a, -kTail)) return found;
+  found.silu = where_below(a, -kTail, times_exp(a, a), found.silu);
+  found.slope = where_below(a, -kTail, times_exp(vec(1.0f) + a, a), found.slope);
+  return found;
+}
+
 // 2^a for a up to 127, exactly 0 for a <= -160: by the polynomials above, to 2e-9 for float.
 inline Vec exp2_of(Vec a, float) {
   const Vec t = clamp(a, kPowerOfZero, 127.0f);

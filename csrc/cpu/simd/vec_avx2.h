@@ -69,6 +69,13 @@ inline Vec rounded(Vec a, fp16) { return widen(narrow(a, fp16{}), fp16{}); }
 inline Vec clamp(Vec a, float low, float high) {
   return {_mm256_min_ps(vec(high).v, _mm256_max_ps(vec(low).v, a.v))};
 }
+// For each lane whether x < limit, which no NaN is.
+inline bool any_below(Vec x, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.v, vec(limit).v, _CMP_LT_OQ)) != 0;
+}
+inline Vec where_below(Vec x, float limit, Vec then, Vec otherwise) {
+  return {_mm256_blendv_ps(otherwise.v, then.v, _mm256_cmp_ps(x.v, vec(limit).v, _CMP_LT_OQ))};
+}
 inline Vec nearest(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

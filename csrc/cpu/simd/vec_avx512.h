@@ -75,6 +75,14 @@ inline Vec clamp(Vec a, float low, float high) {
   // If either operand is a NaN, min and max return the second one: so the constants go first.
   return {_mm512_min_ps(vec(high).v, _mm512_max_ps(vec(low).v, a.v))};
 }
+// For each lane whether x < limit, which no NaN is.
+inline bool any_below(Vec x, float limit) {
+  return _mm512_cmp_ps_mask(x.v, vec(limit).v, _CMP_LT_OQ) != 0;
+}
+inline Vec where_below(Vec x, float limit, Vec then, Vec otherwise) {
+  const __mmask16 below = _mm512_cmp_ps_mask(x.v, vec(limit).v, _CMP_LT_OQ);
+  return {_mm512_mask_blend_ps(below, otherwise.v, then.v)};
+}
 inline Vec nearest(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

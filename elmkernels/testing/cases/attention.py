@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops._cost import of_attention, of_attention_bwd
 from ...reference.attention import visible_keys, without_unseen
 from ...reference.common import document_of
 from ..equivalent import Orders, put_back, take
@@ -232,14 +233,9 @@ def baselines(args: tuple, kwargs: dict, device: torch.device) -> dict[str, Call
 
 def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     q, k = args[:2]
-    batch, lq, heads, head_dim = q.shape
-    lk = k.shape[1]
-    pairs = batch * (lq * (lk - lq) + lq * (lq + 1) // 2)  # causal
-    if "cu_seqlens" in kwargs:
-        pairs = sum(n * (n + 1) // 2 for n in kwargs["cu_seqlens"].diff().tolist())
-    forward = 4 * heads * head_dim * pairs
-    # The backward makes five products of the forward's two, scores among them.
-    return forward + forward * 5 // 2 if backward else forward
+    ends = kwargs.get("cu_seqlens")
+    forward = of_attention(q, k, ends)
+    return forward + of_attention_bwd(q, k, ends) if backward else forward
 
 
 def reordered(

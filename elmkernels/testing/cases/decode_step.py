@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import reference
 from ...openelm.config import OpenELMConfig
+from ...ops._cost import of_step
 from ...reference import rope_table
 from ...weights.formats import Arena, DecoderWeights, Layer, Weight
 from ..equivalent import Orders, put_back, take
@@ -206,7 +207,7 @@ def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward
 
 def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     weights, tokens = args[:2]
-    return 2 * tokens.numel() * sum(w.shape[0] * w.shape[1] for w in _matrices(weights))
+    return of_step([w.shape for w in _matrices(weights)], tokens.numel())
 
 
 def reordered(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
+from ...ops._cost import of_linear
 from ...weights.formats import Weight
 from ...weights.packed12 import pack_weight
 from ..equivalent import Orders, flat_rows, put_back, take
@@ -195,8 +196,7 @@ def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward
 
 
 def operations(args: tuple, kwargs: dict, backward: bool) -> int:
-    x, weight = args
-    return 2 * x.numel() * weight.shape[0]
+    return of_linear(*args)
 
 
 def reordered(

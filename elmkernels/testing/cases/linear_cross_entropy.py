@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
+from ...ops._cost import of_losses
 from ..equivalent import Orders, flat_rows, put_back, take
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 from .spec import OpSpec, installed, liger, total_bytes
@@ -137,8 +138,7 @@ def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward
 
 
 def operations(args: tuple, kwargs: dict, backward: bool) -> int:
-    hidden, weight = args[:2]
-    return (6 if backward else 2) * hidden.numel() * weight.shape[0]
+    return of_losses(*args[:2], 3 if backward else 1)
 
 
 def reordered(
