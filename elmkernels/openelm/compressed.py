@@ -49,7 +49,7 @@ class _Product(Derivative):
         return once(_Product.op, _gradient, dy, ctx.weight, remedy=_Product.remedy), None
 
 
-def _gradient(dy: Tensor, weight: Form) -> Tensor:
+def _gradient(dy: Tensor, weight: Weight) -> Tensor:
     return dy @ dense_rows(weight, dy.dtype, 0, weight.shape[0])
 
 
