@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends import SDPA, Preference, choose
 from ..checks import fail
+from ..derivatives import refuse_tangents
 
 TRITON = "triton"
 TRITON_HEAD_DIM = 256  # the largest whose tiles fit registers and shared memory
@@ -24,6 +25,15 @@ ON_GPU: dict[str, Preference] = {
     "token": Preference((SDPA, TRITON), _FLASH),
     "prompt": Preference((SDPA, TRITON), _FLASH),
 }
+
+
+# Of derivatives that aren't there: torch's fast ways have them no more than kernels do.
+REMEDY = 'call it with backend="reference" under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)'
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """Raise NotImplementedError where torch's own attention would name an operation of its own."""
+    refuse_tangents("attention", *tensors, remedy=REMEDY)
 
 
 def kind_of(

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..derivatives import refuse_tangents
 from ..reference.attention import visible_keys, without_unseen
-
-# Of derivatives that aren't there: torch's fast ways have them no more than kernels do.
-REMEDY = 'call it with backend="reference" under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)'
+from ._attention_choice import refuse_forward_mode
 
 
 def by_sdpa(
@@ -26,7 +23,7 @@ def by_sdpa(
     scale: float | None,
 ) -> Tensor:
     """The op on arguments that it has checked, with at least one query."""
-    refuse_tangents("attention", q, k, v, remedy=REMEDY)
+    refuse_forward_mode(q, k, v)
     if cu_seqlens is not None:
         return _documents(q, k, v, cu_seqlens.diff().tolist(), scale)
     batch, lq, q_heads, head_dim = q.shape

@@ -16,8 +16,8 @@ from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ..derivatives import Derivative, once, unusual
 from . import _cost, _flops
-from ._attention_choice import attention_backend, kind_of
-from ._sdpa import REMEDY, by_sdpa
+from ._attention_choice import REMEDY, attention_backend, kind_of
+from ._sdpa import by_sdpa
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _SIGHT = "Tensor? key_mask, Tensor? offsets, Tensor? cu_seqlens, float scale"
