@@ -4,6 +4,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -99,8 +100,8 @@ def integers(name: str, x: Tensor, device: torch.device) -> None:
 def values_of(x: Tensor) -> Tensor:
     """The tensor that torch.func's transforms have wrapped, with their batches as dimensions: its
     numbers can be read; x itself if there are none."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
     return x
 
 
