@@ -5,6 +5,7 @@ from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,9 +101,8 @@ def integers(name: str, x: Tensor, device: torch.device) -> None:
 def values_of(x: Tensor) -> Tensor:
     """The tensor that torch.func's transforms have wrapped, with their batches as dimensions: its
     numbers can be read; x itself if there are none."""
-    functorch = getattr(torch._C, "_functorch")  # noqa: B009 - torch's stubs don't have it
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
     return x
 
 

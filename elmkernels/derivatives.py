@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -40,12 +41,12 @@ def refuse_tangents(op: str, *tensors: Tensor | None, remedy: str | None = None)
 def _is_dual(x: Tensor) -> bool:
     """Whether a tensor, or what transforms have wrapped in it, carries a tangent."""
     while True:
-        batched = torch._C._functorch.is_batchedtensor(x)
+        batched = is_batchedtensor(x)
         if not batched and forward_ad.unpack_dual(x).tangent is not None:
             return True
-        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if not is_functorch_wrapped_tensor(x):
             return False
-        x = torch._C._functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
 
 
 class Derivative:
