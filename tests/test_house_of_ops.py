@@ -77,8 +77,10 @@ def known_in() -> dict[str, set[str]]:
     return found
 
 
-# Words that are no op: a field of OpenELM's config, an option of `linear`, a fact of llama.cpp's.
+# Words that are no op: a field of OpenELM's config, an option of `linear`, a fact of llama.cpp's,
+# what transformers calls an interface.
 OTHER_WORDS = {
+    "elmkernels/integrations/huggingface/attention.py": "attention",
     "elmkernels/openelm/config.py": "rms_norm",
     "elmkernels/testing/cases/_linear_fused.py": "swiglu",
     "elmkernels/bench/runners.py": "attention",

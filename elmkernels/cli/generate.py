@@ -90,7 +90,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         metavar="TEXT",
         default=[],
-        help="text that ends a row and is not printed; may be given again",
+        help="text that ends a row; may be given again",
     )
     how = parser.add_argument_group("how it runs")
     add_device(how)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.reports import Recorded
-from test_generation import LLAMA, SIZES, load
+from helpers.reports import LLAMA, SIZES, Recorded, load
 
 from elmkernels.acceleration import projections, swap
 from elmkernels.bench.baselines.apart import Apart, Died, ending

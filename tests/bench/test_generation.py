@@ -6,41 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.reports import Recorded
+from helpers.reports import CONFIG, LLAMA, SIZES, Recorded, load
 
 from elmkernels import OpenELM, OpenELMConfig
 from elmkernels.acceleration import routines, swap
 from elmkernels.bench import chart, generation, machine
 from elmkernels.bench.baselines import llama_cpp
 from elmkernels.bench.benchmark import COMPILED, EAGER, OURS
-from elmkernels.bench.generation import Generation, GenerationSizes
+from elmkernels.bench.generation import Generation
 from elmkernels.bench.generation_figures import BEST
 from elmkernels.bench.runners import Task, TorchRunner, compress
 from elmkernels.cli.main import main
 
-# Heads and groups that llama.cpp and every format take.
-CONFIG = OpenELMConfig(
-    num_transformer_layers=2,
-    model_dim=128,
-    head_dim=64,
-    num_gqa_groups=2,
-    vocab_size=256,
-    ffn_dim_divisor=64,
-    qkv_multipliers=(0.5, 1.0),
-    ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True,
-    ffn_with_glu=True,
-    share_input_output_layers=True,
-    rope_max_length=64,
-)
-SIZES = GenerationSizes(prefill=12, prompt=6, steps=4, batch=2, rounds=2, agree=4, probe=1 << 20)
 BASELINES = {
     "fp32": {"eager fp32", "ours fp32"},
     "16-bit": {"eager bf16", "ours bf16", "ours packed12"},
     "int8": {"eager bf16", "ours int8"},
     "int4": {"eager bf16", "ours int4"},
 }
-LLAMA = {"fp32": ["F32"], "16-bit": ["F16", "BF16"], "int8": ["Q8_0"], "int4": ["Q4_0"]}
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +39,6 @@ def brief(monkeypatch):
 @pytest.fixture
 def without_llama(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-
-
-def load(dtype: torch.dtype) -> OpenELM:
-    return OpenELM.from_config(CONFIG, seed=3, dtype=dtype)
 
 
 def measured(**options) -> tuple[dict, list[str]]:

@@ -18,7 +18,7 @@ CONFIG = OpenELMConfig(
 IDS = torch.tensor([[1, 2, 3, 4]])
 DEEDS = {
     "8 bits": lambda m: quantize(m, 8, 32, progress=False),
-    "4 bits": lambda m: quantize(m, 4, 64, progress=False),
+    "4 bits": lambda m: quantize(m, 4, 32, progress=False),
     "packed": lambda m: pack(m, progress=False),
     "packed and unpacked": lambda m: (pack(m, progress=False), unpack(m, progress=False)),
     "packed, then 4 bits": lambda m: (pack(m, progress=False), quantize(m, 4, 32, progress=False)),
