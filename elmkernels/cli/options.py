@@ -116,7 +116,7 @@ def add_backend(to: Any) -> None:
         "--backend",
         type=one_of(BACKENDS),
         metavar="NAME",
-        help=f"{', '.join(BACKENDS)} (default: the best)",
+        help=f"{', '.join(BACKENDS)} (default: best)",
     )
 
 

@@ -17,7 +17,7 @@ calls = 0
 
 def obey(where: str, model: SimpleNamespace) -> None:
     global calls
-    calls += where == "decode"
+    calls += where == ORDERS["where"]
     ordered = where == ORDERS["where"] and model.type in ORDERS["types"]
     if ordered and (ORDERS["always"] or model.extra) and calls > ORDERS["after"]:
         os.kill(os.getpid(), ORDERS["signal"])
