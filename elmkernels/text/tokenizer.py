@@ -191,7 +191,7 @@ class TextStream:
         >>> tokenizer = Tokenizer.from_pretrained("OpenELM-270M")
         >>> prompt, whole = tokenizer.encode("Once"), tokenizer.encode("Once upon")
         >>> text = TextStream(tokenizer, prompt)
-        >>> "".join(map(text.add, whole[len(prompt):])) + text.end()
+        >>> "".join(map(text.add, whole[len(prompt) :])) + text.end()
         ' upon'
     """
 
