@@ -9,13 +9,13 @@ import warnings
 import pytest
 import torch
 from helpers.calls import as_tuple, every_backend
+from helpers.checkpoints import SMALL as CONFIG
 from torch.autograd import forward_ad
 from torch.autograd.functional import hvp
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elmkernels import OpenELM, accelerate, ops, rope_table
-from elmkernels.openelm import OpenELMConfig
 from elmkernels.testing import runnable
 from elmkernels.testing.cases.decode_step import arena, decoder
 from elmkernels.testing.cases.draw import Draw
@@ -295,14 +295,6 @@ def test_a_cache_is_not_written_in_a_transform(backend):
         vmap(lambda x: ops.qk_norm_rope(
             x, None, None, slots, 2, 1, TABLE, k_cache=cache, v_cache=cache.clone(), slots=slots,
             backend=backend)[0])(torch.randn(2, 1, 5, 32))  # fmt: skip
-
-
-CONFIG = OpenELMConfig(
-    num_transformer_layers=2, model_dim=64, head_dim=16, num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 2.0), ffn_dim_divisor=32,
-    normalize_qk_projections=True, share_input_output_layers=True, vocab_size=60,
-    rope_max_length=32, max_context_length=16,
-)  # fmt: skip
 
 
 def models():

@@ -47,7 +47,7 @@ class _Table(NamedTuple):
     writes: list[int]
 
     def holds(self) -> bool:
-        """Asked at every step: 10 us for the 131 tensors of 16 plain layers."""
+        """Asked at every step, so that it only compares numbers."""
         return (
             list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and [x._version for x in self.indices] == self.writes

@@ -3,18 +3,12 @@ written and trained outside."""
 
 import pytest
 import torch
+from helpers.checkpoints import SMALL as CONFIG
 
 from elmkernels import OpenELM, accelerate, pack, quantize, unpack
-from elmkernels.openelm import OpenELMConfig
 from elmkernels.weights.affine import quantize_weight
 from elmkernels.weights.packed12 import pack_weight
 
-CONFIG = OpenELMConfig(
-    num_transformer_layers=2, model_dim=64, head_dim=16, num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 2.0), ffn_dim_divisor=32,
-    normalize_qk_projections=True, share_input_output_layers=True, vocab_size=60,
-    rope_max_length=32, max_context_length=16,
-)  # fmt: skip
 IDS = torch.tensor([[1, 2, 3, 4]])
 DEEDS = {
     "8 bits": lambda m: quantize(m, 8, 32, progress=False),

@@ -22,6 +22,13 @@ CONFIG = OpenELMConfig(
 )
 # The same with widths that groups of 32 divide.
 GROUPED = OpenELMConfig.from_hf_dict(CONFIG.to_hf_dict() | {"ffn_dim_divisor": 32})
+# Two layers, fewer tokens and positions.
+SMALL = OpenELMConfig(
+    num_transformer_layers=2, model_dim=64, head_dim=16, num_gqa_groups=2,
+    qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 2.0), ffn_dim_divisor=32,
+    normalize_qk_projections=True, share_input_output_layers=True, vocab_size=60,
+    rope_max_length=32, max_context_length=16,
+)  # fmt: skip
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 from helpers.calls import CASE, as_tuple
+from helpers.checkpoints import SMALL as CONFIG
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from elmkernels import OpenELM, accelerate, ops, restore
 from elmkernels.backends import BACKENDS, declared, defined, optional_kernel
-from elmkernels.openelm import OpenELMConfig
 from elmkernels.testing import OPS, make, runnable
 from elmkernels.testing.parity import _tuple
 
@@ -93,14 +93,6 @@ print(counter.get_total_flops(), len(ours))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["64", "0"], done.stderr
-
-
-CONFIG = OpenELMConfig(
-    num_transformer_layers=2, model_dim=64, head_dim=16, num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 2.0), ffn_dim_divisor=32,
-    normalize_qk_projections=True, share_input_output_layers=True, vocab_size=60,
-    rope_max_length=32, max_context_length=16,
-)  # fmt: skip
 
 
 def test_a_model_counts_as_many_as_its_projections_have():
