@@ -93,6 +93,18 @@ def test_how_the_loss_is_counted(grad):
         torch.testing.assert_close(got, summed / count, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_without_its_head(tied):
+    model = wrapped("auto", share_input_output_layers=tied)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids(2, 6), use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        torch.testing.assert_close(head(hidden), model(ids(2, 6)).logits, rtol=1e-4, atol=1e-4)
+    if tied:
+        assert head.weight is model.get_input_embeddings().weight
+    assert len(model.base_model.layers) == 3
+
+
 KEPT = {
     "the last": (1, lambda x: x[:, -1:]),
     "positions": (torch.tensor([0, 4]), lambda x: x[:, [0, 4]]),

@@ -11,10 +11,37 @@ from ...openelm.compressed import Compressed
 from ...surgery import is_accelerated
 
 
+class Backbone:
+    """The model without its head, as transformers calls a base model: what a trainer that projects
+    by itself asks for. Everything else that it has is the `elmkernels.OpenELM`'s.
+
+    Args:
+        model: the model with its head.
+    """
+
+    _tp_plan = _pp_plan = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the last norm, `last_hidden_state` [batch, length, model_dim]."""
+        # The class's own: that of the instance may be what is calling.
+        return type(self._model).forward(self._model, *args, hidden_only=True, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.transformer, name)
+
+
 class HasEmbeddings:
     """An `OpenELMForCausalLM`'s embedding, which is its projection too if the two are tied."""
 
     _asked: tuple[str, dict[str, Any]] = ("auto", {})  # of `accelerate`, the last time
+
+    @property
+    def base_model(self) -> Backbone:
+        """The model without its head."""
+        return Backbone(self)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings.
@@ -36,9 +63,18 @@ class HasEmbeddings:
         """The output projection.
 
         Returns:
-            The module; None if it is the embedding's weight.
+            The module; if it is the embedding's weight, a new one that shares it, and None if that
+            weight is no plain matrix.
         """
-        return self.transformer.classifier
+        body = self.transformer
+        if body.classifier is not None:
+            return body.classifier
+        weight = getattr(body.token_embeddings, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            return None
+        head = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
+        head.weight = weight
+        return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another in place of the output projection.

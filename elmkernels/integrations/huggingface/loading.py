@@ -35,6 +35,14 @@ class LoadsAndSaves:
         return self._report if is_accelerated(self.transformer) else None
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: a folder names the installed package (see `folders`), it holds no copy of it.
+
+        Args:
+            auto_class: transformers' class that found this one.
+        """
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, kernels: str | None = AUTO,
         **options: Any,
