@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...acceleration.swap import restore
 from ...checks import fail
@@ -31,6 +31,30 @@ class Backbone:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model.transformer, name)
+
+
+class TiedProjection(nn.Module):
+    """The output projection by the embedding's weight, a module of the model for those who look for
+    one: it holds no weight of its own, and no state_dict holds it.
+
+    Args:
+        model: the model that it is a part of.
+    """
+
+    bias = None
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = (model,)  # no child
+
+    @property
+    def weight(self) -> Any:
+        """The embedding's."""
+        return self._model[0].transformer.token_embeddings.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., model_dim], after the last norm, -> logits [..., vocab_size]."""
+        return self._model[0].transformer.project(hidden)
 
 
 class HasEmbeddings:
@@ -63,18 +87,12 @@ class HasEmbeddings:
         """The output projection.
 
         Returns:
-            The module; if it is the embedding's weight, a new one that shares it, and None if that
-            weight is no plain matrix.
+            The module; None if its weight is compressed.
         """
         body = self.transformer
         if body.classifier is not None:
             return body.classifier
-        weight = getattr(body.token_embeddings, "weight", None)
-        if not isinstance(weight, nn.Parameter):
-            return None
-        head = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
-        head.weight = weight
-        return head
+        return None if isinstance(body.token_embeddings, Compressed) else self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another in place of the output projection.
@@ -108,7 +126,12 @@ class HasEmbeddings:
         accelerated = is_accelerated(body)
         if accelerated:  # what was prepared of the old weight would be stale
             restore(body)
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if body.classifier is None:  # there is one matrix to be resized
+            vars(self)["get_output_embeddings"] = lambda: None
+        try:
+            embeddings = super().resize_token_embeddings(*args, **kwargs)
+        finally:
+            vars(self).pop("get_output_embeddings", None)
         body.config = replace(body.config, vocab_size=self.config.vocab_size)
         if accelerated:
             kernels, options = self._asked

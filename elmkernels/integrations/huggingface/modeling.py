@@ -17,13 +17,14 @@ from transformers.utils.generic import can_return_tuple
 from ...checks import fail
 from ...generation.step import next_logits
 from ...openelm import OpenELM
+from ...openelm.compressed import Compressed
 from ...openelm.documents import positions_of
 from ...openelm.layers import Context, RMSNorm, Rotation, check_inputs
 from . import losses
 from .attention import NAME, Attend
 from .cache import OpenELMCache
 from .configuration import OpenELMConfig
-from .embeddings import HasEmbeddings
+from .embeddings import HasEmbeddings, TiedProjection
 from .generating import CACHE, Generates
 from .loading import LoadsAndSaves
 from .output import DeferredLogits
@@ -80,6 +81,8 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         elif replace(transformer.config, model_name=None) != config.shape:
             fail("transformer", f"of the shape {config.shape}", transformer.config)
         self.transformer = transformer
+        if transformer.classifier is None:
+            self.lm_head = TiedProjection(self)
         for weight in transformer.parameters():
             if weight.device.type != "meta":  # drawn or loaded already: once is enough
                 weight._is_hf_initialized = True
@@ -124,7 +127,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         body = self.transformer
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        elif isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, Compressed):
             layers = body.layers
             residual = {id(m) for layer in layers for m in (layer.attn.out_proj, layer.ffn.proj_2)}
             columns = 2 * len(layers) * body.config.model_dim
