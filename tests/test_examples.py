@@ -1,5 +1,6 @@
 """Every example runs at its smallest, as a user starts it, and says what it promises."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,12 @@ SAYS = {
     "train_tiny": "step 4: loss",
 }
 
+# What is trained by what is not installed everywhere: with the reader's own folder and data.
+RECIPES = {
+    "dpo_instruct": {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran"},
+    "lora_commonsense": {"instruction": "Who sat?", "input": "", "output": "the cat"},
+}
+
 
 def run(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -32,7 +39,7 @@ def run(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess
 
 
 def test_every_example_has_a_line_here():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(SAYS)
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*SAYS, *RECIPES}
 
 
 @pytest.mark.parametrize("name", SAYS)
@@ -52,6 +59,33 @@ def test_an_example_takes_a_checkpoint(folder, tmp_path):
     done = run("accelerate_and_verify", tmp_path, "--checkpoint", str(folder), "--tokens", "8")
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.count(b"ok ") > 10
+
+
+@pytest.mark.ecosystem
+@pytest.mark.parametrize(("name", "options"), [
+    ("dpo_instruct", []), ("dpo_instruct", ["--model", "1_1B"]), ("lora_commonsense", []),
+    ("lora_commonsense", ["--dora"]),
+])  # fmt: skip
+def test_a_recipe_trains(name, options, tmp_path):
+    from helpers.tokenizers import hugging_face
+    from helpers.transformers_models import body
+
+    for needed in ("transformers", "peft", "datasets", "trl"):
+        pytest.importorskip(needed)
+    source, out, data = (tmp_path / n for n in ("source", "out", "data.json"))
+    body().save_pretrained(source)
+    hugging_face(source)
+    names = '{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}'
+    (source / "tokenizer_config.json").write_text(names)
+    data.write_text("\n".join([json.dumps(RECIPES[name])] * 16))
+    options = ["--checkpoint", source, "--data", data, "--out", out, "--steps", "2", *options]
+    done = run(name, tmp_path, *map(str, options))
+    assert done.returncode == 0, done.stderr.decode()
+    said = done.stdout.decode()
+    assert "accelerated (elmkernels model): 3 layers" in said
+    assert ("12 projections inside of peft's" in said) == (name == "lora_commonsense")
+    saved = "adapter_model.safetensors" if name == "lora_commonsense" else "model.safetensors"
+    assert (out / saved).is_file()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
