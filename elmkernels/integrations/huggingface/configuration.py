@@ -42,6 +42,7 @@ class OpenELMConfig(PreTrainedConfig):
     """
 
     model_type = "openelm"
+    auto_map = None  # TRL reads it of every configuration
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "hidden_size": "model_dim",
