@@ -1,8 +1,8 @@
 """Dispatch: which backends exist, why one can't run here, and which an op takes.
 
-Two tables of preference depend on a call's tensors and stand beside the ops: `FEW` is read by
-ops/_rows_choice, attention has one of its own in ops/_attention_choice. What a very GPU can run is
-asked outside of dispatch, by `devices.backend_choices`.
+Two tables of preference depend on a call's tensors: `FEW`, of few rows, and attention's own, in
+ops/_attention_choice. What this very GPU can run is asked outside of dispatch, by
+`devices.backend_choices`.
 
 A backend is a name, its devices, and the reason why it can't run here, if it can't. Every raw
 kernel `rms_norm_fwd` is the torch op `elmkernels_<backend>::rms_norm_fwd`. Availability is decided
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from . import libraries
 from .libraries import build_report as build_report
@@ -310,6 +311,18 @@ def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = (
     if chosen is None:
         _refuse(op, device, backend)
     return chosen
+
+
+def rows_backend(op: str, named: str | None, x: Tensor, *weights: Tensor | None) -> str:
+    """The backend of a call on x [..., n]: the named one, or the first that can run here in the
+    order for x's device, its number of rows, and whether x or a weight asks for a gradient.
+    """
+    device = x.device.type
+    if named is None and device in FEW and x.numel() <= FEW_ROWS * x.shape[-1]:
+        wants = any(t is not None and t.requires_grad for t in (x, *weights))
+        if not (wants and torch.is_grad_enabled()):
+            return choose(op, device, None, FEW[device].order)
+    return choose(op, device, named)
 
 
 def _refuse(op: str, device: str, name: str | None) -> NoReturn:

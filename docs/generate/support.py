@@ -9,10 +9,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from elmkernels.backends import COMPOSED, PREFERENCE, REFERENCE, declared, defined, implements
+from elmkernels.backends import (
+    COMPOSED,
+    FEW,
+    FEW_ROWS,
+    PREFERENCE,
+    REFERENCE,
+    declared,
+    defined,
+    implements,
+)  # fmt: skip
 from elmkernels.checks import DTYPES
 from elmkernels.ops._attention_choice import ON_GPU, TRITON_HEAD_DIM
-from elmkernels.ops._rows_choice import FEW, FEW_ROWS
 from elmkernels.ops.linear import MAX_ROWS
 from elmkernels.testing.cases import CASES
 from elmkernels.testing.cases.draw import make

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops._cost import of_linear
-from ..ops._flops import counts
+from ..ops._flops import counts, of_linear
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time

@@ -15,7 +15,7 @@ from .. import reference
 from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ..derivatives import Derivative, once, unusual
-from . import _cost, _flops
+from . import _flops
 from ._attention_choice import REMEDY, attention_backend, kind_of
 from ._sdpa import by_sdpa
 
@@ -39,7 +39,7 @@ define(
         lambda dout, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
     ),
 )
-_flops.counted("attention", fwd=_cost.attention_fwd, bwd=_cost.attention_bwd)
+_flops.counted("attention", fwd=_flops.attention_fwd, bwd=_flops.attention_bwd)
 
 
 class _Attention(Derivative):

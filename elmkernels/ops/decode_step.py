@@ -16,8 +16,7 @@ from ..weights.checks import check_decoder_weights
 from ..weights.formats import Arena, DecoderWeights, form_of
 from ..weights.indices import check_shares, read_once
 from ..weights.table import table_of
-from ._cost import step_fwd
-from ._flops import counted
+from ._flops import counted, step_fwd
 from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS

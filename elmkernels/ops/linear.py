@@ -20,8 +20,7 @@ from ..checks import weight as check_norm
 from ..derivatives import unusual
 from ..weights.checks import check_weight
 from ..weights.formats import Parts, Weight, form_of
-from ._cost import of_linear
-from ._flops import counted
+from ._flops import counted, of_linear
 from ._linear_dense import BLOCK_BYTES, FrozenLinear, blocks, dense_product, dense_rows
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import CPU, REFERENCE, Traits, define, kernel
+from ..backends import CPU, REFERENCE, Traits, define, kernel, rows_backend
 from ..checks import floating, last_dim_contiguous
 from ..checks import weight as check_weight
 from ..derivatives import Derivative, once, unusual
 from ._flops import counted
-from ._rows_choice import rows_backend
 
 define(
     "rms_norm",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops._cost import of_attention, of_attention_bwd
+from ...ops._flops import of_attention, of_attention_bwd
 from ...reference.attention import visible_keys, without_unseen
 from ...reference.common import document_of
 from ..equivalent import Orders, put_back, take

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
-from ...ops._cost import of_losses
+from ...ops._flops import of_losses
 from ..equivalent import Orders, flat_rows, put_back, take
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 from .spec import OpSpec, installed, liger, total_bytes
