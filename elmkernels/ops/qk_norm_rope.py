@@ -11,7 +11,7 @@ rms_norm's over each head; dv is copied. Only qkv, the weights and the positions
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from ..backends import CPU, REFERENCE, Traits, define, kernel
 from ..checks import broadcastable, fail, floating, integers, last_dim_contiguous, positive, within
 from ..checks import shape as check_shape
@@ -106,6 +106,7 @@ def _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table) ->
     floating("qkv", qkv)
     positive("q_heads", q_heads)
     positive("kv_heads", kv_heads)
+    checks.tensor("rope_table", rope_table)
     if rope_table.dim() != 2 or rope_table.shape[1] % 2 or rope_table.dtype != torch.float32:
         fail("rope_table", "float32 [length, even head_dim]",
              f"{rope_table.dtype} {list(rope_table.shape)}")  # fmt: skip
@@ -138,6 +139,7 @@ def _checked_cache(
         name = "v_cache" if k_cache is not None and slots is not None else "k_cache"
         fail("k_cache, v_cache and slots", "given together", f"{name} or slots as None")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.tensor(name, cache)
         if cache.dtype != qkv.dtype or cache.device != qkv.device:
             expected = f"{qkv.dtype} on {qkv.device} like qkv"
             fail(name, expected, f"{cache.dtype} on {cache.device}", TypeError)
@@ -210,6 +212,7 @@ def qk_norm_rope(
         (torch.Size([1, 5, 4, 16]), torch.Size([1, 5, 2, 16]))
     """
     _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
+    checks.number("eps", eps)
     cache, flat = None, qkv.dim() == 2
     if k_cache is not None or v_cache is not None or slots is not None:
         cache = _checked_cache(
