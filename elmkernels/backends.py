@@ -307,6 +307,8 @@ def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = (
         for name in order:
             if (op, device, name) in _CHOICE:
                 return name
+    elif not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     chosen = _CHOICE.get((op, device, backend))
     if chosen is None:
         _refuse(op, device, backend)

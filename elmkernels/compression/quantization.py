@@ -19,7 +19,8 @@ def quantize(
     """Quantize the matrices of a model to 8 or 4 bits, in place.
 
     A packed12 matrix is quantized from its exact weights. An accelerated model stays accelerated.
-    Interrupted, it can be called again and goes on.
+    Interrupted, it can be called again and goes on. Hooks go
+    over to the modules that replace others.
 
     Args:
         model: an `elmkernels.OpenELM`.

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import fail, floating, integers, is_integer
+from ..checks import fail, floating, integers, is_integer, number
 
 
 def check_loss(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction) -> None:
@@ -22,9 +22,9 @@ def check_loss(hidden, weight, targets, ignore_index, z_loss, label_smoothing, r
         fail("targets", f"{list(hidden.shape[:-1])} like hidden's rows", list(targets.shape))
     if not is_integer(ignore_index):
         fail("ignore_index", "an integer", repr(ignore_index), TypeError)
-    if not z_loss >= 0:
-        fail("z_loss", "at least 0", z_loss)
-    if not 0 <= label_smoothing <= 1:
-        fail("label_smoothing", "in [0, 1]", label_smoothing)
-    if reduction not in ("none", "sum", "mean"):
+    if not -(2**63) <= ignore_index < 2**63:
+        fail("ignore_index", "an integer of 64 bits", ignore_index)
+    number("z_loss", z_loss, 0)
+    number("label_smoothing", label_smoothing, 0, 1)
+    if not isinstance(reduction, str) or reduction not in ("none", "sum", "mean"):
         fail("reduction", "'none', 'sum' or 'mean'", repr(reduction))

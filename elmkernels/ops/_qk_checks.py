@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import broadcastable, fail, floating, integers, positive
+from ..checks import broadcastable, fail, floating, integers, positive, tensor
 from ..checks import shape as check_shape
 from ..checks import weight as check_weight
 from ..derivatives import refuse, unusual
@@ -20,6 +20,7 @@ def check_heads(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_tabl
     floating("qkv", qkv)
     positive("q_heads", q_heads)
     positive("kv_heads", kv_heads)
+    tensor("rope_table", rope_table)
     if rope_table.dim() != 2 or rope_table.shape[1] % 2 or rope_table.dtype != torch.float32:
         fail("rope_table", "float32 [length, even head_dim]",
              f"{rope_table.dtype} {list(rope_table.shape)}")  # fmt: skip
@@ -52,6 +53,7 @@ def checked_cache(
         name = "v_cache" if k_cache is not None and slots is not None else "k_cache"
         fail("k_cache, v_cache and slots", "given together", f"{name} or slots as None")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        tensor(name, cache)
         if cache.dtype != qkv.dtype or cache.device != qkv.device:
             expected = f"{qkv.dtype} on {qkv.device} like qkv"
             fail(name, expected, f"{cache.dtype} on {cache.device}", TypeError)

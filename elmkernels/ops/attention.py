@@ -11,7 +11,7 @@ ever scored. Backward, from the saved lse,
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ..derivatives import Derivative, once, unusual
@@ -101,10 +101,10 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_sight(q: Tensor, k: Tensor, key_mask, offsets, cu_seqlens, scale, backend: str) -> None:
     """All but q, k and v; where offsets and cu_seqlens point, unless the kernel itself will look
     or it would wait for a GPU."""
-    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype.is_floating_point):
-        fail("key_mask", f"bool {list(k.shape[:2])}", f"{key_mask.dtype} {list(key_mask.shape)}")
-    if scale is not None and not scale > 0:
-        fail("scale", "above 0", scale)
+    if key_mask is not None:
+        checks.mask("key_mask", key_mask, k.shape[:2])
+    if scale is not None:
+        checks.number("scale", scale, above=0)
     looks = backend in PREFERENCE["cpu"] and backend != SDPA and q.numel() > 0
     read = q.device.type == "cpu" and not looks and not torch.compiler.is_compiling()
     if offsets is not None:

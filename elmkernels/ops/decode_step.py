@@ -77,6 +77,12 @@ def _check(weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Ar
     if not isinstance(arena, Arena):
         fail("arena", "an Arena", type(arena).__name__, TypeError)
     tensor("arena.data", arena.data)
+    tensor("weights.norm", weights.norm)
+    if type(weights.head_dim) is not int:
+        positive("weights.head_dim", weights.head_dim)
+    for name in ("batch", "max_length", "head_dim"):
+        if type(getattr(arena, name)) is not int:
+            positive(f"arena.{name}", getattr(arena, name))
     integers("tokens", tokens, arena.data.device)
     integers("positions", positions, arena.data.device)
     if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define, kernel, optional_kernel
-from ..checks import fail, floating, last_dim_contiguous, like, shape
+from ..checks import fail, floating, last_dim_contiguous, like, number, shape, truth
 from ..checks import weight as check_norm
 from ..derivatives import unusual
 from ..weights.checks import check_weight
@@ -97,6 +97,7 @@ def linear(
         torch.Size([3, 64])
     """
     _check(x, weight, norm, swiglu, residual)
+    number("eps", eps)
     chosen = choose("linear", x.device.type, backend)
     if chosen == REFERENCE:
         return reference.linear(x, weight, norm, eps, swiglu, residual)
@@ -146,6 +147,7 @@ def _check(
         fail("weight", f"{x.dtype} like x", weight.dtype, TypeError)
     if weight.device != x.device:
         fail("weight", f"on {x.device} like x", weight.device)
+    truth("swiglu", swiglu)
     if norm is not None:
         check_norm("norm", norm, k, "x", x)
     if swiglu and n % 2:

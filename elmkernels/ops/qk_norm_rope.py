@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, define, kernel, rows_backend
-from ..checks import last_dim_contiguous, within
+from ..checks import last_dim_contiguous, number, within
 from ..derivatives import Derivative, once, unusual
 from ._flops import counted
 from ._qk_checks import check_heads, checked_cache, wants_gradient
@@ -145,6 +145,7 @@ def qk_norm_rope(
         (torch.Size([1, 5, 4, 16]), torch.Size([1, 5, 2, 16]))
     """
     check_heads(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
+    number("eps", eps)
     cache, flat = None, qkv.dim() == 2
     if k_cache is not None or v_cache is not None or slots is not None:
         cache = checked_cache(

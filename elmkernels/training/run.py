@@ -19,6 +19,7 @@ from .. import checks
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from ..openelm.tokenizer import FILES as TOKENIZER_FILES
+from ..text.added import added_beside, added_tokens
 from ..text.metadata import TOKENIZERS
 from . import routines, state
 from .data import prepare as data
@@ -246,7 +247,10 @@ def _write_model(
     written = {
         name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
     }
-    if written and any(said.files.get(name) != data for name, data in written.items()):
+    if written and not (
+        all(said.files.get(name) == data for name, data in written.items())
+        and (TOKENIZER_FILES[0] in written or added_tokens(said.files.get) == added_beside(folder))
+    ):
         said = said.without(TOKENIZERS)  # of the model that it began with
     model = OpenELM(config.with_metadata(said.with_ids(ids)), device="meta")
     model.load_state_dict(weights, assign=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import fail, floating, positive, tensor
+from ..checks import fail, floating, number, positive, tensor, truth
 from ..checks import weight as check_norm
 from .formats import DecoderWeights, Layer, Weight, check_part, form_of
 from .indices import read_once
@@ -83,6 +83,9 @@ def check_decoder_weights(weights: DecoderWeights) -> None:
         kind = type(weights.layers).__name__
         fail("weights.layers", "a tuple of Layer", f"{kind} of other things", TypeError)
     floating("weights.norm", weights.norm)
+    number("weights.eps", weights.eps)
+    truth("weights.gated", weights.gated)
+    positive("weights.head_dim", weights.head_dim)
     if weights.norm.dim() != 1 or not weights.norm.is_contiguous():
         fail("weights.norm", "[model_dim], contiguous", list(weights.norm.shape))
     if weights.head_dim < 2 or weights.head_dim % 2:
