@@ -37,7 +37,11 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# The sources of csrc/cpu that a set needs, if not all of them: the rest of its backend is another's
+# (BASES in elmkernels/backends.py). So few that parsing torch's headers beforehand costs more.
+SOME_SOURCES = {"avx512_amx": ("attention.cpp", "amx/*.cpp")}
 # Warnings are for who writes the kernels: g++ prints 100,000 lines about its own intrinsics.
 CPU_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 # Half of a small source's compilation: parsed once for each instruction set.
@@ -206,7 +210,8 @@ def plan(name: str, root: Path | None) -> Library:
         raise BuildError("no C++ compiler was found (g++ or clang++)")
     suffix = "cu" if name == "cuda" else "cpp"
     folder = ROOT / "csrc" / ("cuda" if name == "cuda" else "cpu")
-    sources = sorted(folder.glob(f"*.{suffix}"))
+    patterns = SOME_SOURCES.get(name, (f"*.{suffix}",))
+    sources = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not sources:
         raise BuildError(f"there are no sources in {folder}")
     flags = [TARGET, f"-DELMKERNELS_BACKEND=elmkernels_{name}"]
@@ -226,7 +231,8 @@ def plan(name: str, root: Path | None) -> Library:
         raise BuildError(f"needs an x86-64 processor, this is {platform.machine()}")
     flags = [*CPU_FLAGS, *INSTRUCTION_SETS[name], *flags]
     what = " ".join(INSTRUCTION_SETS[name])
-    return Library(name, cxx, flags, [*link, "-Wl,--no-as-needed"], sources, what, True)
+    few = name in SOME_SOURCES
+    return Library(name, cxx, flags, [*link, "-Wl,--no-as-needed"], sources, what, not few)
 
 
 def cores() -> int:

@@ -12,6 +12,7 @@ import torch
 
 from .backends import (
     BACKENDS,
+    BASES,
     COMPOSED,
     FEW,
     FEW_ROWS,
@@ -207,8 +208,8 @@ def _choice(
 ) -> BackendChoice:
     why = {}
     if asked is not None:
-        if asked == REFERENCE or implements(asked, op):
-            return BackendChoice(op, asked, _resolved(op, kind, asked), why)
+        if asked == REFERENCE or implements(asked, op) or implements(BASES.get(asked, ""), op):
+            return BackendChoice(op, asked, _resolved(op, kind, choose(op, kind, asked)), why)
         why[asked] = f"it has no kernels for {op}"
     why |= {name: reason for name in preferred(op, kind) if (reason := missing[name])}
     # Dispatch knows the type of a device: it is overruled if it could take what this one can't run.

@@ -3,6 +3,7 @@
 setup.py runs this file by its path, before there is a package or a torch: torch is imported late.
 """
 
+import ctypes
 import hashlib
 import json
 import re
@@ -82,7 +83,19 @@ def load(name: str) -> str | None:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return _mended(f"{path.name} can't be loaded: {error}")
-    return None
+    return _own_reason(path)
+
+
+def _own_reason(path: Path) -> str | None:
+    """Why a library that is loaded can't run here, if it has a say: whether a processor has tiles
+    is more than its flags tell.
+    """
+    ask = getattr(ctypes.CDLL(str(path)), "elmkernels_missing", None)
+    if ask is None:
+        return None
+    ask.restype = ctypes.c_char_p
+    found = ask()
+    return None if found is None else found.decode(errors="replace")
 
 
 def out_of_date(name: str) -> str | None:

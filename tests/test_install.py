@@ -85,7 +85,7 @@ def test_the_wheel_of_an_sdist_holds_the_libraries_and_no_sources(wheel):
         names = set(archive.namelist())
         report = json.loads(archive.read("elmkernels/build_report.json"))
     held = {name for name in names if name.endswith(".so")}
-    sets = {"avx2", "avx512", "avx512_bf16"}
+    sets = {"avx2", "avx512", "avx512_bf16", "avx512_amx"}
     assert {report[name] for name in sets} == {"built"}
     cuda = {"cuda"} if report["cuda"] == "built" else set()
     assert held == {f"elmkernels/_{name}.so" for name in sets | cuda}
@@ -96,11 +96,11 @@ def test_the_wheel_of_an_sdist_holds_the_libraries_and_no_sources(wheel):
 def loaded(python: str | Path, folder: Path, **environment: str) -> dict:
     found = json.loads(run(python, "-c", LOADS, folder=folder, **environment).splitlines()[-1])
     here = {name for name, why in found["missing"].items() if why is None}
-    sets = {"avx2", "avx512", "avx512_bf16"} & here
+    sets = {"avx2", "avx512", "avx512_bf16", "avx512_amx"} & here
     assert sets, found["missing"]
     assert found["failed"] == []
     assert sets <= set(found["run"])
-    for name in {"avx2", "avx512", "avx512_bf16"} - here:
+    for name in {"avx2", "avx512", "avx512_bf16", "avx512_amx"} - here:
         assert "this processor has no" in found["missing"][name]
     return found
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from elmkernels.backends import (
+    AMX,
+    AMX_GROUNDS,
+    BASES,
     COMPOSED,
     FEW,
     FEW_ROWS,
@@ -18,7 +21,7 @@ from elmkernels.backends import (
     declared,
     defined,
     implements,
-)  # fmt: skip
+)
 from elmkernels.checks import DTYPES
 from elmkernels.ops._attention_choice import ON_GPU, TRITON_HEAD_DIM
 from elmkernels.ops.linear import MAX_ROWS
@@ -112,6 +115,11 @@ def page() -> str:
         f"by does. Up to {MAX_ROWS} rows go through a streaming kernel, more through torch's "
         "product."
     )
+    tiles = (
+        f"- `{AMX}` has kernels of its own for bfloat16: `attention`, and `linear` of a compressed "
+        f"weight with more than {MAX_ROWS} rows. Its others, in other dtypes and of other ops, are "
+        f"those of `{BASES[AMX]}`, which a call takes before it if none is named ({AMX_GROUNDS})."
+    )
     head = ["op", "backend", "device", *map(_name, DTYPES), "backward"]
     return f"""{HEAD}
 {table(head, rows())}
@@ -122,6 +130,7 @@ between them (a weight made dense block by block, the gradient of a row of logit
 ## Limits
 
 {_wrapped(forms, "  ")}
+{_wrapped(tiles, "  ")}
 - `decode_step` takes up to {MAX_ROWS} sequences, the same forms of weights, and has no backward.
 - `attention` by `triton` takes heads of up to {TRITON_HEAD_DIM}.
 - No op has a derivative of a derivative, or forward-mode derivatives.

@@ -14,7 +14,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, declared, optional_kernel
@@ -84,8 +83,8 @@ def counted(op: str, **formulas: Callable[..., int]) -> None:
     for suffix in declared(op):
         name, formula = f"{op}_{suffix}", formulas.get(suffix, no_products)
         for backend in BACKENDS:
-            if optional_kernel(name, backend) is not None:
-                counts(getattr(getattr(torch.ops, f"elmkernels_{backend}"), name), formula)
+            if (raw := optional_kernel(name, backend)) is not None:
+                counts(raw.overloadpacket, formula)
 
 
 def counts(operator: Any, formula: Callable[..., int]) -> None:

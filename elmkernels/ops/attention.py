@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
+from ..backends import AMX, CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel, of_dtype
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ..derivatives import Derivative, once, unusual
 from . import _flops
@@ -24,7 +24,7 @@ _SIGHT = "Tensor? key_mask, Tensor? offsets, Tensor? cu_seqlens, float scale"
 
 define(
     "attention",
-    backends=(*CPU, "triton", SDPA),
+    backends=(*CPU, AMX, "triton", SDPA),
     traits=Traits(falls_back=True),
     order={"cuda": (SDPA, "triton")},  # of a prompt; for other calls see _attention_choice
     fwd=(
@@ -171,7 +171,7 @@ def attention(
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)
     kind = kind_of(q.shape[1], k.shape[1], key_mask, offsets, cu_seqlens)
-    backend = attention_backend(q.device.type, backend, kind, q.shape[3])
+    backend = of_dtype(attention_backend(q.device.type, backend, kind, q.shape[3]), q.dtype)
     plain = key_mask is None and offsets is None and cu_seqlens is None
     if not plain or scale is not None:
         _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)

@@ -2,7 +2,6 @@
 form of a weight, whole models. See "Sanitizers" in CONTRIBUTING.md.
 """
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, load_setup
 
 from elmkernels.backends import BACKENDS, CPU
 
@@ -43,10 +42,7 @@ def package(tmp_path_factory) -> Path:
     """A folder with the package, whose libraries have sanitizers in them."""
     runtime()
     folder = tmp_path_factory.mktemp("sanitized")
-    spec = importlib.util.spec_from_file_location("elmkernels_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = setup  # dataclasses look their module up
-    spec.loader.exec_module(setup)
+    setup = load_setup()
     setup.compiler = lambda: "g++"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "elmkernels", folder / "elmkernels", ignore=ignored)
