@@ -6,6 +6,7 @@ ffn_norm; norm; token_embeddings, in a model or in what a wrapper holds. Wrapper
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -103,11 +104,12 @@ def base_of(module: nn.Module | None) -> nn.Module | None:
 
 class Block:
     """The modules of one layer, wrappers looked through. parts: {path below the layer: the module,
-    or None if there is none}.
+    or None if there is none}; wrapped: {path: the class of what a projection is inside of}.
     """
 
     def __init__(self, index: int, held: nn.Module) -> None:
         self.index = index
+        self.wrapped: dict[str, str] = {}
         layer = inner(held, *_CHILDREN[""])
         self.parts: dict[str, Any] = {"": layer}
         for name in ("attn", "ffn"):
@@ -115,7 +117,11 @@ class Block:
         for path in NORMS:
             self.parts[path] = inner(self._at(path))
         for path in PROJECTIONS:
-            self.parts[path] = base_of(self._at(path))
+            place = self._at(path)
+            self.parts[path] = base_of(place)
+            if place is not None and place is not self.parts[path]:
+                kind = type(place)
+                self.wrapped[path] = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
 
     def _at(self, path: str) -> nn.Module | None:
         owner, _, name = path.rpartition(".")
@@ -197,6 +203,18 @@ class Layout:
                 yield self.path(module), f"{reason}: no shortcut goes past it"
 
 
+def wrapped_in(layout: Layout) -> dict[str, int]:
+    """What projections are inside of, such as an adapter's class, and how many of them."""
+    return dict(Counter(kind for block in layout.blocks for kind in block.wrapped.values()))
+
+
+def blocks_of(model: nn.Module) -> Layout:
+    """A model's layers, without a look at what they are. Raises ValueError as `found_in`."""
+    layout = found_in(model)
+    layout.blocks = [Block(i, held) for i, held in enumerate(layout.body.layers)]
+    return layout
+
+
 def _refuse(model: nn.Module, reason: Reason) -> NoReturn:
     raise ValueError(f"model ({type(model).__name__}) is not an OpenELM this can swap: {reason}")
 
@@ -230,13 +248,12 @@ def examine(model: nn.Module) -> Layout:
     """Check the whole layout; nothing is changed. Raises ValueError, with the reason, for a model
     that isn't known.
     """
-    layout = found_in(model)
+    layout = blocks_of(model)
     body, prefix = layout.body, layout.names[id(layout.body)]
     prefix = f"{prefix}." if prefix else ""
     for name in ("norm", "token_embeddings"):
         if _child(body, name) is None:
             _refuse(model, f"it has no `{prefix}{name}`")
-    layout.blocks = [Block(i, held) for i, held in enumerate(body.layers)]
     for block in layout.blocks:
         _check_parts(model, block, f"{prefix}layers.{block.index}")
     attentions = [b.parts["attn"] for b in layout.blocks]

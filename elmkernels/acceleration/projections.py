@@ -46,7 +46,8 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
+        # A frozen weight (an adapter's base) needs no input.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return onednn(x, weight)
 
     @staticmethod

@@ -28,6 +28,8 @@ class Report:
             has, or if the reference was asked for.
         fallbacks: which backends this very GPU can't run, and what is taken instead.
         decode_modes: {mode: why not, or None}, of decoding on a GPU: see `decode_modes.modes_of`.
+        wrapped: {class of what projections are inside of, such as an adapter's: how many}. It is
+            called, with the routine of `gemm` inside; norms, rotation, SwiGLU and loss stay fused.
         notes: what else is worth knowing.
 
     Example:
@@ -47,6 +49,7 @@ class Report:
     missing: Reason | None = None
     fallbacks: list[str] = field(default_factory=list)
     decode_modes: dict[str, Reason | None] = field(default_factory=dict)
+    wrapped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -76,6 +79,11 @@ class Report:
                 f"not by {mode}: {reason}" for mode, reason in self.decode_modes.items() if reason
             ]
         lines += [f"left {path}: {reason}" for path, reason in self.left]
+        lines += [
+            f"{n} projections inside of {kind} are called through it; norms, rotation, SwiGLU and "
+            "loss stay fused, a step of decoding calls the layers"
+            for kind, n in self.wrapped.items()
+        ]
         return "\n".join(lines + self.notes)
 
 

@@ -21,7 +21,7 @@ from . import fused, projections, small_batch
 from .classes import Fused, fuse, own_class, undo_of, unfuse
 from .decode_modes import modes_of
 from .foreign import ForeignState
-from .layout import BLOCKS, NORMS, PROJECTIONS, Block, Layout, examine
+from .layout import BLOCKS, NORMS, PROJECTIONS, Block, Layout, examine, wrapped_in
 from .report import Report, fallbacks
 from .routines import Plan, measure_plan
 from .trying import given_by, missing_likeness, sample
@@ -229,6 +229,7 @@ def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
     backends = {op: choices[op].resolved for op in never_fall_back()}
     left = [*layout.left.items(), *layout.called()]
     report = Report(layout.convention.name, backends, dict(swap.counts), left, plan)
+    report.wrapped = wrapped_in(layout)
     report.attention = choices["attention"].resolved
     if layout.convention.masked:
         report.attention = f"sdpa with the model's mask ({report.attention} without one)"

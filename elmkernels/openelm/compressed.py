@@ -18,9 +18,11 @@ from ..derivatives import Derivative, once, unusual
 from ..ops.linear import blocks, dense_rows, linear
 from ..reference import dense
 from ..surgery import known
-from ..weights.affine import check_scheme
+from ..weights.affine import check_scheme, quantize_weight
+from ..weights.as_tensor import AsTensor
 from ..weights.checks import check_stored
 from ..weights.formats import SEGMENT_BYTES, SEGMENT_COLUMNS, Affine, Form, Packed12, Weight
+from ..weights.packed12 import pack_weight
 
 
 def weight_of(module: nn.Module) -> Weight:
@@ -88,18 +90,28 @@ class Compressed(nn.Module):
     names: tuple[str, ...]
 
     def __init__(self, weight: Form) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         # What the output of an embedding is cast to: follows model.to(dtype) like a Parameter.
         self.dtype = weight.dtype
+        # Not registered one by one: `weight` is a property of a projection.
+        self._buffers.update(self._named(weight))
         self.backend: str | None = None  # of `ops.linear`; `accelerate` names one
 
     def compressed(self) -> Affine | Packed12:
         """The weight, whose tensors are this module's buffers."""
-        return self.form([getattr(self, name) for name in self.names])
+        return self.form([cast(Tensor, self._buffers[name]) for name in self.names])
 
     def form(self, tensors: list[Tensor]) -> Affine | Packed12:
         """The weight of other tensors, in the order of `names`."""
+        raise NotImplementedError
+
+    def _named(self, weight: Form) -> dict[str, Tensor]:
+        tensors = [part for part in weight.parts() if isinstance(part, Tensor)]
+        return dict(zip(self.names, tensors, strict=True))
+
+    def encoded(self, weight: Tensor) -> Form:
+        """A dense matrix in this module's form."""
         raise NotImplementedError
 
     # What a checkpoint says of the form: the word in config.json that describes it, its name in
@@ -153,7 +165,7 @@ class Compressed(nn.Module):
         """Raise ValueError or TypeError unless what is given and what stays make a weight."""
         tensors = []
         for part in self.names:
-            own = getattr(self, part)
+            own = cast(Tensor, self._buffers[part])
             x = given.get(part, own)
             if not isinstance(x, Tensor):
                 fail(f"{name}.{part}", "a tensor", type(x).__name__, TypeError)
@@ -170,7 +182,7 @@ class Compressed(nn.Module):
         """Make buffers as large as the tensors that are about to be copied into them."""
 
     def _apply(self, fn, recurse=True):
-        device = getattr(self, self.names[0]).device
+        device = cast(Tensor, self._buffers[self.names[0]]).device
         probe = fn(torch.empty(0, dtype=self.dtype, device=device))
         super()._apply(fn, recurse)
         self.dtype = probe.dtype
@@ -180,8 +192,38 @@ class Compressed(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
-class CompressedLinear(Compressed):
-    """x [..., in_features] -> [..., out_features]."""
+class CompressedLinear(Compressed, nn.Linear):
+    """x [..., in_features] -> [..., out_features].
+
+    An nn.Linear to who asks: an adapter wraps it, and can read and write its `weight`.
+    """
+
+    def __init__(self, weight: Form) -> None:
+        super().__init__(weight)
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> AsTensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return AsTensor(self.compressed(), self.dtype, self.put)
+
+    @torch.no_grad()
+    def put(self, weight: Tensor) -> None:
+        """Hold another dense matrix [out_features, in_features], in the same form."""
+        if weight.shape != (self.out_features, self.in_features):
+            fail("weight", [self.out_features, self.in_features], list(weight.shape))
+        self._buffers.update(self._named(self.encoded(weight)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Who unwraps a module gives the weight to it again: if it is its own, bit for bit.
+        if name != "weight" or not isinstance(value, Tensor) or not value.is_floating_point():
+            super().__setattr__(name, value)
+        elif isinstance(value, AsTensor) and value.put == self.put:
+            self._buffers.update(self._named(value.form))
+        else:
+            self.put(value)
+
+    def reset_parameters(self) -> None:
+        """Nothing: it holds data."""
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.compressed(), self.backend)
@@ -198,7 +240,6 @@ class CompressedEmbedding(Compressed):
 class Quantized(Compressed):
     """Buffers as MLX names them: weight uint32, scales, biases (see `formats.Affine`)."""
 
-    weight: Tensor
     scales: Tensor
     biases: Tensor
     names = ("weight", "scales", "biases")
@@ -207,8 +248,9 @@ class Quantized(Compressed):
     def __init__(self, weight: Affine) -> None:
         super().__init__(weight)
         self.bits, self.group_size = weight.bits, weight.group_size
-        for name, tensor in zip(self.names, (weight.q, weight.scales, weight.biases), strict=True):
-            self.register_buffer(name, tensor)
+
+    def encoded(self, weight: Tensor) -> Affine:
+        return quantize_weight(weight.to(self.scales.dtype), self.bits, self.group_size)
 
     def form(self, tensors: list[Tensor]) -> Affine:
         q, scales, biases = tensors
@@ -250,12 +292,14 @@ class Quantized(Compressed):
     def __getstate__(self) -> dict:
         # Python's pickle of a uint32 tensor can't be read back: travel as int32.
         state = self.__dict__.copy()
-        state["_buffers"] = self._buffers | {"weight": self.weight.view(torch.int32)}
+        words = cast(Tensor, self._buffers["weight"]).view(torch.int32)
+        state["_buffers"] = self._buffers | {"weight": words}
         return state
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.weight = self.weight.view(torch.uint32)
+        words = cast(Tensor, self._buffers["weight"])
+        self._buffers["weight"] = words.view(torch.uint32)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
@@ -287,17 +331,8 @@ class Packed12Module(Compressed):
     names = ("packed", "exponents", "escape_starts", "escape_columns", "escape_values")
     word, label, mark, only_dtype = "elmkernels", "packed12", "packed", torch.bfloat16
 
-    def __init__(self, weight: Packed12) -> None:
-        super().__init__(weight)
-        tensors = (
-            weight.data,
-            weight.exponents,
-            weight.escape_starts,
-            weight.escape_columns,
-            weight.escape_values,
-        )
-        for name, tensor in zip(self.names, tensors, strict=True):
-            self.register_buffer(name, tensor)
+    def encoded(self, weight: Tensor) -> Packed12:
+        return pack_weight(weight.to(torch.bfloat16))
 
     def form(self, tensors: list[Tensor]) -> Packed12:
         packed, exponents, starts, at, values = tensors

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ..reference import cross_entropy
 from ..surgery import known, plain
+from .compressed import Compressed
 from .shared_weight import TiedWeightGradient
 
 
@@ -61,6 +62,8 @@ def plain_weight(head: nn.Module) -> Tensor | None:
     None.
     """
     if not plain(head) or not isinstance(head, nn.Linear | nn.Embedding):
+        return None
+    if isinstance(head, Compressed):
         return None
     return head.weight if getattr(head, "bias", None) is None else None
 

@@ -1,6 +1,7 @@
 """What the tests of transformers share: small models as its class, prompts, padded batches."""
 
 import torch
+from torch.utils.data import Dataset
 
 from elmkernels.openelm import OpenELM, OpenELMConfig
 
@@ -63,3 +64,32 @@ def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.
     rows = ids(len(lengths), max(lengths), seed)
     mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
     return rows.masked_fill(~mask, 0), mask.long()
+
+
+class Rows(Dataset):
+    """Something that can be learned."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict:
+        tokens = (torch.arange(16) * (i % 3 + 1) + i) % 300 + 4
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def trained(tmp_path, model=None, resume=None, **options):
+    """The Trainer after six steps on them, and the losses."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=6, learning_rate=3e-3,
+        lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
+        use_cpu=True, seed=1, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    model = wrapped("auto") if model is None else model
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**(arguments | options)), train_dataset=Rows(),
+        eval_dataset=Rows(),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -211,6 +211,70 @@ def test_stop_strings(tmp_path):
     assert stop in tokenizer.decode(ended[3:]) and stop not in tokenizer.decode(ended[3:-1])
 
 
+@pytest.mark.parametrize("way", ["prompt lookup", "beams", "several samples", "a static cache"])
+def test_ways_together_with_streams_of_ends(way, ours, theirs):
+    """Early ends, penalties and a criterion on top of them."""
+    rows, options = WAYS[way]
+    ends = {"eos_token_id": list(range(4, 30)), "pad_token_id": 0, "repetition_penalty": 1.2}
+    found = []
+    for model in (ours, theirs):
+        criteria = StoppingCriteriaList([AfterThree()])
+        found.append(said(model, ids(rows, 9), stopping_criteria=criteria, **options, **ends))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("options", [{"num_assistant_tokens": 2}, {"do_sample": True}])
+def test_assistants_that_are_often_wrong(options, ours, theirs):
+    """What an assistant proposed and the model refused is cropped from both caches."""
+    small = {m: wrapped(k, seed=5) for m, k in ((ours, "auto"), (theirs, None))}
+    found = [said(m, ids(1, 9), assistant_model=small[m], **options) for m in (ours, theirs)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_several_sequences_of_padded_prompts(rows, ours, theirs):
+    prompt, mask = left_padded([9, 4, 6][:rows])
+    for options in (
+        {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
+        {"num_beams": 3, "num_return_sequences": 3},
+    ):
+        given = options | {"attention_mask": mask}
+        assert said(ours, prompt, **given) == said(theirs, prompt, **given)
+
+
+def contrastive(model, input_ids, generation_config, **kwargs):
+    """The best of some tokens by chance and by unlikeness to all states before."""
+    penalty, top_k = generation_config.penalty_alpha, generation_config.top_k
+    rows = torch.arange(len(input_ids))
+    out = model(input_ids, use_cache=True, output_hidden_states=True)
+    context, cache, logits = out.hidden_states[-1], out.cache, out.logits[:, -1]
+    for _ in range(NEW):
+        chances, tokens = logits.softmax(-1).topk(top_k, dim=-1)
+        cache.batch_repeat_interleave(top_k)
+        out = model(tokens.view(-1, 1), cache=cache, use_cache=True, output_hidden_states=True)
+        new = out.hidden_states[-1].view(len(rows), top_k, -1)
+        likeness = torch.cosine_similarity(new[:, :, None], context[:, None], dim=-1).amax(-1)
+        best = ((1 - penalty) * chances - penalty * likeness).argmax(-1)
+        cache.batch_select_indices(rows * top_k + best)
+        logits = out.logits[rows * top_k + best, -1]
+        context = torch.cat((context, new[rows, best][:, None]), dim=1)
+        input_ids = torch.cat((input_ids, tokens[rows, best][:, None]), dim=1)
+    return input_ids
+
+
+@torch.no_grad()
+def test_contrastive_search_is_code_that_is_given(ours, theirs):
+    """transformers 5 has none of its own, and names where it would fetch some. What is given
+    repeats the cache's rows and picks from them.
+    """
+    options = {"penalty_alpha": 0.6, "top_k": 4}
+    with pytest.raises(ValueError, match="requires .trust_remote_code=True"):
+        said(ours, ids(2, 9), **options)
+    given = options | {"custom_generate": contrastive}
+    found = said(ours, ids(2, 9), **given)
+    assert found == said(theirs, ids(2, 9), **given) and len(found[0]) == 9 + NEW
+
+
 def test_continuous_batching_says_why_not(ours):
     with pytest.raises(NotImplementedError, match="one number of key/value heads for all layers"):
         ours.generate_batch([[1, 2, 3]])

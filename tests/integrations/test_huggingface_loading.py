@@ -203,6 +203,8 @@ def test_a_saved_folder_finds_the_package_itself(form, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "elmkernels.integrations.huggingface.modeling"
+    sources = {path.name for path in (tmp_path / "saved-again").glob("*.py")}
+    assert sources == {"configuration_openelm.py", "modeling_openelm.py"}
     stub = (tmp_path / "saved-again/modeling_openelm.py").read_text()
     assert "from elmkernels" in stub and len(stub.splitlines()) < 5
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from helpers.transformers_models import KINDS, eager, ids, left_padded, wrapped
+from helpers.transformers_models import KINDS, eager, ids, left_padded, trained, wrapped
 from torch.nn import functional as F
 
 pytest.importorskip("transformers")
-
-from torch.utils.data import Dataset
 
 from elmkernels.acceleration import fused
 
@@ -93,6 +91,18 @@ def test_how_the_loss_is_counted(grad):
         torch.testing.assert_close(got, summed / count, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_without_its_head(tied):
+    model = wrapped("auto", share_input_output_layers=tied)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids(2, 6), use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        torch.testing.assert_close(head(hidden), model(ids(2, 6)).logits, rtol=1e-4, atol=1e-4)
+    if tied:
+        assert head.weight is model.get_input_embeddings().weight
+    assert len(model.base_model.layers) == 3
+
+
 KEPT = {
     "the last": (1, lambda x: x[:, -1:]),
     "positions": (torch.tensor([0, 4]), lambda x: x[:, [0, 4]]),
@@ -158,32 +168,6 @@ def test_frozen_weights_and_embedded_inputs():
     got, x.grad = x.grad, None
     other(inputs_embeds=x, labels=ids(2, 7)).loss.backward()
     torch.testing.assert_close(got, x.grad, rtol=1e-3, atol=1e-6)
-
-
-class Rows(Dataset):
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, i: int) -> dict:
-        tokens = (torch.arange(16) * (i % 3 + 1) + i) % 300 + 4
-        return {"input_ids": tokens, "labels": tokens.clone()}
-
-
-def trained(tmp_path, model=None, resume=None, **options):
-    from transformers import Trainer, TrainingArguments
-
-    arguments = dict(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=6, learning_rate=3e-3,
-        lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
-        use_cpu=True, seed=1, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    model = wrapped("auto") if model is None else model
-    trainer = Trainer(
-        model=model, args=TrainingArguments(**(arguments | options)), train_dataset=Rows(),
-        eval_dataset=Rows(),
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 RUNS = {

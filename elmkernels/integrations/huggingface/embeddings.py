@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...acceleration.swap import restore
 from ...checks import fail
@@ -11,10 +11,61 @@ from ...openelm.compressed import Compressed
 from ...surgery import is_accelerated
 
 
+class Backbone:
+    """The model without its head, as transformers calls a base model: what a trainer that projects
+    by itself asks for. Everything else that it has is the `elmkernels.OpenELM`'s.
+
+    Args:
+        model: the model with its head.
+    """
+
+    _tp_plan = _pp_plan = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the last norm, `last_hidden_state` [batch, length, model_dim]."""
+        # The class's own: that of the instance may be what is calling.
+        return type(self._model).forward(self._model, *args, hidden_only=True, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.transformer, name)
+
+
+class TiedProjection(nn.Module):
+    """The output projection by the embedding's weight, a module of the model for those who look for
+    one: it holds no weight of its own, and no state_dict holds it.
+
+    Args:
+        model: the model that it is a part of.
+    """
+
+    bias = None
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = (model,)  # no child
+
+    @property
+    def weight(self) -> Any:
+        """The embedding's."""
+        return self._model[0].transformer.token_embeddings.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., model_dim], after the last norm, -> logits [..., vocab_size]."""
+        return self._model[0].transformer.project(hidden)
+
+
 class HasEmbeddings:
     """An `OpenELMForCausalLM`'s embedding, which is its projection too if the two are tied."""
 
     _asked: tuple[str, dict[str, Any]] = ("auto", {})  # of `accelerate`, the last time
+
+    @property
+    def base_model(self) -> Backbone:
+        """The model without its head."""
+        return Backbone(self)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings.
@@ -36,9 +87,12 @@ class HasEmbeddings:
         """The output projection.
 
         Returns:
-            The module; None if it is the embedding's weight.
+            The module; None if its weight is compressed.
         """
-        return self.transformer.classifier
+        body = self.transformer
+        if body.classifier is not None:
+            return body.classifier
+        return None if isinstance(body.token_embeddings, Compressed) else self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another in place of the output projection.
@@ -72,7 +126,12 @@ class HasEmbeddings:
         accelerated = is_accelerated(body)
         if accelerated:  # what was prepared of the old weight would be stale
             restore(body)
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if body.classifier is None:  # there is one matrix to be resized
+            vars(self)["get_output_embeddings"] = lambda: None
+        try:
+            embeddings = super().resize_token_embeddings(*args, **kwargs)
+        finally:
+            vars(self).pop("get_output_embeddings", None)
         body.config = replace(body.config, vocab_size=self.config.vocab_size)
         if accelerated:
             kernels, options = self._asked

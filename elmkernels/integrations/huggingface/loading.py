@@ -2,11 +2,13 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from ...acceleration.layout import blocks_of, wrapped_in
 from ...acceleration.report import Report
 from ...acceleration.swap import accelerate
 from ...checks import fail, is_integer
@@ -31,8 +33,18 @@ class LoadsAndSaves:
 
     @property
     def report(self) -> Report | None:
-        """What `accelerate` put in; None for plain PyTorch."""
-        return self._report if is_accelerated(self.transformer) else None
+        """What `accelerate` put in, and what projections are inside of now; None if it didn't."""
+        if self._report is None or not is_accelerated(self.transformer):
+            return None
+        return replace(self._report, wrapped=wrapped_in(blocks_of(self.transformer)))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: a folder names the installed package (see `folders`), it holds no copy of it.
+
+        Args:
+            auto_class: transformers' class that found this one.
+        """
 
     @classmethod
     def from_pretrained(

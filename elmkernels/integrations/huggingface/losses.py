@@ -3,14 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checks import is_integer
 from ...openelm import OpenELM, next_tokens
+from ...openelm.compressed import weight_of
 from ...openelm.loss import plain_weight
 from ...openelm.shared_weight import TiedWeightGradient
 from ...reference import cross_entropy
-from ...surgery import untouched
+from ...surgery import plain, plain_tensor
 
 IGNORED = -100
 
@@ -26,11 +27,10 @@ def _head_weight(body: OpenELM) -> Tensor | None:
     """What the projection multiplies by, None if it is more than a product with a plain matrix."""
     if body.classifier is not None:
         return plain_weight(body.classifier)
-    embedding = body.token_embeddings
-    # transformers hooks the embedding's output for checkpointing; the product doesn't call it.
-    if type(embedding) is nn.Embedding and untouched(body.tied_head):
-        return embedding.weight
-    return plain_weight(embedding)
+    # The product doesn't call the embedding, whatever hangs on it (transformers hooks its output
+    # for checkpointing) or wraps it (an adapter, which then answers for its weight).
+    weight = weight_of(body.token_embeddings) if plain(body.tied_head) else None
+    return weight if isinstance(weight, Tensor) and plain_tensor(weight) else None
 
 
 def _targets(labels: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

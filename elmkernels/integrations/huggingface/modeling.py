@@ -11,19 +11,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ...checks import fail
 from ...generation.step import next_logits
 from ...openelm import OpenELM
+from ...openelm.compressed import Compressed
 from ...openelm.documents import positions_of
 from ...openelm.layers import Context, RMSNorm, Rotation, check_inputs
 from . import losses
 from .attention import NAME, Attend
 from .cache import OpenELMCache
 from .configuration import OpenELMConfig
-from .embeddings import HasEmbeddings
+from .embeddings import HasEmbeddings, TiedProjection
 from .generating import CACHE, Generates
 from .loading import LoadsAndSaves
 from .output import DeferredLogits
@@ -80,6 +81,8 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         elif replace(transformer.config, model_name=None) != config.shape:
             fail("transformer", f"of the shape {config.shape}", transformer.config)
         self.transformer = transformer
+        if transformer.classifier is None:
+            self.lm_head = TiedProjection(self)
         for weight in transformer.parameters():
             if weight.device.type != "meta":  # drawn or loaded already: once is enough
                 weight._is_hf_initialized = True
@@ -124,7 +127,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         body = self.transformer
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        elif isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, Compressed):
             layers = body.layers
             residual = {id(m) for layer in layers for m in (layer.attn.out_proj, layer.ffn.proj_2)}
             columns = 2 * len(layers) * body.config.model_dim
@@ -176,7 +179,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             output_attentions: whether to give the weights; by attn_implementation="eager" alone.
             output_hidden_states: whether to give what goes from layer to layer.
             kwargs: `num_items_in_batch` divides the summed loss; `shift_labels` are labels that
-                are the next tokens already.
+                are the next tokens already; `hidden_only` gives `last_hidden_state` instead.
 
         Returns:
             The loss, the logits, the cache, and what was asked for besides.
@@ -193,7 +196,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             input_ids, inputs_embeds, labels, attention_mask, past_key_values, use_cache,
             {**kwargs, "cache": cache, "attentions": output_attentions},
         )  # fmt: skip
-        if labels is None and not output_hidden_states:
+        if labels is None and not output_hidden_states and not kwargs.get("hidden_only"):
             logits = self._step(call, input_ids, position_ids)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: call.cache})
@@ -214,7 +217,8 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             call.cache.kv.advance(placement.new)
             call.cache.note(call.length, placement.real)
         values[CACHE] = call.cache if call.kept else None
-        kind = DeferredLogits if "make_logits" in values else CausalLMOutputWithPast
+        kinds = {"make_logits": DeferredLogits, "last_hidden_state": BaseModelOutputWithPast}
+        kind = next((kinds[name] for name in values if name in kinds), CausalLMOutputWithPast)
         return kind(**values)
 
     def _call(
@@ -347,6 +351,8 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         options: dict[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
         """Logits and loss of the last layer's output, by the names they have in the output."""
+        if options.get("hidden_only"):
+            return {"last_hidden_state": self.transformer.norm(x)}
 
         def logits() -> Tensor:
             return self.transformer.logits(losses.positions_kept(x, keep))
