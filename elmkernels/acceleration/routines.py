@@ -1,8 +1,9 @@
 """Which routine multiplies: torch reaches several GEMM libraries on a CPU, and which one is fast
 depends on the processor. In float32 `F.linear` runs on MKL, which is slow on processors that are
 not Intel's; in bfloat16 a product with one row leaves more of the memory's speed unused in
-`F.linear` than in `torch.mv`. `measure_plan` times the candidates once per dtype and process and
-takes another than `F.linear` only if it is clearly faster. All of them accumulate in float32.
+`F.linear` than in `torch.mv`, and than this package's own `ops.linear`, whose kernel streams the
+weight past up to 8 rows. `measure_plan` times the candidates once per dtype and process and takes
+another than `F.linear` only if it is clearly faster. All of them accumulate in float32.
 """
 
 import itertools
@@ -15,11 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import ops
+from ..backends import REFERENCE, choose
 from ..ops._flops import counts, of_linear
+from ..ops.linear import MAX_ROWS
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
 LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepacked"
+STREAM = "ops.linear"  # this package's kernel, up to MAX_ROWS rows
 
 # Whether a GPU multiplies up to 8 rows by a plain weight with this package's kernel instead of
 # cuBLAS's (see `small_batch`). Reasoned, not measured: both wait for the weight's bytes, but five
@@ -32,10 +37,10 @@ class Plan:
     """Which routine a projection calls on a CPU; on a GPU it is F.linear, or few rows `streamed`.
 
     Args:
-        one_row: without gradients, for 1 row: "F.linear", "torch.mv", "oneDNN" or "oneDNN
-            prepacked".
-        few_rows: up to FEW_ROWS (16).
-        many_rows: for more.
+        one_row: without gradients, for 1 row: "F.linear", "torch.mv", "oneDNN", "oneDNN
+            prepacked" or "ops.linear".
+        few_rows: up to FEW_ROWS (16); "ops.linear" up to 8, the others then as many_rows.
+        many_rows: for more; neither "torch.mv" nor "ops.linear".
         training: with gradients.
         streamed: whether a GPU multiplies up to 8 rows by this package's kernel.
 
@@ -55,6 +60,13 @@ class Plan:
     def prepacks(self) -> bool:
         """Whether a routine keeps a prepacked copy of the weights."""
         return PREPACKED in (self.one_row, self.few_rows, self.many_rows)
+
+    def of_rows(self, rows: int) -> str:
+        """The routine for so many rows without gradients."""
+        if rows == 1:
+            return self.one_row
+        few = rows <= (MAX_ROWS if self.few_rows == STREAM else FEW_ROWS)
+        return self.few_rows if few else self.many_rows
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -121,6 +133,11 @@ def prepacked_copy(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
 
+def stream(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
+    """x @ weight.T by a backend of `ops.linear`, None for the best here."""
+    return ops.linear(x, weight, backend=backend)
+
+
 def mv(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., k] of one row times weight [n, k]."""
     return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], weight.shape[0])
@@ -181,6 +198,8 @@ def _candidates(
     routines = {ONEDNN: (onednn, weights)}
     if rows == 1:
         routines[MV] = mv, weights
+    if rows <= MAX_ROWS and choose("linear", "cpu", None) != REFERENCE:
+        routines[STREAM] = stream, weights
     if prepacks:
         routines[PREPACKED] = onednn, prepacks
     right = {

@@ -200,12 +200,16 @@ class _Swap:
         parts = rotary.freq_constant, rotary.max_seq_length, type(rotary)
         return ForeignState(*given, *parts)
 
+    def products(self) -> projections.Products:
+        """The routines of a projection."""
+        return projections.Products(self.plan, self.named["linear"])
+
     def projection(self, module: nn.Module) -> None:
         if isinstance(module, Compressed):
             module.backend = self.named["linear"]
             self.kept[type(module).__name__] += 1
         else:
-            self.put(module, projections.Linear, projections.Products(self.plan), "projections")
+            self.put(module, projections.Linear, self.products(), "projections")
 
     def head(self, name: str, module: nn.Module) -> None:
         """The output projection, and how logits and losses are made."""
@@ -213,7 +217,7 @@ class _Swap:
         if name == "classifier":
             self.projection(module)
         elif name == "tied_head":
-            state = projections.HeadState(projections.Products(self.plan), named["linear"])
+            state = projections.HeadState(self.products(), named["linear"])
             self.put(module, projections.TiedHead, state, "tied heads")
         elif name == "logits_head":
             self.put(module, fused.FusedLogitsHead, fused.State(named["linear"]), "logits heads")
