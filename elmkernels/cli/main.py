@@ -22,6 +22,7 @@ from . import (
     bench_train,
     check,
     convert,
+    evaluate,
     generate,
     gpu_check,
     info,
@@ -33,7 +34,7 @@ from .options import Parser
 
 DEFAULT = "check"
 # In the order of the help. `bench` has commands of its own.
-COMMANDS = (check, info, parity, generate, convert, train, gpu_check)
+COMMANDS = (check, info, parity, generate, evaluate, convert, train, gpu_check)
 BENCHES = (bench_ops, bench_generate, bench_train)
 
 

@@ -14,6 +14,7 @@ NAMES += [["bench"], *(["bench", command.NAME] for command in BENCHES)]
 # What each command needs before anything else can be wrong.
 NEEDS = {
     "generate": ["--model", "270M", "--ids", "1"],
+    "eval": ["--checkpoint", str(TINY), "--suite", "openllm"],
     "convert": ["--checkpoint", str(TINY), "--to", "packed12", "--out", "nowhere"],
     "train": ["tiny"],
     "gpu-check": ["--out", "nowhere"],
@@ -119,6 +120,7 @@ class TestCheckpoint:
         ["check"],
         ["bench", "generate"],
         ["generate", "--ids", "1"],
+        ["eval", "--suite", "openllm"],
         ["convert", "--to", "quantized", "--out", "nowhere"],
     )
 
