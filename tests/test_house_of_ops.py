@@ -82,6 +82,7 @@ def known_in() -> dict[str, set[str]]:
 OTHER_WORDS = {
     "elmkernels/integrations/huggingface/attention.py": "attention",
     "elmkernels/openelm/config.py": "rms_norm",
+    "elmkernels/ops/linear.py": "swiglu",
     "elmkernels/testing/cases/_linear_fused.py": "swiglu",
     "elmkernels/bench/runners.py": "attention",
 }

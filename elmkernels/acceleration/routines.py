@@ -62,7 +62,14 @@ class Plan:
         return PREPACKED in (self.one_row, self.few_rows, self.many_rows)
 
     def of_rows(self, rows: int) -> str:
-        """The routine for so many rows without gradients."""
+        """The routine of a product without gradients.
+
+        Args:
+            rows: how many rows it has.
+
+        Returns:
+            Its name.
+        """
         if rows == 1:
             return self.one_row
         few = rows <= (MAX_ROWS if self.few_rows == STREAM else FEW_ROWS)
