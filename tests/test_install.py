@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -126,3 +127,17 @@ def test_it_runs_under_another_torch(wheel, tmp_path, wanted):
     assert found["package"].startswith(str(tmp_path))
     if "==" in wanted:
         assert found["torch"].startswith(wanted.partition("==")[2])
+
+
+def test_an_editable_install_is_found_from_beside_its_clone(sdist, tmp_path):
+    """There the clone's own folder has the package's name, and is none."""
+    shutil.unpack_archive(sdist, tmp_path)
+    (clone,) = tmp_path.iterdir()
+    clone = clone.rename(tmp_path / "elmkernels")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", folder=tmp_path)
+    python = tmp_path / "env/bin/python"
+    pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "-q", "--no-deps"]
+    site = {"PYTHONPATH": sysconfig.get_path("purelib")}
+    run(*pip, "--no-build-isolation", "-e", clone, folder=tmp_path, CXX="false", **site)
+    said = run(python, "-c", "from elmkernels import OpenELM", folder=tmp_path, **site)
+    assert said == ""

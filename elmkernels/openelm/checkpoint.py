@@ -35,7 +35,7 @@ from .compressed import STORED_FORMS, Compressed, weight_of
 from .config import VARIANTS, OpenELMConfig
 from .progress import progress
 
-MOST_PROBLEMS = 8  # that one error names
+MOST_PROBLEMS = 4  # that one error names
 
 
 class Scheme(NamedTuple):
@@ -313,7 +313,8 @@ def _match(
     if problems:
         first, more = sorted(problems)[:MOST_PROBLEMS], len(problems) - MOST_PROBLEMS
         rest = (f"and {more} more",) if more > 0 else ()
-        raise ValueError("\n  ".join((f"{path} does not fit its configuration:", *first, *rest)))
+        named = ";\n  ".join((*first, *rest))
+        raise ValueError(f"{path} does not fit its configuration:\n  {named}")
     return {name: chosen[name] for name in expected}
 
 
