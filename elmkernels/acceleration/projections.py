@@ -47,7 +47,9 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return onednn(x, weight)
+        y = onednn(x, weight)
+        # A view that a Function returns can't be written to in place, as some hooks do.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx, dy):

@@ -10,25 +10,27 @@ from ...openelm import OpenELM, next_tokens
 from ...openelm.loss import plain_weight
 from ...openelm.shared_weight import TiedWeightGradient
 from ...reference import cross_entropy
-from ...surgery import untouched
+from ...surgery import plain_tensor
 
 IGNORED = -100
 
 
 def shared_gradient(body: OpenELM) -> TiedWeightGradient | None:
     """How embedding and projection share one gradient, None if they don't (see `OpenELM.loss`)."""
-    if body.classifier is not None:
+    if body.classifier is not None or not body._straight():
         return None
     return body.loss_head.shared_gradient(body.token_embeddings)
 
 
 def _head_weight(body: OpenELM) -> Tensor | None:
     """What the projection multiplies by, None if it is more than a product with a plain matrix."""
+    if not body._straight():
+        return None
     if body.classifier is not None:
         return plain_weight(body.classifier)
     embedding = body.token_embeddings
     # transformers hooks the embedding's output for checkpointing; the product doesn't call it.
-    if type(embedding) is nn.Embedding and untouched(body.tied_head):
+    if type(embedding) is nn.Embedding and plain_tensor(embedding.weight):
         return embedding.weight
     return plain_weight(embedding)
 
