@@ -110,8 +110,7 @@ def linear(
     around = swiglu or norm is not None or residual is not None
     if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
         residual = None if residual is None else last_dim_contiguous(residual)
-        x, found = last_dim_contiguous(x), _parts(weight)
-        return fused(x, *found, norm, eps, swiglu, residual)
+        return fused(last_dim_contiguous(x), *_parts(weight), norm, eps, swiglu, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps, backend=backend)
     if streamed:
