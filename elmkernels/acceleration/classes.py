@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ..surgery import known
+from ..surgery import as_made, known
 
 F = TypeVar("F", bound=Callable[..., Any])
 STATE = "_fused"
@@ -41,16 +41,18 @@ def _again(kind: type[Fused], make: Callable[..., nn.Module], args: tuple[Any, .
     return module
 
 
-def while_fused(forward: F) -> F:
-    """A fused forward that outlives `unfuse`: whoever kept it bound (a patched forward that
-    checkpoints, or that wraps it in a hook of its own) then gets that of the module's own class.
+def while_fused(method: F) -> F:
+    """A fused method that outlives `unfuse`: whoever kept it bound (a patched forward that
+    checkpoints, or that wraps it in a hook of its own) then gets that of the module's own class. So
+    does everybody if that class was given another one.
     """
+    name = method.__name__
 
-    @wraps(forward)
+    @wraps(method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if STATE in self.__dict__:
-            return forward(self, *args, **kwargs)
-        return type(self).forward(self, *args, **kwargs)
+        if STATE in self.__dict__ and as_made(type(self)):
+            return method(self, *args, **kwargs)
+        return getattr(own_class(type(self)), name)(self, *args, **kwargs)
 
     return cast(F, call)
 

@@ -49,7 +49,9 @@ class _OneDNNLinear(torch.autograd.Function):
     def forward(ctx, x, weight):
         # A frozen weight (an adapter's base) needs no input.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return onednn(x, weight)
+        y = onednn(x, weight)
+        # A view that a Function returns can't be written to in place, as some hooks do.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx, dy):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define, kernel
-from ..checks import fail, integers, positive, tensor, values_of, within
+from ..checks import fail, integers, positive, values_of, within
 from ..derivatives import refuse, refuse_tangents, unusual
-from ..weights.checks import check_decoder_weights
+from ..weights.checks import check_decoder_weights, check_kinds
 from ..weights.formats import Arena, DecoderWeights, form_of
 from ..weights.indices import check_shares, read_once
 from ..weights.table import table_of
@@ -76,13 +76,7 @@ def _check(weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Ar
         fail("weights", "DecoderWeights", type(weights).__name__, TypeError)
     if not isinstance(arena, Arena):
         fail("arena", "an Arena", type(arena).__name__, TypeError)
-    tensor("arena.data", arena.data)
-    tensor("weights.norm", weights.norm)
-    if type(weights.head_dim) is not int:
-        positive("weights.head_dim", weights.head_dim)
-    for name in ("batch", "max_length", "head_dim"):
-        if type(getattr(arena, name)) is not int:
-            positive(f"arena.{name}", getattr(arena, name))
+    check_kinds(weights, arena)
     integers("tokens", tokens, arena.data.device)
     integers("positions", positions, arena.data.device)
     if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:

@@ -3,7 +3,7 @@ the ids of a SentencePiece model that has some.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,12 +94,24 @@ def _entries(name: str, values: Mapping[str, Any]) -> Iterator[tuple[Any, Mappin
         return
     if name == "tokenizer.json":
         listed = values.get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise ValueError(f"{name}: added_tokens must be a list, got {type(listed).__name__}")
         found = [(e.get("id"), e) for e in listed if isinstance(e, Mapping)]
     else:
         decoder = values.get("added_tokens_decoder") or {}
         known = decoder.items() if isinstance(decoder, Mapping) else ()
         found = [(int(i) if i.isdecimal() else i, e) for i, e in known if isinstance(e, Mapping)]
     yield from found
+
+
+def _pattern(texts: Iterable[str]) -> str:
+    """Any of some texts, the longest of those that begin at a place. By their first characters, so
+    that most places of a text are passed over at once.
+    """
+    by_first: dict[str, list[str]] = {}
+    for text in sorted(texts, key=len, reverse=True):
+        by_first.setdefault(text[0], []).append(re.escape(text[1:]))
+    return "|".join(f"{re.escape(c)}(?:{'|'.join(rest)})" for c, rest in by_first.items())
 
 
 class AddedTokens:
@@ -112,9 +124,7 @@ class AddedTokens:
     def __init__(self, tokens: Mapping[int, Added]) -> None:
         self._tokens = tokens
         self._ids = {token.text: i for i, token in tokens.items()}
-        # The longest of those that begin at the same place.
-        longest = sorted(self._ids, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, longest))) if longest else None
+        self._any = re.compile(_pattern(self._ids)) if self._ids else None
 
     def id_of(self, text: str) -> int | None:
         """The id of an added token by its text."""

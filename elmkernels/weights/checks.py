@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..checks import fail, floating, number, positive, tensor, truth
 from ..checks import weight as check_norm
-from .formats import DecoderWeights, Layer, Weight, check_part, form_of
+from .formats import Arena, DecoderWeights, Layer, Weight, check_part, form_of
 from .indices import read_once
 
 
@@ -73,6 +73,20 @@ def _check_layer(name: str, layer: Layer, weights: DecoderWeights) -> None:
     _projection(f"{name}.qkv_proj", layer.qkv_proj, (q_heads + 2 * kv_heads) * d, dim, like)
     _projection(f"{name}.out_proj", layer.out_proj, dim, q_heads * d, like)
     _projection(f"{name}.proj_1", layer.proj_1, (2 if weights.gated else 1) * ffn, dim, like)
+
+
+def check_kinds(weights: DecoderWeights, arena: Arena) -> None:
+    """What a step reads of both before it checks them is of its kind; asked at every step."""
+    tensor("arena.data", arena.data)
+    tensor("weights.norm", weights.norm)
+    for name, value in (
+        ("weights.head_dim", weights.head_dim),
+        ("arena.head_dim", arena.head_dim),
+        ("arena.max_length", arena.max_length),
+        ("arena.batch", arena.batch),
+    ):
+        if type(value) is not int:
+            positive(name, value)
 
 
 def check_decoder_weights(weights: DecoderWeights) -> None:

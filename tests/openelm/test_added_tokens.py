@@ -118,6 +118,14 @@ def test_added_tokens_that_are_none(made, how, values):
         Tokenizer(file)
 
 
+@pytest.mark.parametrize("listed", [5, "x", {"a": 1}, True, 1.5])
+def test_a_list_that_is_none(made, listed):
+    file, _ = made
+    (file.parent / "tokenizer.json").write_text(json.dumps({"added_tokens": listed}))
+    with pytest.raises(ValueError, match="tokenizer.json: added_tokens must be a list"):
+        Tokenizer(file)
+
+
 @pytest.mark.parametrize("how", ["added_tokens.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("data", [b"{", b"[]", b"\xff", b"[" * 100000])
 def test_files_beside_that_are_none(made, how, data):

@@ -255,6 +255,8 @@ def test_a_configuration_says_again_what_it_was_given():
         ({"eos_token_id": True}, "eos_token_id must be"),
         ({"bos_token_id": [1]}, "bos_token_id must be a token id or null"),
         ({"bos_token_id": -5}, "bos_token_id must be"),
+        ({"bos_token_id": 2**31}, "bos_token_id must be"),
+        ({"eos_token_id": [2, 10**30]}, "eos_token_id must be"),
         ({"pad_token_id": 0.5}, "pad_token_id must be"),
         ({"initializer_range": math.nan}, "initializer_range must be finite, got nan"),
         ({"a": {"b": [1.0, math.inf]}}, r"a.b\[1\] must be finite, got inf"),
