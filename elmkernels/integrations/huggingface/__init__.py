@@ -16,6 +16,7 @@ check_versions()
 from .attention import register as _register_attention  # noqa: E402
 from .cache import OpenELMCache  # noqa: E402
 from .configuration import OpenELMConfig  # noqa: E402
+from .liger import register as _register_with_liger  # noqa: E402
 from .modeling import OpenELMForCausalLM  # noqa: E402
 from .registration import register as _register_classes  # noqa: E402
 
@@ -23,3 +24,4 @@ __all__ = ["OpenELMCache", "OpenELMConfig", "OpenELMForCausalLM"]
 
 _register_attention()
 _register_classes()
+_register_with_liger()
