@@ -118,17 +118,22 @@ def _onednn_is_right(dtype: torch.dtype, threads: int) -> bool:
             return False
 
 
+# How many freed pieces of memory, of those that an allocator may choose from, are made NaN.
+_POISONED = 16
+
+
 def agrees(candidate: Callable[[], Tensor], x: Tensor, weight: Tensor) -> bool:
     """Whether a routine's x @ weight.T is no further from the product in float64 than twice
     F.linear's, one rounding, and what the order of k float32 sums may do. Where it writes nothing,
     it leaves NaN: memory that was just freed could hold the right product.
     """
     truth = x.double() @ weight.double().t()
-    linear = (F.linear(x, weight).double() - truth).abs().max()
+    product = F.linear(x, weight)  # kept to the end, as its memory holds what is right
+    linear = (product.double() - truth).abs().max()
     sums = x.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
     allowed = 2 * linear + (torch.finfo(x.dtype).eps + sums) * truth.abs().max()
     for _ in range(2):
-        poison = torch.full_like(truth, torch.nan, dtype=x.dtype)
+        poison = [torch.full_like(product, torch.nan) for _ in range(_POISONED)]
         del poison
         if not bool(((candidate().double() - truth).abs() <= allowed).all()):
             return False
