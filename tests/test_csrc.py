@@ -51,7 +51,8 @@ def functions(source: str) -> list[Function]:
     code, found, at = code_of(source), [], 0
     while (brace := code.find("{", at)) >= 0:
         start = max(code.rfind(c, 0, brace) for c in ";{}") + 1
-        header = re.sub(r"__launch_bounds__\s*\([^()]*\)", "", code[start:brace])
+        attributes = r"__launch_bounds__\s*\([^()]*\)|\[\[[^\]]*\]\]"
+        header = re.sub(attributes, "", code[start:brace])
         called = re.search(r"(operator\s*\(\)|operator\W+|~?\w+)\s*\(", header)
         at = brace + 1
         if called is None or called[1] in CONTROL or re.search(r"[=\[]", header[: called.start()]):
@@ -84,10 +85,13 @@ struct S : Base {
   T* operator()(int64_t r) const { return first + r; }
   int values[2] = {1, 2};
 };
+template <class T>
+[[gnu::noinline, gnu::noclone]] void last(T x, int y) {}
 const auto lambda = [&](int a) { return a; };
 """
     assert functions(source) == [
         Function("first", 5, 3), Function("S", 2, 2), Function("operator()", 1, 1),
+        Function("last", 2, 2),
     ]  # fmt: skip
 
 
