@@ -129,7 +129,7 @@ inline void gather_keys(const Tile<T>& tile, const AttendBwdScratch<T>& s, int64
   gather_rows<T>(tile.v.from(first), count, tile.head_dim, s.values.data, s.values.stride);
   gather_stacked<T>(keys, count, tile.head_dim, s.keys_stacked.data, s.keys_stacked.stride);
   const auto* stacked = reinterpret_cast<const float*>(s.keys_stacked.data);
-  gather_columns<float>([&](int64_t j) { return stacked + j * s.width; }, lanes_of<T>(count),
+  gather_columns<float>(SeenRows<const float>{stacked, s.width, nullptr}, lanes_of<T>(count),
                         s.width, reinterpret_cast<float*>(s.keys_turned.data),
                         s.keys_turned.stride);
 }
@@ -180,7 +180,7 @@ inline void attend_tile_bwd(const TileBwd<T>& b, float* dk, float* dv, DQ&& dq, 
     product(s.ds, s.q_stacked, dkeys, seen, s.width, depth, true);
     product(s.keys_turned, ds_across, s.dq_turned, tile.head_dim, lanes, lanes_of<T>(seen), true);
   }
-  gather_columns<float>([&](int64_t d) { return s.dq_turned.row(d); }, tile.head_dim, tile.rows,
-                        s.dq_rows.data, s.dq_rows.stride);
+  gather_columns<float>(SeenRows<const float>{s.dq_turned.data, kBwdRows, nullptr}, tile.head_dim,
+                        tile.rows, s.dq_rows.data, s.dq_rows.stride);
   for (int64_t r = 0; r < tile.rows; ++r) dq(r, s.dq_rows.row(r));
 }

@@ -45,8 +45,8 @@ inline void product_panel(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c, int64
 
 // C [rows, columns] (+)= A [rows, depth] B [depth, columns], columns in whole vectors.
 template <class Lane>
-inline void product(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c, int64_t rows, int64_t columns,
-                    int64_t depth, bool add) {
+[[gnu::noinline]] void product(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c, int64_t rows,
+                               int64_t columns, int64_t depth, bool add) {
   for (; columns >= kTileColumns; columns -= kTileColumns) {
     product_panel<kTileVectors>(a, b, c, rows, depth, add);
     b = b.from(0, kTileColumns);

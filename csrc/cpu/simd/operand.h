@@ -109,10 +109,12 @@ inline Vec row_lanes(const T* row, int64_t at, int64_t width) {
 }
 
 // Gathering: rows that lie apart become one operand in scratch. row(i) points to `width` elements.
+// Called, not inlined, and once a block: their many copies were a fifth of attention's compilation.
 
 // As rows: out [rows, out_row].
 template <class T, class Row>
-inline void gather_rows(Row&& row, int64_t rows, int64_t width, Lane<T>* out, int64_t out_row) {
+[[gnu::noinline, gnu::noclone]] void gather_rows(Row row, int64_t rows, int64_t width, Lane<T>* out,
+                                                 int64_t out_row) {
   float* bits = reinterpret_cast<float*>(out);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t w = 0; w < out_row; w += Vec::size)
@@ -121,7 +123,8 @@ inline void gather_rows(Row&& row, int64_t rows, int64_t width, Lane<T>* out, in
 
 // As columns: out [lanes of width, out_row], with zeros up to `filled` rows.
 template <class T, class Row>
-inline void gather_columns(Row&& row, int64_t rows, int64_t width, Lane<T>* out, int64_t out_row) {
+[[gnu::noinline, gnu::noclone]] void gather_columns(Row row, int64_t rows, int64_t width,
+                                                    Lane<T>* out, int64_t out_row) {
   float* bits = reinterpret_cast<float*>(out);
   const int64_t depth = lanes_of<T>(width);
   for (int64_t r = 0; r < filled<T>(rows); r += Vec::size)
@@ -137,7 +140,8 @@ inline void gather_columns(Row&& row, int64_t rows, int64_t width, Lane<T>* out,
 
 // As rows stacked along the summed dimension: out [lanes of rows, out_row] in whole vectors.
 template <class T, class Row>
-inline void gather_stacked(Row&& row, int64_t rows, int64_t width, Lane<T>* out, int64_t out_row) {
+[[gnu::noinline, gnu::noclone]] void gather_stacked(Row row, int64_t rows, int64_t width,
+                                                    Lane<T>* out, int64_t out_row) {
   constexpr int64_t per = Operand<T>::per;
   for (int64_t i = 0; i < rows; i += per) {
     const T* low = row(i);
