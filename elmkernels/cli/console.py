@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, interrupts
 from ..bench import chart
 from ..bench.benchmark import Benchmark, Report, Results
 from ..openelm.progress import elapsed_and_left, seconds_left
 from ..weights.storage import replacing
 
-OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
+OK, FAILED, WRONG, PIPE_CLOSED = 0, 1, 2, 141
 # What loading, choosing and checking raise for wrong input.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 # Seconds between two paintings of the line on a terminal: if nothing new is said, and if much is.
@@ -193,27 +192,6 @@ class Output:
             note(f"wrote {', '.join(self.files)} to {self.folder}")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a measurement as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated meanwhile. Only the main thread may ask for signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def measure(
     args: argparse.Namespace,
     output: Output,
@@ -226,10 +204,9 @@ def measure(
     """
     code = OK
     try:
-        with _terminable():
-            work()
-    except KeyboardInterrupt as error:
-        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        work()
+    except KeyboardInterrupt:
+        code = interrupts.exit_code()
     finally:
         if progress is not None:
             progress.close()

@@ -12,12 +12,11 @@ from typing import Any
 
 from ..bench.machine import busy
 from ..bench.timing import fingerprint
+from ..interrupts import INTERRUPTED, TERMINATED
 from .console import (
     FAILED,
-    INTERRUPTED,
     OK,
     REFUSALS,
-    TERMINATED,
     WRONG,
     Output,
     WrongInput,
