@@ -12,7 +12,6 @@ from typing import Any
 
 from .. import interrupts
 from ..acceleration.decode_modes import CALLS, DECODE_MODES
-from ..acceleration.swap import accelerate
 from ..compression.packing import pack
 from ..compression.quantization import quantize
 from ..generation.row import Row
@@ -29,9 +28,11 @@ from .console import (
     checked,
     dump,
     note,
+    words,
 )
 from .options import (
     DTYPES,
+    accelerated,
     add_backend,
     add_device,
     add_dtype,
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to argparse's sub-commands."""
     parser = new_command(commands, NAME, run, "what a model writes after a prompt")
     add_model(parser)
-    _add_prompts(parser.add_argument_group("prompt"))
+    _add_prompts(parser.add_argument_group("prompt (several make a batch)"))
     add = parser.add_argument_group("choice of tokens").add_argument
     add(
         "--max-new-tokens",
@@ -92,7 +93,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="text that ends a row; may be given again",
     )
-    how = parser.add_argument_group("how it runs")
+    how = parser.add_argument_group("how it runs and prints")
     add_device(how)
     add_dtype(how, "bf16")
     kernels = how.add_mutually_exclusive_group()
@@ -107,9 +108,9 @@ def add_parser(commands: Any) -> None:
         "--decode-mode",
         type=one_of(DECODE_MODES),
         metavar="MODE",
-        help=f"how a GPU decodes: {', '.join(DECODE_MODES)} (default: fastest)",
+        help=f"of a GPU: {', '.join(DECODE_MODES)} (default: fastest)",
     )
-    results = parser.add_argument_group("results").add_mutually_exclusive_group()
+    results = how.add_mutually_exclusive_group()
     results.add_argument("--stream", action="store_true", help="print it as it comes (one prompt)")
     add_json(results)
 
@@ -123,10 +124,10 @@ def _add_prompts(group: Any) -> None:
         "--ids",
         metavar="1,2,3|FILE",
         type=lambda text: ("ids", text),
-        help="as token ids; of a file, each line. Several prompts make a batch",
+        help="as token ids; of a file each line is a prompt",
         **prompts,
     )
-    add("--tokenizer", metavar="PATH", help=f"{' or '.join(FILES)} (default: by the checkpoint)")
+    add("--tokenizer", metavar="PATH", help="its file (default: beside the checkpoint)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     model = checked(load, dtype).eval()
     checked(_compress, args, model)
     if not args.eager:
-        checked(lambda: accelerate(model, backend=args.backend))
+        accelerated(model, args.backend)
     writing = checked(
         lambda: stream(
             model,
@@ -224,8 +225,8 @@ def _tokenizer(args: argparse.Namespace, bos: int | None) -> Tokenizer | None:
         if args.tokenizer is None and ids and not args.stop_string:
             return None
         raise WrongInput(str(error)) from error
-    except ValueError as error:
-        raise WrongInput(str(error)) from error
+    except (ValueError, OSError) as error:
+        raise WrongInput(words(error)) from error
 
 
 def _prompt(kind: str, text: str, tokenizer: Tokenizer | None) -> list[list[int]]:
