@@ -173,6 +173,20 @@ def never_fall_back() -> tuple[str, ...]:
     return tuple(op for op in defined() if not traits(op).falls_back)
 
 
+def whole_model_backends() -> tuple[str, ...]:
+    """The backends that may be named for a whole model: those with kernels for every op that never
+    falls back, here or on another machine, and the reference.
+    """
+    return tuple(
+        name
+        for name in BACKENDS
+        if name == REFERENCE
+        or all(
+            implements(name, op) or implements(BASES.get(name, ""), op) for op in never_fall_back()
+        )
+    )
+
+
 def backend_choices(device: torch.device, asked: str | None = None) -> dict[str, BackendChoice]:
     """Which backend each op takes in a model on a device.
 

@@ -24,6 +24,7 @@ ACCELERATED = {"openelm", "acceleration"} | KERNELS
 GENERATING = {"generation", "compression"} | ACCELERATED
 MEASURING = {"testing", "bench"} | GENERATING
 MAY_IMPORT: dict[str, set[str]] = {
+    "interrupts": set(),
     "libraries": set(),
     "backends": {"libraries"},
     "devices": {"backends"},
@@ -49,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": MEASURING,
     "training": {"bench.benchmark", "bench.ceilings", "bench.chart", "bench.timing"} | ACCELERATED,
     "gpu_check": MEASURING,
-    "cli": {"evaluation", "integrations", "training", "gpu_check", "__version__"} | MEASURING,
+    "cli": {"evaluation", "integrations", "training", "gpu_check", "__version__", "interrupts"}
+    | MEASURING,
 }
 ANYTHING = {"__init__", "__main__"}
 # What may be imported when a module is: the core dependencies, and Triton by its kernels.
@@ -163,7 +165,7 @@ def test_the_package_holds_the_rooms_and_no_other():
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
     assert files == {
         "__init__.py", "__main__.py", "backends.py", "checks.py", "derivatives.py", "devices.py",
-        "hf.py", "libraries.py", "surgery.py",
+        "hf.py", "interrupts.py", "libraries.py", "surgery.py",
     }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..acceleration.swap import accelerate
 from ..bench.table import format_table, markdown
 from ..bench.timing import fingerprint
 from ..evaluation import harness, suites
@@ -16,6 +15,7 @@ from ..openelm.tokenizer import FILES, Tokenizer, find_tokenizer, special_tokens
 from .console import OK, Output, Progress, WrongInput, checked, measure, note
 from .options import (
     DTYPES,
+    accelerated,
     add_backend,
     add_checkpoint,
     add_config,
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     tasks = _tasks(args, chosen)
     model = checked(load, None if args.dtype is None else DTYPES[args.dtype]).eval()
     if not args.eager:
-        checked(lambda: accelerate(model, backend=args.backend))
-    output = Output(args.out)
+        accelerated(model, args.backend)
+    output = Output(args.out, args.command)
     about = {
         "checkpoint": checkpoint_fingerprint(Path(args.checkpoint)),
         "dtype": str(model.activation_dtype).removeprefix("torch."),
@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     }
     published = suites.published_model(model.config, name)
     results = {
-        "elmkernels": __version__, "model": name, "weights": weights, **about, "suite": args.suite,
-        "limit": args.limit, "published_model": published, "source": suites.source(),
-        "machine": fingerprint(device), "complete": False,
+        "elmkernels": __version__, "command": args.command, "model": name, "weights": weights,
+        **about, "suite": args.suite, "limit": args.limit, "published_model": published,
+        "source": suites.source(), "machine": fingerprint(device), "complete": False,
     }  # fmt: skip
     shown = _Shown()
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         shown.close()
     if results["complete"]:
         rows = _table(results)
-        output.write("summary.md", markdown(rows) + "\n")
+        output.keep("summary.md", lambda: output.write("summary.md", markdown(rows) + "\n"))
         if not args.json:
             print(format_table(rows))
     elif output.folder is not None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import __version__
+from .. import __version__, interrupts
 from ..checks import one_line
 from . import (
     bench_generate,
@@ -29,7 +29,7 @@ from . import (
     parity,
     train,
 )
-from .console import INTERRUPTED, PIPE_CLOSED, WRONG, WrongInput, escaped_stdout, note
+from .console import PIPE_CLOSED, WRONG, WrongInput, escaped_stdout, note
 from .options import Parser
 
 DEFAULT = "check"
@@ -83,8 +83,12 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's by default); returns its exit code."""
-    with escaped_stdout():
-        return _exit_code(argv)
+    try:
+        with interrupts.raised(), escaped_stdout():
+            return _exit_code(argv)
+    except KeyboardInterrupt:
+        note("interrupted")
+        return interrupts.exit_code()
 
 
 def _exit_code(argv: Sequence[str] | None) -> int:
@@ -107,9 +111,6 @@ def _exit_code(argv: Sequence[str] | None) -> int:
         # The interpreter flushes stdout once more at its end: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except KeyboardInterrupt:
-        note("interrupted")
-        return INTERRUPTED
 
 
 if __name__ == "__main__":

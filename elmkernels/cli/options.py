@@ -7,12 +7,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..backends import BACKENDS, PREFERENCE
+from ..acceleration.swap import accelerate
+from ..backends import BACKENDS, PREFERENCE, missing_kernels
 from ..bench import end_to_end
-from ..devices import backend_choices, missing_device
+from ..devices import backend_choices, missing_device, whole_model_backends
 from ..openelm.config import VARIANTS
 from ..openelm.model import OpenELM
-from .console import WrongInput, checked
+from .console import WrongInput, checked, note
 
 DTYPES = {
     "fp32": torch.float32,
@@ -50,7 +51,7 @@ def new_command(commands: Any, name: str, run: Callable, help: str, more: str = 
     text = f"{help[0].upper()}{help[1:]}.{more and f' {more}'}"
     parser = commands.add_parser(name, help=help, description=text)
     parser.usage = f"{parser.prog} [options]"
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=parser.prog.removeprefix("elmkernels "))
     return parser
 
 
@@ -89,7 +90,7 @@ def add_json(to: Any) -> None:
 
 
 def add_device(to: Any) -> None:
-    to.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    to.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
 
 
 def add_dtype(to: Any, default: str | None, use: str = "") -> None:
@@ -112,11 +113,13 @@ def add_dtypes(to: Any, default: str, known: Iterable[str] = DTYPES) -> None:
 
 
 def add_backend(to: Any) -> None:
+    """One for a whole model: others have kernels for some ops, which take them unasked."""
+    names = whole_model_backends()
     to.add_argument(
         "--backend",
-        type=one_of(BACKENDS),
+        type=one_of(names),
         metavar="NAME",
-        help=f"{', '.join(BACKENDS)} (default: best)",
+        help=f"{', '.join(names)} (default: best)",
     )
 
 
@@ -244,6 +247,19 @@ def loaded_first(
         return loaded.pop(dtype) if dtype in loaded else checked(load, dtype)
 
     return take
+
+
+def accelerated(model: OpenELM, backend: str | None) -> None:
+    """Accelerate a model; that nothing compiled can run is said, since it is slow then."""
+    report = checked(lambda: accelerate(model, backend=backend))
+    if report.missing:
+        note(report.missing)
+
+
+def note_missing(device: torch.device, backend: str | None) -> None:
+    """The same, for measurements that show no report of an accelerated model."""
+    if backend is None and (reason := missing_kernels(device.type)):
+        note(reason)
 
 
 def chosen_model(

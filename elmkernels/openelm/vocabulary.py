@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..text.added import added_tokens
 from ..text.metadata import parsed
+from ..weights.storage import check_readable
 from .config import OpenELMConfig
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
@@ -43,6 +44,7 @@ def vocabulary_of(path: Path, config: OpenELMConfig) -> Vocabulary:
         raise ImportError(message) from error
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    check_readable(path)
     found: Any = sentencepiece.SentencePieceProcessor()
     try:
         found.LoadFromFile(str(path))

@@ -8,12 +8,13 @@ such a run.
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..weights.storage import check_readable
 from .added import AddedTokens, added_beside
 
 
 class Library(Protocol):
     """What a Tokenizer needs of one. Made of a file; raises ImportError where the library is
-    missing, ValueError for a file that it can't read.
+    missing, OSError for a file that can't be read, ValueError for one that isn't what it should be.
     """
 
     joined: frozenset[int]
@@ -37,6 +38,7 @@ class HuggingFace:
             from tokenizers import Tokenizer as Library
         except ImportError as error:
             raise ImportError(f"reading {path} needs tokenizers: pip install tokenizers") from error
+        check_readable(path)
         try:
             self._tokenizer = Library.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -81,6 +83,7 @@ class SentencePiece:
             message = f"reading {path} needs sentencepiece: pip install sentencepiece"
             raise ImportError(message) from error
         self._tokenizer: Any = sentencepiece.SentencePieceProcessor()
+        check_readable(path)
         try:
             self._tokenizer.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError) as error:

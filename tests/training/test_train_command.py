@@ -64,6 +64,27 @@ def test_replaced_fields():
     assert read("OpenELM-270M", ["model=OpenELM-450M"])[0].model == "OpenELM-450M"
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["engine.kernels=nope", "engine.kernels=cuda", "engine.kernels=sdpa", "data.tokenizer=nowhere",
+     "data.train=/no", "data.train=[]", "data.eos=999", "initial=nowhere"],
+)  # fmt: skip
+def test_a_refusal_leaves_no_folder(capsys, tmp_path, change):
+    path, out = write_recipe(tmp_path), tmp_path / "runs" / "x"
+    argv = ["train", str(path), "--out", str(out), "--device", "cpu", "--set", change]
+    assert main(argv) == 2
+    assert capsys.readouterr().out == ""
+    assert not out.parent.exists()
+
+
+def test_without_compiled_kernels_it_says_so(capsys, monkeypatch, tmp_path):
+    said = "no compiled kernels: any reason"
+    monkeypatch.setattr("elmkernels.acceleration.swap.missing_kernels", lambda device: said)
+    path = write_recipe(tmp_path)
+    train(path, tmp_path / "out", "--device", "cpu", "--steps", "1")
+    assert f"elmkernels: {said}" in capsys.readouterr().err.splitlines()
+
+
 def test_what_it_prints(capsys, tmp_path):
     path = write_recipe(tmp_path)
     train(path, tmp_path / "out", "--device", "cpu")
