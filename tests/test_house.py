@@ -275,13 +275,17 @@ def test_one_function_says_whether_a_shortcut_may_be_taken():
             assert not re.search(r"\b(set_module|add_module|setattr\(model)", text), name
 
 
-def test_environment_variables_are_read_in_two_places_only():
-    """Triton's own switch in backends; the toolchain's in setup.py. None is ours."""
+def test_environment_variables_are_read_in_three_places_only():
+    """Triton's own switch in backends; where the Hub's cache is, in hub; the toolchain's in
+    setup.py. None is ours.
+    """
     reading = {relative(p) for p in SOURCES if re.search(r"\benviron\b|\bgetenv\b", p.read_text())}
-    assert reading <= {"elmkernels/backends.py"}
-    assert set(re.findall(r'environ\.get\("(\w+)"', (PACKAGE / "backends.py").read_text())) == {
-        "TRITON_INTERPRET"
-    }
+    assert reading <= {"elmkernels/backends.py", "elmkernels/text/hub.py"}
+    for name, read in {
+        "backends.py": {"TRITON_INTERPRET"},
+        "text/hub.py": {"HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"},
+    }.items():
+        assert set(re.findall(r'environ\.get\("(\w+)"', (PACKAGE / name).read_text())) == read
     named = set(re.findall(r"environ\.get\(([^,)]+)", (ROOT / "setup.py").read_text()))
     assert named == {'"CXX"', '"CUDA_HOME"', '"CUDA_PATH"', "ARCH_LIST"}
 

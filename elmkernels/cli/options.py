@@ -13,6 +13,7 @@ from ..bench import end_to_end
 from ..devices import backend_choices, missing_device, whole_model_backends
 from ..openelm.config import VARIANTS
 from ..openelm.model import OpenELM
+from ..text.hub import local_path
 from .console import WrongInput, checked, note
 
 DTYPES = {
@@ -211,11 +212,15 @@ def dtypes_of(args: argparse.Namespace, default: tuple[str, ...]) -> tuple[torch
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path:
-    """The checkpoint that is meant, if it looks like one; `load` reads it."""
-    path = Path(args.checkpoint)
+    """The checkpoint that is meant, if it looks like one; `load` reads it. A name of the Hub
+    becomes its folder in the arguments too.
+    """
+    try:
+        path = checked(local_path, args.checkpoint)
+    except WrongInput as error:
+        raise WrongInput(f"--checkpoint: {error}") from error
+    args.checkpoint = str(path)
     what = f"--checkpoint: {path}"
-    if not checked(path.exists):
-        raise WrongInput(f"{what} does not exist (a local folder or file; no download)")
     if path.is_dir():
         if args.config is not None:
             raise WrongInput(f"--config describes a single file; {path} has a config.json")
@@ -272,6 +277,8 @@ def chosen_model(
         name = args.model or DEFAULT_MODEL
         load = end_to_end.weights_of(None, None, name, seed, device)
         return name, f"random weights of seed {seed}", load
+    given = Path(args.checkpoint)
     path = checkpoint_of(args)
     load = end_to_end.weights_of(path, args.config, "", seed, device)
-    return path.resolve().stem if path.is_file() else path.resolve().name, f"from {path}", load
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    return name if given.exists() else given.name, f"from {path}", load

@@ -141,7 +141,8 @@ class OpenELM(nn.Module):
         """A model with the weights of a file or folder on this machine; nothing is downloaded.
 
         Args:
-            path: a Hugging Face folder, or one CoreNet (.pt) or safetensors file.
+            path: a Hugging Face folder, one CoreNet (.pt) or safetensors file, or the name of a
+                model ("apple/OpenELM-270M") that the Hub's cache on this machine holds.
             config: of a file, not of a folder: a configuration, a variant's name or a CoreNet YAML.
             dtype: of weights, of quantized ones' scales and biases; None: as stored.
             device: where they are; None for torch's default.
