@@ -177,14 +177,11 @@ def whole_model_backends() -> tuple[str, ...]:
     """The backends that may be named for a whole model: those with kernels for every op that never
     falls back, here or on another machine, and the reference.
     """
-    return tuple(
-        name
-        for name in BACKENDS
-        if name == REFERENCE
-        or all(
-            implements(name, op) or implements(BASES.get(name, ""), op) for op in never_fall_back()
-        )
-    )
+    return tuple(name for name in BACKENDS if all(_has(name, op) for op in never_fall_back()))
+
+
+def _has(backend: str, op: str) -> bool:
+    return backend == REFERENCE or implements(backend, op) or implements(BASES.get(backend, ""), op)
 
 
 def backend_choices(device: torch.device, asked: str | None = None) -> dict[str, BackendChoice]:
@@ -222,7 +219,7 @@ def _choice(
 ) -> BackendChoice:
     why = {}
     if asked is not None:
-        if asked == REFERENCE or implements(asked, op) or implements(BASES.get(asked, ""), op):
+        if _has(asked, op):
             return BackendChoice(op, asked, _resolved(op, kind, choose(op, kind, asked)), why)
         why[asked] = f"it has no kernels for {op}"
     why |= {name: reason for name in preferred(op, kind) if (reason := missing[name])}

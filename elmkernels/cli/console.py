@@ -50,7 +50,14 @@ def words(error: BaseException) -> str:
 
 def note(text: str) -> None:
     """One line on stderr."""
-    print(f"elmkernels: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    say(f"elmkernels: {' '.join(text.split())}")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on stderr, if it is there and can be: nothing ends because nobody could be told."""
+    if sys.stderr is not None:  # else `print` would take stdout
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -67,6 +74,48 @@ def escaped_stdout() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError, ValueError):  # a closed pipe can't be flushed
             out.reconfigure(errors=before)
+
+
+class StdoutFailed(WrongInput):
+    """What stdout is can't be written to. No OSError, which argparse passes over."""
+
+
+class _Watched:
+    """stdout, whose errors are known as its own."""
+
+    def __init__(self, out: Any) -> None:
+        self._out = out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)
+
+    def write(self, text: str) -> int:
+        return self._told(self._out.write, text)
+
+    def flush(self) -> None:
+        self._told(self._out.flush)
+
+    def _told(self, fn: Callable, *args: Any) -> Any:
+        try:
+            return fn(*args)
+        except BrokenPipeError:  # a reader that has enough is no error
+            raise
+        except OSError as error:
+            raise StdoutFailed(f"stdout can't be written: {words(error)}") from error
+
+
+@contextlib.contextmanager
+def watched_stdout() -> Iterator[None]:
+    """Meanwhile stdout raises StdoutFailed if it can't be written."""
+    out = sys.stdout
+    if out is None:
+        yield
+        return
+    sys.stdout = _Watched(out)
+    try:
+        yield
+    finally:
+        sys.stdout = out
 
 
 class Progress:
@@ -95,7 +144,7 @@ class Progress:
             if self._live and self.stage_start - self._painted >= LEAST:
                 self._paint()
             elif self.lines and not self._live:
-                print(self._line(), file=sys.stderr, flush=True)
+                say(self._line())
 
     def print(self, text: str) -> None:
         """Print to stdout, past the line."""
@@ -126,11 +175,11 @@ class Progress:
     def _paint(self) -> None:
         self._painted = time.monotonic()
         line = self._line()[: _columns() - 1]  # a longer one would wrap, and stay
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        say(f"\r\x1b[K{line}", end="")
 
     def _clear(self) -> None:
         if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            say("\r\x1b[K", end="")
 
 
 def _columns() -> int:
