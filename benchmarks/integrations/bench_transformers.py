@@ -96,6 +96,11 @@ def prefill(full: bool) -> tuple[dict[str, Callable], dict[str, Any]]:
     return calls, {"prompt": length, "same logits": torch.equal(calls[NATIVE](), own())}
 
 
+def size_of(full: bool) -> tuple[int, int]:
+    """Rows and length of a step."""
+    return (1, 512) if full else (2, 8)
+
+
 def step_of(task: str, kernels: str | None, full: bool) -> Callable[[], float]:
     """A step of the Trainer: forward, backward, AdamW; the LoRA one trains rank 8 on all matrices
     of a bfloat16 model.
@@ -117,11 +122,14 @@ def step_of(task: str, kernels: str | None, full: bool) -> Callable[[], float]:
     )
     trainer = Trainer(model, arguments)
     optimizer = trainer.create_optimizer()
-    tokens = tokens_of(config_of(full), 2, 512 if full else 8)
+    rows, length = size_of(full)
+    tokens = tokens_of(config_of(full), rows, length)
+
+    count = rows * (length - 1)
 
     def step() -> float:
         inputs = {"input_ids": tokens, "labels": tokens}
-        loss = trainer.training_step(model, inputs, num_items_in_batch=torch.tensor(2 * 511))
+        loss = trainer.training_step(model, inputs, num_items_in_batch=torch.tensor(count))
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)
@@ -132,7 +140,7 @@ def step_of(task: str, kernels: str | None, full: bool) -> Callable[[], float]:
 def training(task: str, full: bool) -> tuple[dict[str, Callable], dict[str, Any]]:
     calls = {name: step_of(task, k, full) for name, k in ((NATIVE, "auto"), (PLAIN, None))}
     losses = {name: call() for name, call in calls.items()}
-    rows, length = 2, 512 if full else 8
+    rows, length = size_of(full)
     return calls, {"rows": rows, "length": length, "first losses": losses}
 
 
@@ -187,18 +195,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--out", type=Path, required=True, help="a folder for results.json")
-    parser.add_argument("--no-memory", action="store_true", help="times alone")
+    parser.add_argument("--only", choices=("times", "memory"), help="of a step, measure one")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.json"
     for task in args.tasks:
         results = json.loads(file.read_text()) if file.exists() else {}
-        before = results.get(task, {}).get("peak bytes")
-        results[task] = measure(task, True, not args.no_memory)
-        if before and args.no_memory:
-            results[task]["peak bytes"] = before
+        found = results.setdefault(task, {})
+        if args.only == "memory":
+            found["peak bytes"] = peaks(task, True)
+        else:
+            found |= measure(task, True, args.only is None)
         file.write_text(json.dumps(results, indent=1) + "\n")
-        print(task, results[task]["native of"], results[task].get("peak bytes", ""))
+        print(task, found.get("native of", ""), found.get("peak bytes", ""))
 
 
 if __name__ == "__main__":

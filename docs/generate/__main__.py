@@ -17,6 +17,7 @@ PAGES: dict[str, Callable[[], str]] = {"docs/api.md": api.page, "docs/support.md
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": figures.six_results},
     "docs/benchmarks.md": figures.TABLES,
+    "docs/huggingface.md": {"transformers": lambda: figures.transformers("transformers-270m-cpu")},
     "docs/parity.md": {"margins": margins.margins, "processors": margins.processors},
 }
 _BLOCK = re.compile(r"<!-- generated: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)

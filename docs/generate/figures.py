@@ -201,6 +201,32 @@ def loss(name: str) -> str:
     return table(["dtype", "logits and F.cross_entropy", "torch's F.linear_cross_entropy"], rows)
 
 
+_TRANSFORMERS = {
+    "generate": ("64 tokens after 64", "kernels=None", "elmkernels"),
+    "prefill": ("a prompt of 512", "kernels=None", "elmkernels"),
+    "trainer": ("step of the Trainer", "kernels=None", None),
+    "lora": ("LoRA step of the Trainer", "kernels=None", None),
+}
+
+
+def transformers(name: str) -> str:
+    """The class of transformers beside itself without kernels, and this package's functions."""
+    rows, found = [], results(name)
+    for task, (words, plain, own) in _TRANSFORMERS.items():
+        if task not in found:
+            continue
+        seconds = {n: t["median"] for n, t in found[task]["seconds"].items()}
+        peaks = found[task].get("peak bytes")
+        less = "-" if peaks is None else f"{mib(peaks['native'])} of {mib(peaks[plain])} MiB"
+        rows.append([
+            words, f"{seconds['native']:.2f} s", f"{seconds[plain]:.2f} s",
+            times(seconds[plain] / seconds["native"]),
+            "-" if own is None else times(seconds[own] / seconds["native"]), less,
+        ])  # fmt: skip
+    head = ["task", "with kernels", "kernels=None", "as fast", "as this package's own", "memory"]
+    return table(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "generation": lambda: generation("generate-270m-cpu", "generate-1_1b-cpu"),
     "training": lambda: training("training-270m-cpu"),
