@@ -108,7 +108,8 @@ def test_corenet_calls(name, accelerated):
     got = logits_loss_gradients(model, case.tensors["input_ids"])
     for key, tensor in got.items():
         assert_parity(tensor, case.expected[key], case.exact[key], key)
-    ids, prefix, keys, values, logits = case.tensors["input_ids"], case.decode_prefix, None, None, []
+    ids, prefix, logits = case.tensors["input_ids"], case.decode_prefix, []
+    keys = values = None
     with torch.inference_mode():
         for chunk in (ids[:, :prefix], *ids[:, prefix:].split(1, dim=1)):
             call = {"input_ids": chunk, "past_keys": keys, "past_values": values}
