@@ -23,6 +23,7 @@ class Fused(nn.Module):
     """
 
     _fused: Any
+    keeps_name = False  # whether its classes are called as those below them
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Made at run time, a class is found by no name: a copy is made of the class below it, then
@@ -76,7 +77,11 @@ def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
         return kind
     if (kind, base) not in _MADE:
         own = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_base": base, "_kind": kind}
-        _MADE[kind, base] = known(type(f"Fused{base.__name__}", (kind, base), own))
+        name = f"Fused{base.__name__}"
+        if kind.keeps_name:
+            name = base.__name__
+            own |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _MADE[kind, base] = known(type(name, (kind, base), own))
     return _MADE[kind, base]
 
 

@@ -25,6 +25,7 @@ from .fused import (
     rotated,
     takes,
 )
+from .masks import Masks
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ForeignState(AttentionState):
     rope_length: int
     rotary: type[nn.Module]
     table: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    masks: Masks | None = None  # of its body, if that keeps them
 
     def rotation(self, length: int, head_dim: int, device: torch.device) -> Tensor:
         """The table for positions below `length`, on a device."""
@@ -179,7 +181,11 @@ class FusedHuggingFaceAttention(_ForeignAttention):
         q, k, v = _project(self, hidden_states, positions, past + length)
         if past_key_value is not None:
             k, v = past_key_value.update(k, v, index, {"cache_position": cache_position})
-        mask = attention_mask
+        mask, masks = attention_mask, self._fused.masks
+        # A static cache is longer than what it holds.
+        if masks is not None and k.shape[2] == past + length:
+            if masks.causal(mask, cache_position, past):
+                return _attend(self, q, k, v, None, True), None, past_key_value
         if mask is not None and cache_position is not None:
             mask = mask[:, :, cache_position, : k.shape[2]]
         return _attend(self, q, k, v, mask, False), None, past_key_value

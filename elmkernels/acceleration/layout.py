@@ -20,12 +20,14 @@ from ..openelm.compressed import Compressed, weight_of
 from ..openelm.loss import LossHead
 from ..openelm.model import OpenELM
 from ..surgery import missing_own, missing_plain
-from . import foreign, fused
+from . import foreign, fused, models
 from .classes import own_class
 from .trying import (
     missing_alone,
     missing_class,
     missing_linear,
+    missing_masks,
+    missing_model,
     missing_norm,
     missing_room,
     missing_silu,
@@ -34,6 +36,7 @@ from .trying import (
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 NORMS = ("attn_norm", "ffn_norm", "attn.q_norm", "attn.k_norm")
 BLOCKS = ("", "attn", "ffn")
+OUTPUTS = ("classifier", "lm_head")  # projections to logits that are modules
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Convention:
     layer: type[fused.LayerParts]
     own: dict[str, type[nn.Module]] | None = None
     masked: bool = False  # its models give every attention a mask
+    body: type[models.FusedHuggingFaceBody] | None = None
+    model: type[fused.Fused] | None = None
 
     @property
     def foreign(self) -> bool:
@@ -58,13 +63,21 @@ class Convention:
 OURS = {"": layers.DecoderLayer, "attn": layers.Attention, "ffn": layers.FeedForward}
 CONVENTIONS = (
     Convention("elmkernels", "context", fused.FusedAttention, fused.FusedDecoderLayer, OURS),
-    Convention("CoreNet", "past_keys", foreign.FusedCoreNetAttention, foreign.FusedCoreNetLayer),
+    Convention(
+        "CoreNet",
+        "past_keys",
+        foreign.FusedCoreNetAttention,
+        foreign.FusedCoreNetLayer,
+        model=models.FusedCoreNetModel,
+    ),
     Convention(
         "Hugging Face",
         "past_key_value",
         foreign.FusedHuggingFaceAttention,
         foreign.FusedHuggingFaceLayer,
         masked=True,
+        body=models.FusedHuggingFaceBody,
+        model=models.FusedHuggingFaceModel,
     ),
 )
 # Children that a fused forward knows of; any other must do nothing.
@@ -154,7 +167,8 @@ def _child(module: nn.Module | None, name: str) -> nn.Module | None:
 @dataclass
 class Layout:
     """What was found in a model, and where. root: the model itself, inside of what may wrap it;
-    body: what holds the layers; names: of every module, by its id; left: {path: why it stays}.
+    body: what holds the layers; names: of every module, by its id; left: {path: why it stays};
+    output: the class of what the model's forward returns, if it is others' code.
     """
 
     model: nn.Module
@@ -164,6 +178,7 @@ class Layout:
     convention: Convention = CONVENTIONS[0]
     blocks: list[Block] = field(default_factory=list)
     left: dict[str, Reason] = field(default_factory=dict)
+    output: type | None = None
 
     def path(self, module: nn.Module) -> str:
         """The module's name in the model that was given."""
@@ -182,11 +197,17 @@ class Layout:
         """The last norm."""
         return inner(self.body.norm)
 
+    @property
+    def whole(self) -> Any:
+        """What has body, head and loss; None for a body alone."""
+        apart = self.convention.body is not None
+        return self.body if not apart else None if self.root is self.body else self.root
+
     def heads(self) -> dict[str, nn.Module]:
         """What makes logits and losses, by its name in the model."""
-        names = ("classifier", "tied_head", "logits_head", "loss_head")
+        names = (*OUTPUTS, "tied_head", "logits_head", "loss_head")
         held = {n: _child(self.root, n) for n in names}
-        found = {n: base_of(m) if n == "classifier" else inner(m) for n, m in held.items()}
+        found = {n: base_of(m) if n in OUTPUTS else inner(m) for n, m in held.items()}
         return {name: module for name, module in found.items() if module is not None}
 
     def parts(self) -> list[nn.Module]:
@@ -268,6 +289,7 @@ def examine(model: nn.Module) -> Layout:
         _refuse(model, reason)
     for name, head in layout.heads().items():
         _examine_head(layout, name, head)
+    _examine_whole(layout)
     return layout
 
 
@@ -327,10 +349,24 @@ def _examine_head(layout: Layout, name: str, head: nn.Module) -> None:
         "tied_head": layers.TiedHead, "logits_head": layers.LogitsHead,
         "loss_head": LossHead,
     }  # fmt: skip
-    if name == "classifier":
+    if name in OUTPUTS:
         layout.leave(head, missing_linear(head))
     else:
         layout.leave(head, missing_own(head) or missing_class(head, own[name]))
+
+
+def _examine_whole(layout: Layout) -> None:
+    """What stands round the layers of others' code: a body that makes masks, a model."""
+    body, whole, convention = layout.body, layout.whole, layout.convention
+    if convention.body is not None:
+        layout.leave(body, missing_own(body) or missing_masks(body))
+    if convention.model is None or whole is None:
+        return
+    reason = missing_own(whole) or missing_class(whole, None)
+    reason = reason or missing_room(whole, convention.model)
+    if reason is None:
+        reason, layout.output = missing_model(whole, convention.model, whole is body)
+    layout.leave(whole, reason)
 
 
 def _missing_dtype(body: nn.Module) -> Reason | None:
