@@ -1,7 +1,7 @@
 """Argument validation of the ops, in one form of message: `weight must be [1280], got [64]`."""
 
 from numbers import Integral, Real
-from typing import NoReturn, TypeGuard
+from typing import NoReturn, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -146,6 +146,7 @@ def number(
     """value is a number of Python's, or of one of its kind, and in a range if there is one."""
     if type(value) is not float and (not isinstance(value, _NUMBERS) or isinstance(value, bool)):
         fail(name, "a number", _short(value), TypeError)
+    value = cast(float, value)
     if above is not None and not value > above:
         fail(name, f"above {above}", value)
     if least is not None and not value >= least:

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..backends import Reason
-from ..checks import DTYPES
 from ..openelm import layers
 from ..openelm.compressed import Compressed, weight_of
 from ..openelm.loss import LossHead
@@ -25,10 +24,12 @@ from .classes import own_class
 from .trying import (
     missing_alone,
     missing_class,
+    missing_dtype,
     missing_linear,
     missing_masks,
     missing_model,
     missing_norm,
+    missing_part,
     missing_room,
     missing_silu,
 )
@@ -285,7 +286,7 @@ def examine(model: nn.Module) -> Layout:
             _refuse(model, f"`{where}.attn` is called in another way than the layers before")
         _check_block(layout, block, where)
     _examine_norm(layout, layout.norm(), f"{prefix}norm")
-    if reason := _missing_dtype(body):
+    if reason := missing_dtype(body):
         _refuse(model, reason)
     for name, head in layout.heads().items():
         _examine_head(layout, name, head)
@@ -332,7 +333,7 @@ def _check_block(layout: Layout, block: Block, where: str) -> None:
         part = parts[name]
         known = None if convention.own is None else convention.own[name]
         layout.leave(part, missing_own(part) or missing_class(part, known))
-        layout.leave(part, _missing_part(part, name) or missing_room(part, kinds[name]))
+        layout.leave(part, missing_part(part, _CHILDREN[name]) or missing_room(part, kinds[name]))
     for path in PROJECTIONS:
         layout.leave(parts[path], missing_linear(parts[path]))
 
@@ -369,17 +370,6 @@ def _examine_whole(layout: Layout) -> None:
     layout.leave(whole, reason)
 
 
-def _missing_dtype(body: nn.Module) -> Reason | None:
-    """Why the kernels can't compute in the dtypes of a model's weights. body: what holds its
-    layers, norm and embedding.
-    """
-    for name, weight in body.named_parameters():
-        known = name.startswith(("layers.", "norm.", "token_embeddings."))
-        if known and weight.is_floating_point() and weight.dtype not in DTYPES:
-            return f"`{name}` is {weight.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
-    return None
-
-
 def _missing_heads(block: Block) -> Reason | None:
     """Why the heads of an attention module make no sense."""
     (q, kv), head_dim = block.heads, getattr(block.parts["attn"], "head_dim", None)
@@ -399,13 +389,4 @@ def _missing_ffn(block: Block) -> Reason | None:
     first, second = block.shape("ffn.proj_1"), block.shape("ffn.proj_2")
     if first and second and first[0] != second[1] * (2 if block.gated else 1):
         return f"proj_1 gives {first[0]} columns, proj_2 takes {second[1]}"
-    return None
-
-
-def _missing_part(module: nn.Module, name: str) -> Reason | None:
-    """What a module has beside the parts of its kind, unless that does nothing."""
-    for child, held in module._modules.items():
-        nothing = isinstance(held, nn.Identity) or (isinstance(held, nn.Dropout) and held.p == 0)
-        if held is not None and child not in _CHILDREN[name] and not nothing:
-            return f"it has another part, {child} ({type(held).__name__})"
     return None

@@ -39,7 +39,7 @@ def _usual(attention_mask: Tensor | None, batch: int, n: int) -> bool:
 
 def _captured(x: Tensor) -> bool:
     """Whether what is computed now is recorded, so that nothing may be decided by values."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or unusual():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or unusual():
         return True
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 

@@ -151,7 +151,9 @@ class FusedHuggingFaceModel(Fused):
         """more: the last three by position."""
         config = self.config
         if more:
-            named = (output_hidden_states, return_dict, cache_position)[len(more) :]
+            named: tuple[Any, ...] = (output_hidden_states, return_dict, cache_position)[
+                len(more) :
+            ]
             output_hidden_states, return_dict, cache_position = *more, *named
         given: dict[str, Any] = {
             "input_ids": input_ids,

@@ -16,6 +16,7 @@ from torch.random import fork_rng
 
 from .. import reference
 from ..backends import Reason
+from ..checks import DTYPES
 from ..openelm import layers
 from ..openelm.compressed import Compressed
 from ..surgery import missing_own, missing_plain, plain_tensor
@@ -351,3 +352,23 @@ def _corenet_call(make: Callable[[], Any]) -> Call:
             return [kind.forward(model, make()), given]
 
     return call
+
+
+def missing_dtype(body: nn.Module) -> Reason | None:
+    """Why the kernels can't compute in the dtypes of a model's weights. body: what holds its
+    layers, norm and embedding.
+    """
+    for name, weight in body.named_parameters():
+        known = name.startswith(("layers.", "norm.", "token_embeddings."))
+        if known and weight.is_floating_point() and weight.dtype not in DTYPES:
+            return f"`{name}` is {weight.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def missing_part(module: nn.Module, known: set[str]) -> Reason | None:
+    """What a module has beside the known parts of its kind, unless that does nothing."""
+    for child, held in module._modules.items():
+        nothing = isinstance(held, nn.Identity) or (isinstance(held, nn.Dropout) and held.p == 0)
+        if held is not None and child not in known and not nothing:
+            return f"it has another part, {child} ({type(held).__name__})"
+    return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def counted(op: str, **formulas: Callable[..., int]) -> None:
         name, formula = f"{op}_{suffix}", formulas.get(suffix, no_products)
         for backend in BACKENDS:
             if (raw := optional_kernel(name, backend)) is not None:
-                counts(raw.overloadpacket, formula)
+                counts(cast(Any, raw).overloadpacket, formula)
 
 
 def counts(operator: Any, formula: Callable[..., int]) -> None:
