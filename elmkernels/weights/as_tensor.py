@@ -43,6 +43,10 @@ class AsTensor(Tensor):
         """The matrix, of its own."""
         return self.form.dense(self.dtype)
 
+    def data_ptr(self) -> int:
+        """Where the compressed numbers lie: the same for who shares them."""
+        return self.form.parts().data.data_ptr()
+
     @property
     def data(self) -> Tensor:
         """The dense matrix; to set it compresses the new one."""

@@ -1,4 +1,4 @@
-"""What others do with the model: PEFT, TRL, lm-eval, pipelines, torch.compile."""
+"""What others do with the model: TRL, lm-eval, pipelines, torch.compile."""
 
 import pytest
 import torch
@@ -9,8 +9,9 @@ pytest.importorskip("transformers")
 
 from transformers import PreTrainedTokenizerFast, pipeline
 
+import elmkernels
+
 pytestmark = pytest.mark.ecosystem
-PROJECTIONS = ["qkv_proj", "out_proj", "proj_1", "proj_2"]
 
 
 @pytest.fixture
@@ -18,62 +19,6 @@ def tokenizer(tmp_path):
     file = str(hugging_face(tmp_path))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_file=file, **names)
-
-
-def adapters(kind):
-    peft = pytest.importorskip("peft")
-    task = {"task_type": "CAUSAL_LM"}
-    lora = task | {"r": 4, "target_modules": PROJECTIONS, "init_lora_weights": False}
-    return {
-        "LoRA": lambda: peft.LoraConfig(**lora),
-        "DoRA": lambda: peft.LoraConfig(**lora, use_dora=True),
-        "LoRA and whole norms": lambda: peft.LoraConfig(**lora, modules_to_save=["ffn_norm"]),
-        "IA3": lambda: peft.IA3Config(
-            **task, target_modules=["qkv_proj", "proj_2"], feedforward_modules=["proj_2"],
-            init_ia3_weights=False,
-        ),
-    }[kind]()  # fmt: skip
-
-
-KINDS = ["LoRA", "DoRA", "LoRA and whole norms", "IA3"]
-
-
-def with_adapter(kind, model):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(5)
-    return peft.get_peft_model(model, adapters(kind))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapters_before_acceleration(kind, tmp_path):
-    peft = pytest.importorskip("peft")
-    ours, theirs = (with_adapter(kind, model) for model in (wrapped(None), eager()))
-    ours.base_model.model.accelerate()
-    inputs = {"input_ids": ids(2, 8), "labels": ids(2, 8)}
-    for model in (ours, theirs):
-        model.train()
-        model(**inputs).loss.backward()
-    wanted = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
-    assert found.keys() == wanted.keys()
-    for name, grad in found.items():
-        torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-5, msg=name)
-    ours.eval(), theirs.eval()
-    options = {"max_new_tokens": 6, "do_sample": False}
-    tokens = [m.generate(input_ids=ids(2, 5), **options).tolist() for m in (ours, theirs)]
-    assert tokens[0] == tokens[1]
-    with torch.no_grad(), ours.disable_adapter():
-        plain = ours(ids(1, 5), use_cache=False).logits
-    expected = wrapped(None)(ids(1, 5)).logits
-    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
-    ours.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(wrapped(None), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        adapted = ours(ids(1, 5)).logits
-        torch.testing.assert_close(again(ids(1, 5)).logits, adapted, rtol=1e-4, atol=1e-4)
-        merged = again.merge_and_unload()
-        merged.accelerate()
-        torch.testing.assert_close(merged(ids(1, 5)).logits, adapted, rtol=1e-3, atol=1e-3)
 
 
 RUNS = {
@@ -101,6 +46,40 @@ def test_supervised_fine_tuning(run, tmp_path, tokenizer):
         trainer.train()
         losses.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if run == "bf16" else 1e-3)
+
+
+def quantized(kernels):
+    model = wrapped(None)
+    elmkernels.quantize(model, 4, 32, progress=False)
+    if kernels is not None:
+        model.accelerate(kernels)
+    return model
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "DPO"])
+@pytest.mark.parametrize("make", [wrapped, quantized])
+def test_adapters_in_trl(make, trainer, tmp_path, tokenizer):
+    """LoRA of plain weights and of 4-bit ones; DPO then compares with the model without it."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    peft = pytest.importorskip("peft")
+    row = {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran"}
+    if trainer == "SFT":
+        row = {"text": "the cat sat on the mat"}
+    losses = []
+    for kernels in ("auto", None):
+        torch.manual_seed(5)
+        settings = getattr(trl, f"{trainer}Config")(
+            output_dir=str(tmp_path), max_steps=3, use_cpu=True, report_to=[], logging_steps=1,
+            per_device_train_batch_size=2, bf16=False, learning_rate=1e-2,
+        )  # fmt: skip
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        made = getattr(trl, f"{trainer}Trainer")(
+            model=make(kernels), args=settings, processing_class=tokenizer, peft_config=lora,
+            train_dataset=datasets.Dataset.from_list([row] * 4),
+        )  # fmt: skip
+        made.train()
+        losses.append([h["loss"] for h in made.state.log_history if "loss" in h])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][-1] < losses[0][0]
 
 
 @pytest.mark.parametrize("loss", ["hinge", "sigmoid"])

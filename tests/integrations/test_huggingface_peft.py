@@ -170,6 +170,16 @@ def test_merged_adapters(adapter, form):
     assert (logits(whole) - changed).norm() <= 2 * slack * changed.norm()
 
 
+def test_the_head_of_a_compressed_embedding_is_read_but_not_written():
+    model = model_of("4 bits", "auto")
+    head, hidden = model.get_output_embeddings(), torch.randn(3, 128)
+    torch.testing.assert_close(head(hidden), hidden @ head.weight.t(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="weight must be left as it is"):
+        head.weight.data += 1
+    lora = peft.get_peft_model(model, ADAPTERS["LoRA"]())
+    assert lora.merge_and_unload().config.tie_word_embeddings
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_merged_is_quantized_as_a_matrix_is(bits):
     ours = adapted("LoRA", f"{bits} bits", "after")

@@ -99,6 +99,7 @@ def test_the_model_without_its_head(tied):
         head = model.get_output_embeddings()
         torch.testing.assert_close(head(hidden), model(ids(2, 6)).logits, rtol=1e-4, atol=1e-4)
     if tied:
+        assert head is model.lm_head and head in model.modules()
         assert head.weight is model.get_input_embeddings().weight
     assert len(model.base_model.layers) == 3
 

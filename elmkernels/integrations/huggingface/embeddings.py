@@ -1,7 +1,7 @@
 """The embedding and the output projection, as transformers reaches for them."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -9,6 +9,7 @@ from ...acceleration.swap import restore
 from ...checks import fail
 from ...openelm.compressed import Compressed
 from ...surgery import is_accelerated
+from ...weights.as_tensor import AsTensor
 
 
 class Backbone:
@@ -49,8 +50,15 @@ class TiedProjection(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The embedding's."""
-        return self._model[0].transformer.token_embeddings.weight
+        """The embedding's; a compressed one is read as the dense matrix, and can't be set."""
+        embedding = self._model[0].transformer.token_embeddings
+        if not isinstance(embedding, Compressed):
+            return embedding.weight
+
+        def put(value: Tensor) -> NoReturn:
+            fail("weight", "left as it is, in the compressed embedding", list(value.shape))
+
+        return AsTensor(embedding.compressed(), embedding.dtype, put)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., model_dim], after the last norm, -> logits [..., vocab_size]."""
@@ -83,16 +91,14 @@ class HasEmbeddings:
         """
         self.transformer.token_embeddings = value
 
-    def get_output_embeddings(self) -> nn.Module | None:
+    def get_output_embeddings(self) -> nn.Module:
         """The output projection.
 
         Returns:
-            The module; None if its weight is compressed.
+            The module.
         """
         body = self.transformer
-        if body.classifier is not None:
-            return body.classifier
-        return None if isinstance(body.token_embeddings, Compressed) else self.lm_head
+        return self.lm_head if body.classifier is None else body.classifier
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another in place of the output projection.
