@@ -135,8 +135,12 @@ def run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} can't be run: {error}") from error
     if done.returncode:
         print(shlex.join(command), done.stdout, done.stderr, sep="\n", file=sys.stderr)
-        lines = [x for x in done.stderr.splitlines() if "error" in x.lower()] or ["no message"]
-        raise BuildError(f"{Path(command[0]).name} failed: {lines[0].strip()[:300]}")
+        lines = [x for x in done.stderr.splitlines() if "error" in x.lower()]
+        lines += [x for x in done.stderr.splitlines() if x.strip()][-1:]
+        what = lines[0].strip()[:300] if lines else f"exit code {done.returncode} and no message"
+        if not lines and os.environ.get("CXX"):
+            what += "; set CXX to a C++ compiler"
+        raise BuildError(f"{Path(command[0]).name} failed: {what}")
 
 
 def say(text: str) -> None:
@@ -207,7 +211,7 @@ def plan(name: str, root: Path | None) -> Library:
         )
     cxx = compiler()
     if cxx is None:
-        raise BuildError("no C++ compiler was found (g++ or clang++)")
+        raise BuildError("no C++ compiler was found; install g++ or clang++")
     suffix = "cu" if name == "cuda" else "cpp"
     folder = ROOT / "csrc" / ("cuda" if name == "cuda" else "cpu")
     patterns = SOME_SOURCES.get(name, (f"*.{suffix}",))
@@ -220,7 +224,7 @@ def plan(name: str, root: Path | None) -> Library:
     if name == "cuda":
         driver = nvcc()
         if driver is None:
-            raise BuildError("nvcc was not found")
+            raise BuildError("nvcc was not found; install the CUDA toolkit")
         chosen = architectures(asked or CUDA_ARCHITECTURES)
         codes = [code for a in chosen for code in gencode(a)]
         flags = [*CUDA_FLAGS, *codes, f"-ccbin={cxx}", "-DUSE_CUDA", *flags]
