@@ -116,7 +116,7 @@ def page() -> str:
         "product."
     )
     tiles = (
-        f"- `{AMX}` has kernels of its own for bfloat16: `attention`, and `linear` of a compressed "
+        f"- `{AMX}` has kernels of its own for bfloat16: `attention`, and `linear` of an affine "
         f"weight with more than {MAX_ROWS} rows. Its others, in other dtypes and of other ops, are "
         f"those of `{BASES[AMX]}`, which a call takes before it if none is named ({AMX_GROUNDS})."
     )

@@ -46,7 +46,9 @@ def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
 
 def dense_product(x: Tensor, weight: Weight, backend: str) -> Tensor:
     """x w^T, the compressed weight being dense one block at a time."""
-    if x.dtype == torch.bfloat16 and (many := optional_kernel("linear_many", backend)):
+    many = optional_kernel("linear_many", backend)
+    # A packed12 weight keeps the bits of the plain one, whose product is torch's.
+    if many and x.dtype == torch.bfloat16 and weight.native_dtype is None:
         return many(last_dim_contiguous(x), *form_of(weight).parts())
     found = blocks(weight, x.dtype)
     if len(found) == 1:

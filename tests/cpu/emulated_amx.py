@@ -20,14 +20,8 @@ from elmkernels.testing import CASES  # noqa: E402
 from elmkernels.testing.cases.attention import attention_case  # noqa: E402
 from elmkernels.testing.cases.draw import Case  # noqa: E402
 from elmkernels.testing.parity import Expected  # noqa: E402
-
-SOME = (
-    "270M_prompt", "3B_prompt", "270M_token", "one_head_a_group", "head_dim_20", "head_dim_1",
-    "head_dim_128", "group_of_3", "chunk", "long_prompt", "ragged_tokens", "ragged_chunks",
-    "ragged_and_padded", "one_key_outweighs", "strided_dy", "left_padded_prompt",
-    "left_padded_chunk", "strided_prompt", "no_queries", "varlen_off_every_block",
-    "varlen_head_dim_256", "varlen_empty",
-)  # fmt: skip
+from elmkernels.weights.affine import quantize_weight  # noqa: E402
+from elmkernels.weights.packed12 import pack_weight  # noqa: E402
 
 
 def verdict(case: Case) -> str | None:
@@ -52,26 +46,15 @@ def parity() -> dict[str, str | None]:
     return {case.name: verdict(case) for case in cases + many_rows()}
 
 
-def some_parity() -> dict[str, str | None]:
-    """Some of them, and of the shapes: prompt, token, chunk, padding, documents, a rest of each."""
-    cases = {case.name: case for case in CASES["attention"]}
-    some = [cases[name] for name in SOME] + rests()[::5] + many_rows()[::9]
-    return {case.name: verdict(case) for case in some}
-
-
-def rests() -> list[Case]:
+def shapes() -> dict[str, str | None]:
     """Every rest that rows, keys and widths leave of a tile."""
-    groups, found = itertools.cycle((1, 3, 4, 5)), []
+    groups, found = itertools.cycle((1, 3, 4, 5)), {}
     lengths = ((1, 0), (7, 9), (16, 16), (33, 0), (65, 64), (96, 40), (15, 113))
     for (length, before), head_dim in itertools.product(lengths, (8, 40, 64, 80, 96, 128)):
         group, keys = next(groups), before + length
         name = f"group {group}, {before} + {length}, head_dim {head_dim}"
-        found.append(attention_case(name, 2 * group, 2, head_dim, length, keys, 1))
+        found[name] = verdict(attention_case(name, 2 * group, 2, head_dim, length, keys, 1))
     return found
-
-
-def shapes() -> dict[str, str | None]:
-    return {case.name: verdict(case) for case in rests()}
 
 
 def bits() -> dict[str, str | None]:
@@ -115,8 +98,29 @@ def models() -> dict[str, str | None]:
     return found
 
 
+def products() -> dict[str, str | None]:
+    """Tiles multiply many rows by an affine weight; packed12 keeps the bits of a plain one."""
+    plain = torch.randn(70, 320).bfloat16()
+    weights = {
+        "plain": plain,
+        "packed12": pack_weight(plain),
+        "int4": quantize_weight(plain, 4, 32),
+    }
+    found, results = {}, {}
+    for rows, (name, weight) in itertools.product((8, 9, 40), weights.items()):
+        x = torch.ones(rows, 320).bfloat16()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            results[name] = elmkernels.linear(x, weight, backend=AMX)
+        tiles = f"elmkernels_{AMX}::linear_many" in {e.key for e in profile.key_averages()}
+        right = tiles == (name == "int4" and rows > 8)
+        found[f"{rows} by {name}"] = None if right else f"by tiles: {tiles}"
+        if name == "packed12" and not torch.equal(results["plain"], results[name]):
+            found[f"bits of {rows}"] = "not those of the plain weight"
+    return found
+
+
 if __name__ == "__main__":
-    asked = {f.__name__: f for f in (parity, some_parity, shapes, bits, choices, models)}
+    asked = {f.__name__: f for f in (parity, shapes, bits, products, choices, models)}
     print(json.dumps({"missing": BACKENDS[AMX].missing}), flush=True)
     for name in sys.argv[1:]:
         print(json.dumps({name: asked[name]()}), flush=True)

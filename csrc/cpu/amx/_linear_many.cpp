@@ -1,5 +1,5 @@
-// linear of many rows by tiles, for weights that aren't plain: each byte of the weight is read
-// once, and made dense in the cache. bfloat16 alone.
+// linear of many rows by tiles: each byte of the weight is read once, and made dense in the cache.
+// bfloat16 alone.
 //
 // 32 rows of the weight at a time are a panel in the layout of the second operand (1280 columns:
 // 80 KB of L2); all rows of x pass it, 32 at a time. 2 n k operations a row of x, at 1,024 a cycle;
