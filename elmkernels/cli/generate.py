@@ -141,7 +141,9 @@ def run(args: argparse.Namespace) -> int:
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
     }
-    _refuse_what_does_nothing(args, checked(lambda: Sampling(**options)))
+    drawing = {"top_k": None, "top_p": None}  # what has no effect is refused as an option is named
+    _refuse_what_does_nothing(args, checked(lambda: Sampling(**options | drawing)))
+    checked(lambda: Sampling(**options))
     device, dtype = find_device(args.device), DTYPES[args.dtype]
     check_backend(args.backend, device)
     name, weights, load = chosen_model(args, device, args.seed or 0)

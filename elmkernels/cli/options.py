@@ -11,7 +11,7 @@ from ..acceleration.swap import accelerate
 from ..backends import BACKENDS, PREFERENCE, missing_kernels
 from ..bench import end_to_end
 from ..devices import backend_choices, missing_device, whole_model_backends
-from ..openelm.config import VARIANTS
+from ..openelm.config import VARIANTS, variant_name
 from ..openelm.model import OpenELM
 from ..text.hub import local_path
 from .console import WrongInput, checked, note
@@ -180,9 +180,9 @@ def add_variant(to: Any, default: str | None) -> None:
 
 
 def variant(text: str) -> str:
-    """The full name of a model's shape, as VARIANTS has it: OpenELM-1_1B for 1.1b."""
-    name = "OpenELM-" + text.upper().removeprefix("OPENELM-").replace(".", "_")
-    if name not in VARIANTS:
+    """The full name of a model's shape."""
+    name = variant_name(text)
+    if name is None:
         raise argparse.ArgumentTypeError(f"must be one of {MODELS}, got {text!r}")
     return name
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..bench.machine import busy
 from ..bench.timing import fingerprint
 from ..interrupts import INTERRUPTED, TERMINATED
+from ..openelm.config import VARIANTS
 from .console import (
     FAILED,
     OK,
@@ -30,6 +31,8 @@ from .options import add_device, add_json, find_device, new_command, positive
 
 NAME = "train"
 
+# Known without the room, which imports torch.distributed.
+READY = ("tiny", *VARIANTS)
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
 
@@ -45,7 +48,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.usage = f"{parser.prog} CONFIG [options]"
     add = parser.add_argument
-    add("recipe", metavar="CONFIG", help="a YAML file (ours or CoreNet's), or a ready recipe: tiny")
+    add(
+        "recipe",
+        metavar="CONFIG",
+        help=f"a YAML file (ours or CoreNet's), or a ready one: {', '.join(READY)}",
+    )
     add("--out", metavar="DIR", help="everything goes there (default: runs/NAME)")
     add("--resume", action="store_true", help="there must be a checkpoint in DIR to go on from")
     add("--fresh", action="store_true", help="begin anew; an earlier run's files are set aside")

@@ -33,7 +33,7 @@ from ..text.metadata import CONFIG, files_beside, raw_config
 from ..weights import storage
 from ..weights.storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 from .compressed import STORED_FORMS, Compressed, weight_of
-from .config import VARIANTS, OpenELMConfig
+from .config import VARIANTS, OpenELMConfig, variant_name
 from .progress import progress
 
 MOST_PROBLEMS = 4  # that one error names
@@ -231,7 +231,7 @@ def _given_config(config: Any, path: Path) -> OpenELMConfig:
         return config
     if isinstance(config, Mapping):
         return OpenELMConfig.from_corenet_yaml(config)
-    if config in VARIANTS:
+    if variant_name(config) is not None:
         return OpenELMConfig.from_name(config)
     if isinstance(config, (str, Path)) and Path(config).is_file():
         return OpenELMConfig.from_corenet_yaml(Path(config))

@@ -109,7 +109,7 @@ def _board(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "keep.tensorboard needs tensorboard: pip install elmkernels[tensorboard]"
+            "keep.tensorboard needs tensorboard: pip install 'elmkernels[tensorboard]'"
         ) from error
     return SummaryWriter(str(folder))
 

@@ -9,6 +9,8 @@ import elmkernels
 from elmkernels import backends
 from elmkernels.cli import check, main, options
 from elmkernels.cli.main import BENCHES, COMMANDS, build_parser
+from elmkernels.cli.train import READY
+from elmkernels.training.recipe import ready
 
 NAMES = [[command.NAME] for command in COMMANDS]
 NAMES += [["bench"], *(["bench", command.NAME] for command in BENCHES)]
@@ -79,6 +81,12 @@ def test_only_a_backend_of_whole_models_is_offered_for_one(capsys, wide, command
     if not whole:
         assert main.main([*command, "--backend", name]) == 2
         assert f"must be one of {', '.join(offered)}, got {name!r}" in capsys.readouterr().err
+
+
+def test_the_help_names_every_ready_recipe(capsys, wide):
+    """And `train` by its own list, which the help can't wait for."""
+    assert set(READY) == set(ready())
+    assert all(name in printed(capsys, "train", "--help") for name in ready())
 
 
 def test_version(capsys):

@@ -55,6 +55,22 @@ def test_variants(name):
     assert config.num_parameters == parameters
 
 
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [("270M", "OpenELM-270M"), ("450m", "OpenELM-450M"), ("1.1b", "OpenELM-1_1B"),
+     ("openelm-3b", "OpenELM-3B"), ("OpenELM-1_1B", "OpenELM-1_1B")],
+)  # fmt: skip
+def test_a_variant_by_the_name_that_people_write(short, name):
+    config = OpenELMConfig.from_name(short)
+    assert config == OpenELMConfig.from_name(name) and config.model_name == name
+
+
+@pytest.mark.parametrize("name", ["", "9B", "OpenELM", "270", None, 270, ["270M"]])
+def test_no_variant(name):
+    with pytest.raises(ValueError, match="name must be one of OpenELM-270M, "):
+        OpenELMConfig.from_name(name)
+
+
 def test_variants_are_four():
     assert set(VARIANTS) == set(EXPECTED)
 

@@ -112,7 +112,7 @@ def test_tensorboard(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)
         line = refusal(capsys, path, "--out", tmp_path / "none")
-        assert "keep.tensorboard needs tensorboard: pip install elmkernels[tensorboard]" in line
+        assert "keep.tensorboard needs tensorboard: pip install 'elmkernels[tensorboard]'" in line
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
