@@ -48,7 +48,7 @@ def dense_product(x: Tensor, weight: Weight, backend: str) -> Tensor:
     """x w^T, the compressed weight being dense one block at a time."""
     many = optional_kernel("linear_many", backend)
     # A packed12 weight keeps the bits of the plain one, whose product is torch's.
-    if many and x.dtype == torch.bfloat16 and weight.native_dtype is None:
+    if many and x.dtype == torch.bfloat16 and getattr(weight, "native_dtype", None) is None:
         return many(last_dim_contiguous(x), *form_of(weight).parts())
     found = blocks(weight, x.dtype)
     if len(found) == 1:
