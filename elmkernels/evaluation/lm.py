@@ -251,7 +251,7 @@ class OpenELMLM(TemplateLM):
             for name in ("temperature", "top_k", "top_p", "repetition_penalty")
             if options.get(name) is not None
         }
-        if not options.get("do_sample"):
+        if not (options.get("do_sample") and options.get("temperature")):
             sampling = {k: v for k, v in sampling.items() if k == "repetition_penalty"}
         contexts = self.text.encode_batch([context for context, _ in arguments])
         rows = generate(

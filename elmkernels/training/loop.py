@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from .. import checks
 from ..acceleration.routines import Plan
 from ..acceleration.swap import accelerate
-from ..devices import backend_choices
+from ..devices import backend_choices, whole_model_backends
 from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
@@ -82,9 +82,11 @@ def check_kernels(recipe: Recipe, world: World) -> None:
     """
     name = recipe.engine.kernels
     if isinstance(name, str):
+        if name not in (whole := whole_model_backends()):
+            checks.fail("engine.kernels", f"a boolean or one of {', '.join(whole)}", repr(name))
         try:
             backend_choices(world.device, name)
-        except (RuntimeError, ValueError) as error:
+        except RuntimeError as error:
             raise ValueError(f"engine.kernels: {error}") from error
 
 
