@@ -37,7 +37,11 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# The sources of csrc/cpu that a set needs, if not all of them: the rest of its backend is another's
+# (BASES in elmkernels/backends.py). So few that parsing torch's headers beforehand costs more.
+SOME_SOURCES = {"avx512_amx": ("attention.cpp", "amx/*.cpp")}
 # Warnings are for who writes the kernels: g++ prints 100,000 lines about its own intrinsics.
 CPU_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 # Half of a small source's compilation: parsed once for each instruction set.
@@ -131,8 +135,12 @@ def run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} can't be run: {error}") from error
     if done.returncode:
         print(shlex.join(command), done.stdout, done.stderr, sep="\n", file=sys.stderr)
-        lines = [x for x in done.stderr.splitlines() if "error" in x.lower()] or ["no message"]
-        raise BuildError(f"{Path(command[0]).name} failed: {lines[0].strip()[:300]}")
+        lines = [x for x in done.stderr.splitlines() if "error" in x.lower()]
+        lines += [x for x in done.stderr.splitlines() if x.strip()][-1:]
+        what = lines[0].strip()[:300] if lines else f"exit code {done.returncode} and no message"
+        if not lines and os.environ.get("CXX"):
+            what += "; set CXX to a C++ compiler"
+        raise BuildError(f"{Path(command[0]).name} failed: {what}")
 
 
 def say(text: str) -> None:
@@ -203,10 +211,11 @@ def plan(name: str, root: Path | None) -> Library:
         )
     cxx = compiler()
     if cxx is None:
-        raise BuildError("no C++ compiler was found (g++ or clang++)")
+        raise BuildError("no C++ compiler was found; install g++ or clang++")
     suffix = "cu" if name == "cuda" else "cpp"
     folder = ROOT / "csrc" / ("cuda" if name == "cuda" else "cpu")
-    sources = sorted(folder.glob(f"*.{suffix}"))
+    patterns = SOME_SOURCES.get(name, (f"*.{suffix}",))
+    sources = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not sources:
         raise BuildError(f"there are no sources in {folder}")
     flags = [TARGET, f"-DELMKERNELS_BACKEND=elmkernels_{name}"]
@@ -215,7 +224,7 @@ def plan(name: str, root: Path | None) -> Library:
     if name == "cuda":
         driver = nvcc()
         if driver is None:
-            raise BuildError("nvcc was not found")
+            raise BuildError("nvcc was not found; install the CUDA toolkit")
         chosen = architectures(asked or CUDA_ARCHITECTURES)
         codes = [code for a in chosen for code in gencode(a)]
         flags = [*CUDA_FLAGS, *codes, f"-ccbin={cxx}", "-DUSE_CUDA", *flags]
@@ -226,7 +235,8 @@ def plan(name: str, root: Path | None) -> Library:
         raise BuildError(f"needs an x86-64 processor, this is {platform.machine()}")
     flags = [*CPU_FLAGS, *INSTRUCTION_SETS[name], *flags]
     what = " ".join(INSTRUCTION_SETS[name])
-    return Library(name, cxx, flags, [*link, "-Wl,--no-as-needed"], sources, what, True)
+    few = name in SOME_SOURCES
+    return Library(name, cxx, flags, [*link, "-Wl,--no-as-needed"], sources, what, not few)
 
 
 def cores() -> int:

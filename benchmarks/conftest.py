@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="smoke",
         help="smoke: the smallest inputs, briefly; full: those of a model, for as long as it takes",
     )
+    parser.addoption("--out", metavar="DIR", help="write results there (integrations)")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -1,6 +1,9 @@
 """elmkernels: Apple's OpenELM language models on fused kernels, proved against the reference."""
 
+from . import interrupts as _interrupts
+
 try:
+    _interrupts.answer_at_start()  # loading torch takes long
     import torch as _torch  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "torch":

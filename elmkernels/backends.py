@@ -1,8 +1,8 @@
 """Dispatch: which backends exist, why one can't run here, and which an op takes.
 
-Two tables of preference depend on a call's tensors and stand beside the ops: `FEW` is read by
-ops/_rows_choice, attention has one of its own in ops/_attention_choice. What a very GPU can run is
-asked outside of dispatch, by `devices.backend_choices`.
+Two tables of preference depend on a call's tensors: `FEW`, of few rows, and attention's own, in
+ops/_attention_choice. What this very GPU can run is asked outside of dispatch, by
+`devices.backend_choices`.
 
 A backend is a name, its devices, and the reason why it can't run here, if it can't. Every raw
 kernel `rms_norm_fwd` is the torch op `elmkernels_<backend>::rms_norm_fwd`. Availability is decided
@@ -11,6 +11,7 @@ once, at import; after that dispatch only reads dicts, which `torch.compile` can
 
 import importlib
 import importlib.util
+import itertools
 import os
 import platform
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from . import libraries
 from .libraries import build_report as build_report
@@ -61,13 +63,24 @@ def _triton_lacks(interpreted: bool) -> str | None:
 # In order of preference: {library: (what the processor needs, torch.cpu's function that knows)}.
 _INSTRUCTION_SETS = {
     "avx512_bf16": ("AVX-512 with bfloat16", "_is_avx512_bf16_supported"),
+    "avx512_amx": ("AMX", "_is_amx_tile_supported"),
     "avx512": ("AVX-512", "_is_avx512_supported"),
     "avx2": ("AVX2", "_is_avx2_supported"),
 }
+# {library of a few kernels: the one whose kernels are its others}. Tiles multiply bfloat16 alone:
+# other dtypes are the other library's too.
+BASES = {"avx512_amx": "avx512_bf16"}
 
 
 def _cpu_backend(name: str, capability: str, flag: str) -> Backend:
-    return Backend(name, ("cpu",), _cpu_lacks(capability, flag) or libraries.load(name))
+    missing = _cpu_lacks(capability, flag) or libraries.load(name)
+    if missing is None and (base := BASES.get(name)):
+        missing = _missing_base(base, _cpu_backend(base, *_INSTRUCTION_SETS[base]).missing)
+    return Backend(name, ("cpu",), missing)
+
+
+def _missing_base(base: str, missing: Reason | None) -> Reason | None:
+    return missing and f"most of its kernels are those of {base}: {missing}"
 
 
 def _detect() -> dict[str, Backend]:
@@ -114,7 +127,15 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", SDPA),
 }
 # The libraries of csrc/cpu: what is written for one is compiled for all.
-CPU = tuple(_INSTRUCTION_SETS)
+CPU = tuple(name for name in _INSTRUCTION_SETS if name not in BASES)
+# What tiles change. No processor with tiles was at hand, so their backend stands behind its base: a
+# call takes it if it is named.
+AMX = "avx512_amx"
+AMX_GROUNDS = (
+    "not measured; counted for bfloat16 at head_dim 64: 32 rows by 128 keys of attention take "
+    "1,000 cycles of products, 300 of storing tiles and 2,300 of softmax; without tiles the "
+    "products alone take 24,000"
+)
 # Of few rows the time is what the launch costs, of many the memory: ops `by_rows` take another
 # order for up to FEW_ROWS rows on the devices of FEW. Gradients have none: a training step has more
 # rows than these.
@@ -197,6 +218,10 @@ def define(
             _KERNELS[name, backend.name] = getattr(namespace, name).default
             if backend.name in COMPILED and backend.missing is None:
                 _withdraw_if(backend.name, libraries.lacks(backend.name, name, backend.devices[0]))
+    for suffix, (name, base) in itertools.product(kernels, BASES.items()):
+        raw = f"{op}_{suffix}"
+        if (raw, base) in _KERNELS:
+            _KERNELS.setdefault((raw, name), _KERNELS[raw, base])
     _decide(op)
 
 
@@ -224,6 +249,9 @@ def _withdraw_if(name: str, missing: str | None) -> None:
     _CHOICE.clear()
     for op in _OPS:
         _decide(op)
+    for other, base in BASES.items():
+        if base == name:
+            _withdraw_if(other, _missing_base(base, missing))
 
 
 def _late(op: str, name: str) -> Callable:
@@ -280,14 +308,22 @@ def _decide(op: str) -> None:
     for device in PREFERENCE:
         _CHOICE[op, device, None] = (usable(op, device) + [REFERENCE])[0]
     for backend in BACKENDS.values():
-        if backend.missing is None and (backend.name == REFERENCE or implements(backend.name, op)):
+        name = backend.name
+        if not implements(name, op) and implements(BASES.get(name, ""), op):
+            name = BASES[name]
+        if backend.missing is None and (name == REFERENCE or implements(name, op)):
             for device in backend.devices:
-                _CHOICE[op, device, backend.name] = backend.name
+                _CHOICE[op, device, backend.name] = name
 
 
 def kernel(name: str, backend: str) -> Callable:
     """The raw kernel `name` ("rms_norm_fwd") of one backend."""
     return _KERNELS[name, backend]
+
+
+def of_dtype(backend: str, dtype: torch.dtype) -> str:
+    """The backend whose kernels one runs in a dtype: itself, but for tiles, which take bfloat16."""
+    return backend if dtype == torch.bfloat16 else BASES.get(backend, backend)
 
 
 def optional_kernel(name: str, backend: str) -> Callable | None:
@@ -306,10 +342,24 @@ def choose(op: str, device: str, backend: str | None, order: tuple[str, ...] = (
         for name in order:
             if (op, device, name) in _CHOICE:
                 return name
+    elif not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     chosen = _CHOICE.get((op, device, backend))
     if chosen is None:
         _refuse(op, device, backend)
     return chosen
+
+
+def rows_backend(op: str, named: str | None, x: Tensor, *weights: Tensor | None) -> str:
+    """The backend of a call on x [..., n]: the named one, or the first that can run here in the
+    order for x's device, its number of rows, and whether x or a weight asks for a gradient.
+    """
+    device = x.device.type
+    if named is None and device in FEW and x.numel() <= FEW_ROWS * x.shape[-1]:
+        wants = any(t is not None and t.requires_grad for t in (x, *weights))
+        if not (wants and torch.is_grad_enabled()):
+            return choose(op, device, None, FEW[device].order)
+    return choose(op, device, named)
 
 
 def _refuse(op: str, device: str, name: str | None) -> NoReturn:

@@ -1,12 +1,13 @@
 """Argument validation of the ops, in one form of message: `weight must be [1280], got [64]`."""
 
-from numbers import Integral
-from typing import NoReturn, TypeGuard
+from numbers import Integral, Real
+from typing import NoReturn, TypeGuard, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
+_NUMBERS = (int, Real, torch.SymInt, torch.SymFloat)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,6 +43,12 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     text = next((line for line in lines if line), type(error).__name__)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _short(value: object) -> str:
+    """A value as it is written, or its type if that is long."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _shape(shape: tuple | list) -> str:
@@ -88,6 +95,16 @@ def weight(name: str, w: Tensor, n: int, x_name: str, x: Tensor) -> None:
         fail(name, f"on {x.device} like {x_name}", w.device)
 
 
+_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def mask(name: str, x: Tensor, expected: tuple) -> None:
+    """x is a tensor of truth values, or of integers that stand for them, of a shape."""
+    tensor(name, x)
+    if x.shape != expected or x.dtype not in _MASKS:
+        fail(name, f"bool {_shape(expected)}", f"{x.dtype} {_shape(x.shape)}")
+
+
 def integers(name: str, x: Tensor, device: torch.device) -> None:
     """x is an int64 tensor on a device (positions, slots)."""
     if not isinstance(x, Tensor):
@@ -115,8 +132,33 @@ def broadcastable(name: str, x: Tensor, expected: tuple) -> None:
 
 
 def positive(name: str, value: int) -> None:
-    if not isinstance(value, (int, torch.SymInt, Integral)) or value < 1:
-        fail(name, "a positive integer", repr(value))
+    if not isinstance(value, (int, torch.SymInt, Integral)) or value is True or value < 1:
+        fail(name, "a positive integer", _short(value))
+
+
+def number(
+    name: str,
+    value: object,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> None:
+    """value is a number of Python's, or of one of its kind, and in a range if there is one."""
+    if type(value) is not float and (not isinstance(value, _NUMBERS) or isinstance(value, bool)):
+        fail(name, "a number", _short(value), TypeError)
+    value = cast(float, value)
+    if above is not None and not value > above:
+        fail(name, f"above {above}", value)
+    if least is not None and not value >= least:
+        fail(name, f"at least {least}" if most is None else f"in [{least}, {most}]", value)
+    if most is not None and not value <= most:
+        fail(name, f"in [{least}, {most}]", value)
+
+
+def truth(name: str, value: object) -> None:
+    """value is True or False."""
+    if value is not True and value is not False:
+        fail(name, "True or False", _short(value), TypeError)
 
 
 def is_integer(value: object) -> TypeGuard[int]:

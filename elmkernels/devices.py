@@ -12,6 +12,7 @@ import torch
 
 from .backends import (
     BACKENDS,
+    BASES,
     COMPOSED,
     FEW,
     FEW_ROWS,
@@ -172,6 +173,17 @@ def never_fall_back() -> tuple[str, ...]:
     return tuple(op for op in defined() if not traits(op).falls_back)
 
 
+def whole_model_backends() -> tuple[str, ...]:
+    """The backends that may be named for a whole model: those with kernels for every op that never
+    falls back, here or on another machine, and the reference.
+    """
+    return tuple(name for name in BACKENDS if all(_has(name, op) for op in never_fall_back()))
+
+
+def _has(backend: str, op: str) -> bool:
+    return backend == REFERENCE or implements(backend, op) or implements(BASES.get(backend, ""), op)
+
+
 def backend_choices(device: torch.device, asked: str | None = None) -> dict[str, BackendChoice]:
     """Which backend each op takes in a model on a device.
 
@@ -207,8 +219,8 @@ def _choice(
 ) -> BackendChoice:
     why = {}
     if asked is not None:
-        if asked == REFERENCE or implements(asked, op):
-            return BackendChoice(op, asked, _resolved(op, kind, asked), why)
+        if _has(asked, op):
+            return BackendChoice(op, asked, _resolved(op, kind, choose(op, kind, asked)), why)
         why[asked] = f"it has no kernels for {op}"
     why |= {name: reason for name in preferred(op, kind) if (reason := missing[name])}
     # Dispatch knows the type of a device: it is overruled if it could take what this one can't run.

@@ -1,5 +1,10 @@
 """Short for `elmkernels.integrations.huggingface`: importing it makes transformers know OpenELM."""
 
-from .integrations.huggingface import OpenELMCache, OpenELMConfig, OpenELMForCausalLM
+from .integrations.huggingface import (
+    CHAT_TEMPLATE,
+    OpenELMCache,
+    OpenELMConfig,
+    OpenELMForCausalLM,
+)
 
-__all__ = ["OpenELMCache", "OpenELMConfig", "OpenELMForCausalLM"]
+__all__ = ["CHAT_TEMPLATE", "OpenELMCache", "OpenELMConfig", "OpenELMForCausalLM"]

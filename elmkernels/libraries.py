@@ -3,6 +3,7 @@
 setup.py runs this file by its path, before there is a package or a torch: torch is imported late.
 """
 
+import ctypes
 import hashlib
 import json
 import re
@@ -18,6 +19,8 @@ BUILT = "built"
 LEAST_TORCH = (2, 10)  # the stable ABI that the libraries are compiled for
 FOLDERS = ("cpu", "cuda")
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
+# What a reason says, see `_mended`; setup.py's reasons keep to it.
+NOT_HERE, FIRST = ", this is ", ("install", "set")
 _MARK = b"elmkernels built from "  # in every library, before the digest of its sources
 
 
@@ -25,7 +28,13 @@ def build_report() -> dict[str, str]:
     """What the installation built: {library: "built" or the reason why not}, and with what."""
     if not REPORT.is_file():
         return {}
-    return json.loads(REPORT.read_text())
+    try:
+        found = json.loads(REPORT.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        return {REPORT.name: _mended("damaged: what was built isn't known")}
+    return found
 
 
 @cache
@@ -82,13 +91,30 @@ def load(name: str) -> str | None:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return _mended(f"{path.name} can't be loaded: {error}")
-    return None
+    return _own_reason(path)
+
+
+def _own_reason(path: Path) -> str | None:
+    """Why a library that is loaded can't run here, if it has a say: whether a processor has tiles
+    is more than its flags tell.
+    """
+    ask = getattr(ctypes.CDLL(str(path)), "elmkernels_missing", None)
+    if ask is None:
+        return None
+    ask.restype = ctypes.c_char_p
+    found = ask()
+    return None if found is None else found.decode(errors="replace")
 
 
 def out_of_date(name: str) -> str | None:
     """Why a library isn't that of the sources beside the package, in a clone; None if it is."""
     path = _library(name)
-    if not SOURCES.is_dir() or _built_from(path) == digest(SOURCES, _folder(name)):
+    if not SOURCES.is_dir():
+        return None
+    found = _built_from(path)
+    if not found:
+        return f"{path.name} is damaged: it doesn't say what it was built from"
+    if found == digest(SOURCES, _folder(name)):
         return None
     return f"{path.name} is out of date: {SOURCES} has changed since it was built"
 
@@ -104,7 +130,13 @@ def lacks(name: str, kernel: str, device: str) -> str | None:
 
 
 def _mended(reason: str) -> str:
-    return f"{reason}; reinstall with: {reinstall()}"
+    """A reason with what mends it, if a new build can: it ends in what this machine is if not, and
+    in what must be there before if that alone would fail again.
+    """
+    if NOT_HERE in reason:
+        return reason
+    first = any(f"; {verb} " in reason for verb in FIRST)
+    return f"{reason}{', then' if first else '; reinstall with'}: {reinstall()}"
 
 
 def _library(name: str) -> Path:

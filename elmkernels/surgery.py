@@ -8,9 +8,10 @@ alone decides whether it may, and is asked at every call: hooks come and go.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -22,14 +23,54 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # torch's own dicts of hooks on every module there is.
 GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(getattr(_module, f"_global{h}") for h in HOOKS)
 _TENSORS = (nn.Parameter, Tensor)
-# A dict, as torch.compile follows `in` on one.
-_KNOWN: dict[type, bool] = {nn.Linear: True, nn.Embedding: True, nn.SiLU: True}
+# {class: what of its methods must still be so, as (class that has it, name, function)}: of a fused
+# class the methods of the one below it. A dict, as torch.compile follows `in` on one.
+_KNOWN: dict[type, tuple[tuple[type, str, object], ...]] = {}
 
 
-def known(kind: K) -> K:
-    """Tell `plain` of a class whose forward computes what this package's ops compute."""
-    _KNOWN[kind] = True
+def known(kind: K, *calls: str) -> K:
+    """Tell `plain` of a class whose forward computes what this package's ops compute. calls: the
+    methods that its forward calls, and a shortcut doesn't.
+    """
+    base = vars(kind).get("_base") or next((c for c in kind.__mro__ if c in _KNOWN), kind)
+    own = tuple((base, name, getattr(base, name)) for name in ("forward", *calls))
+    _KNOWN[kind] = _KNOWN.get(base, own)
     return kind
+
+
+def knows(*calls: str) -> Callable[[K], K]:
+    """`known` as a decorator of a class whose forward calls such methods."""
+    return lambda kind: known(kind, *calls)
+
+
+for _class in (nn.Linear, nn.Embedding, nn.SiLU):
+    known(_class)
+
+
+@cache
+def methods_of(cls: type) -> tuple[tuple[type, str, object], ...]:
+    """What of a class's methods must be as it was for its fused forward to compute what they do:
+    that of the first known class that it is of.
+    """
+    return next((_KNOWN[c] for c in cls.__mro__ if c in _KNOWN), ())
+
+
+def as_made(cls: type) -> bool:
+    """Whether the methods of a class are still what they were: some code replaces a class's forward
+    for all of its modules.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    for owner, name, function in methods_of(cls):
+        if getattr(owner, name) is not function:
+            return False
+    return True
+
+
+def own_methods(module: nn.Module) -> list[str]:
+    """Methods that a forward calls, of which a module has its own."""
+    own = vars(module)
+    return [name for _, name, _ in methods_of(type(module)) if name in own]
 
 
 def untouched(module: nn.Module) -> bool:
@@ -59,11 +100,18 @@ def plain_tensor(x: object) -> bool:
 
 def plain(module: nn.Module | None) -> bool:
     """Whether a shortcut may go past a module: its class is exactly one that is known, or the fused
-    subclass of one (so it is no wrapper, no adapter and not parametrized), nothing hangs on it, and
-    its weights are tensors of torch's own class.
+    subclass of one (so it is no wrapper, no adapter and not parametrized), whose methods nobody has
+    replaced, there or in the module; nothing hangs on it, and its weights are tensors of torch's
+    own class.
     """
-    if type(module) not in _KNOWN or module is None or not untouched(module):
+    kind = type(module)
+    if kind not in _KNOWN or module is None or not untouched(module):
         return False
+    if not torch.compiler.is_compiling():
+        own = module.__dict__
+        for owner, name, function in _KNOWN[kind]:
+            if name in own or getattr(owner, name) is not function:
+                return False
     for weight in module.__dict__["_parameters"].values():
         if weight is not None and type(weight) not in _TENSORS:
             return False
@@ -92,6 +140,10 @@ def missing_plain(module: nn.Module) -> str | None:
         return "it is compiled by itself"
     if any(GLOBAL_HOOKS):
         return "there are hooks on all modules"
+    if not as_made(type(module)):
+        return "its class was given another forward"
+    if own := [name for name in own_methods(module) if name != "forward"]:
+        return f"it has a method {own[0]} of its own"
     return missing_own(module)
 
 

@@ -85,10 +85,13 @@ struct S : Base {
   T* operator()(int64_t r) const { return first + r; }
   int values[2] = {1, 2};
 };
+template <class T>
+[[gnu::noinline, gnu::noclone]] void last(T x, int y) {}
 const auto lambda = [&](int a) { return a; };
 """
     assert functions(source) == [
         Function("first", 5, 3), Function("S", 2, 2), Function("operator()", 1, 1),
+        Function("last", 2, 2),
     ]  # fmt: skip
 
 

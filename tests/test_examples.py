@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAYS = {
     "accelerate_and_verify": "greedy tokens equal in every row",
     "compare_kernels": "reference ",
+    "evaluate": "the first alone: equal: True",
     "generate_with_transformers": "32 of 32 tokens equal",
     "generate_text": "accelerated (elmkernels model): 2 layers",
     "one_op": "documents stay apart: True",

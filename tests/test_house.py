@@ -24,6 +24,7 @@ ACCELERATED = {"openelm", "acceleration"} | KERNELS
 GENERATING = {"generation", "compression"} | ACCELERATED
 MEASURING = {"testing", "bench"} | GENERATING
 MAY_IMPORT: dict[str, set[str]] = {
+    "interrupts": set(),
     "libraries": set(),
     "backends": {"libraries"},
     "devices": {"backends"},
@@ -41,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "acceleration": ACCELERATED,
     "generation": ACCELERATED,
     "compression": ACCELERATED,
+    "evaluation": GENERATING,
     "integrations": GENERATING,
     "hf": {"integrations.huggingface"},
     "testing": GENERATING,
@@ -48,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": MEASURING,
     "training": {"bench.benchmark", "bench.ceilings", "bench.chart", "bench.timing"} | ACCELERATED,
     "gpu_check": MEASURING,
-    "cli": {"integrations", "training", "gpu_check", "__version__"} | MEASURING,
+    "cli": {"evaluation", "integrations", "training", "gpu_check", "__version__", "interrupts"}
+    | MEASURING,
 }
 ANYTHING = {"__init__", "__main__"}
 # What may be imported when a module is: the core dependencies, and Triton by its kernels.
@@ -150,8 +153,8 @@ def test_no_circle_of_files():
 
 
 ROOM_NAMES = {
-    "acceleration", "bench", "cli", "compression", "generation", "gpu_check", "integrations",
-    "openelm", "ops", "reference", "testing", "text", "training", "triton",
+    "acceleration", "bench", "cli", "compression", "evaluation", "generation", "gpu_check",
+    "integrations", "openelm", "ops", "reference", "testing", "text", "training", "triton",
     "weights",
 }  # fmt: skip
 
@@ -162,7 +165,7 @@ def test_the_package_holds_the_rooms_and_no_other():
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
     assert files == {
         "__init__.py", "__main__.py", "backends.py", "checks.py", "derivatives.py", "devices.py",
-        "hf.py", "libraries.py", "surgery.py",
+        "hf.py", "interrupts.py", "libraries.py", "surgery.py",
     }  # fmt: skip
 
 
@@ -188,12 +191,14 @@ def test_extras_are_imported_late(path):
         allowed |= {"triton"}
     if in_room(module_name(path), "integrations.huggingface"):  # nothing else imports it
         allowed |= {"transformers"}
+    if module_name(path) == "evaluation.lm":  # a class of lm-eval's; imported late itself
+        allowed |= {"lm_eval"}
     assert top <= allowed, f"imported by loading the module: {sorted(top - allowed)}"
 
 
 LIMITS = {
-    "ops/qk_norm_rope.py": 262, "ops/attention.py": 190, "ops/linear.py": 160,
-    "ops/linear_cross_entropy.py": 200, "ops/decode_step.py": 205, "ops/_chunked_loss.py": 165,
+    "ops/qk_norm_rope.py": 195, "ops/attention.py": 190, "ops/linear.py": 161,
+    "ops/linear_cross_entropy.py": 175, "ops/decode_step.py": 185, "ops/_chunked_loss.py": 165,
     "reference/qk_norm_rope.py": 65,
 }  # fmt: skip
 
@@ -270,13 +275,17 @@ def test_one_function_says_whether_a_shortcut_may_be_taken():
             assert not re.search(r"\b(set_module|add_module|setattr\(model)", text), name
 
 
-def test_environment_variables_are_read_in_two_places_only():
-    """Triton's own switch in backends; the toolchain's in setup.py. None is ours."""
+def test_environment_variables_are_read_in_three_places_only():
+    """Triton's own switch in backends; where the Hub's cache is, in hub; the toolchain's in
+    setup.py. None is ours.
+    """
     reading = {relative(p) for p in SOURCES if re.search(r"\benviron\b|\bgetenv\b", p.read_text())}
-    assert reading <= {"elmkernels/backends.py"}
-    assert set(re.findall(r'environ\.get\("(\w+)"', (PACKAGE / "backends.py").read_text())) == {
-        "TRITON_INTERPRET"
-    }
+    assert reading <= {"elmkernels/backends.py", "elmkernels/text/hub.py"}
+    for name, read in {
+        "backends.py": {"TRITON_INTERPRET"},
+        "text/hub.py": {"HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"},
+    }.items():
+        assert set(re.findall(r'environ\.get\("(\w+)"', (PACKAGE / name).read_text())) == read
     named = set(re.findall(r"environ\.get\(([^,)]+)", (ROOT / "setup.py").read_text()))
     assert named == {'"CXX"', '"CUDA_HOME"', '"CUDA_PATH"', "ARCH_LIST"}
 
@@ -318,7 +327,7 @@ def run_alone(folder: Path, blocked: list[str], watched: list[str], built: bool)
 
 
 EXTRAS = ["triton", "matplotlib", "tqdm", "yaml", "transformers", "liger_kernel", "pytest"]
-EXTRAS += ["tokenizers", "sentencepiece", "datasets", "tensorboard"]
+EXTRAS += ["tokenizers", "sentencepiece", "datasets", "tensorboard", "lm_eval"]
 
 
 def test_import_loads_no_extra():

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_the_wheel_of_an_sdist_holds_the_libraries_and_no_sources(wheel):
         names = set(archive.namelist())
         report = json.loads(archive.read("elmkernels/build_report.json"))
     held = {name for name in names if name.endswith(".so")}
-    sets = {"avx2", "avx512", "avx512_bf16"}
+    sets = {"avx2", "avx512", "avx512_bf16", "avx512_amx"}
     assert {report[name] for name in sets} == {"built"}
     cuda = {"cuda"} if report["cuda"] == "built" else set()
     assert held == {f"elmkernels/_{name}.so" for name in sets | cuda}
@@ -96,11 +97,11 @@ def test_the_wheel_of_an_sdist_holds_the_libraries_and_no_sources(wheel):
 def loaded(python: str | Path, folder: Path, **environment: str) -> dict:
     found = json.loads(run(python, "-c", LOADS, folder=folder, **environment).splitlines()[-1])
     here = {name for name, why in found["missing"].items() if why is None}
-    sets = {"avx2", "avx512", "avx512_bf16"} & here
+    sets = {"avx2", "avx512", "avx512_bf16", "avx512_amx"} & here
     assert sets, found["missing"]
     assert found["failed"] == []
     assert sets <= set(found["run"])
-    for name in {"avx2", "avx512", "avx512_bf16"} - here:
+    for name in {"avx2", "avx512", "avx512_bf16", "avx512_amx"} - here:
         assert "this processor has no" in found["missing"][name]
     return found
 
@@ -126,3 +127,17 @@ def test_it_runs_under_another_torch(wheel, tmp_path, wanted):
     assert found["package"].startswith(str(tmp_path))
     if "==" in wanted:
         assert found["torch"].startswith(wanted.partition("==")[2])
+
+
+def test_an_editable_install_is_found_from_beside_its_clone(sdist, tmp_path):
+    """There the clone's own folder has the package's name, and is none."""
+    shutil.unpack_archive(sdist, tmp_path)
+    (clone,) = tmp_path.iterdir()
+    clone = clone.rename(tmp_path / "elmkernels")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", folder=tmp_path)
+    python = tmp_path / "env/bin/python"
+    pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "-q", "--no-deps"]
+    site = {"PYTHONPATH": sysconfig.get_path("purelib")}
+    run(*pip, "--no-build-isolation", "-e", clone, folder=tmp_path, CXX="false", **site)
+    said = run(python, "-c", "from elmkernels import OpenELM", folder=tmp_path, **site)
+    assert said == ""

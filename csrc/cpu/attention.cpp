@@ -11,6 +11,18 @@ constexpr int64_t kItems = 16;  // of the backward, if their chunks of keys stay
 constexpr int64_t kLeastChunk = 256;
 constexpr int64_t kWorth = 1'000'000;  // operations: some 10 us, beside 3 to wake a thread
 
+// fn(T{}) for the element type of q. Of a library with AMX bfloat16 alone is asked for: it has no
+// tiles of others.
+template <class Fn>
+void with_library_dtype(const Tensor& q, Fn&& fn) {
+#if defined(ELMKERNELS_AMX)
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16, "tiles take bfloat16");
+  fn(bf16{});
+#else
+  with_dtype(q, fn);
+#endif
+}
+
 // A tensor [batch, length, heads, head_dim].
 template <class T>
 struct Heads {
@@ -81,7 +93,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
     for (int64_t first = 0; first < s.lq; first += tokens)
       pieces.push_back({&s - sequences.data(), first, s.before + std::min(first + tokens, s.lq)});
   dearest_first(pieces);
-  with_dtype(q, [&](auto t) {
+  with_library_dtype(q, [&](auto t) {
     using T = decltype(t);
     const Heads<const T> queries(q), keys(k), values(v);
     const Heads<T> outs(out);
@@ -200,10 +212,10 @@ class Backward {
     const Item item{s, cut, h, begin, std::clamp(seen, begin, std::max(begin, begin + cut.chunk))};
     const SeenRows<T> dk = visible_.seen(s, x_.dk.at(s, h), x_.dk.length);
     const SeenRows<T> dv = visible_.seen(s, x_.dv.at(s, h), x_.dv.length);
-    const int64_t keys = item.end - begin;
-    float *dkeys = sums, *dvalues = sums + keys * width_;
+    const int64_t keys = item.end - begin, room = round_up(keys, kAmxRows) * width_;
+    float *dkeys = sums, *dvalues = sums + room;
     const bool few = few_rows<T>(s.lq * group_, head_dim_);
-    if (!few) std::fill(dkeys, dvalues + keys * width_, 0.0f);
+    if (!few) std::fill(dkeys, dvalues + room, 0.0f);
     const int64_t tiles = slices_ * ((s.lq + tokens_ - 1) / tokens_);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = i / slices_ * tokens_, count = std::min(tokens_, s.lq - first);
@@ -308,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
   Tensor dq = output_like(q), dk = output_like(k), dv = output_like(v);
   const Visible visible(q, k, key_mask, offsets, cu_seqlens);
   const auto cut = cuts(visible, heads, k.size(2), width);
-  with_dtype(q, [&](auto t) {
+  with_library_dtype(q, [&](auto t) {
     using T = decltype(t);
     const BackwardTensors<T> tensors{
         Heads<const T>(q),   Heads<const T>(k),    Heads<const T>(v),

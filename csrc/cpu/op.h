@@ -14,10 +14,12 @@
 constexpr int64_t kGrain = 32768;
 
 // A contiguous tensor of other sizes in x's dtype.
-inline Tensor output(const Tensor& x, const std::vector<int64_t>& sizes) {
+[[gnu::noinline]] inline Tensor output(const Tensor& x, const std::vector<int64_t>& sizes) {
   return torch::stable::new_empty(x, {sizes.data(), sizes.size()});
 }
-inline Tensor output_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+[[gnu::noinline]] inline Tensor output_like(const Tensor& x) {
+  return torch::stable::new_empty(x, x.sizes());
+}
 
 // body(begin, end) over rows, on torch's own thread pool. Outputs are stored through the caches:
 // streaming stores were mostly slower, the more so if the allocator hands out fresh pages.

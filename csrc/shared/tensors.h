@@ -25,9 +25,15 @@ inline T* data(const Tensor& x) {
 // The size of the last dimension.
 inline int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-// x itself if it is contiguous, else a contiguous copy.
-inline Tensor as_contiguous(const Tensor& x) {
+// x itself if it is contiguous, else a contiguous copy. Never inlined, like all that is called once
+// an op and holds much of torch: compiled again at each call it took a tenth of the build.
+[[gnu::noinline]] inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+[[noreturn, gnu::noinline]] inline void refuse_dtype() {
+  STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and float16");
+  __builtin_unreachable();
 }
 
 // fn(T{}) for the element type of x.
@@ -37,7 +43,7 @@ inline void with_dtype(const Tensor& x, Fn&& fn) {
     case ScalarType::Float: return fn(float{});
     case ScalarType::BFloat16: return fn(bf16{});
     case ScalarType::Half: return fn(fp16{});
-    default: STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and float16");
+    default: refuse_dtype();
   }
 }
 
@@ -62,7 +68,7 @@ struct Rows {
   int dims = 0;
   int64_t count = 1, size[kMaxDims], stride[kMaxDims];
 
-  explicit Rows(const Tensor& x) : data(x.data_ptr()) {
+  [[gnu::noinline]] explicit Rows(const Tensor& x) : data(x.data_ptr()) {
     const auto sizes = x.sizes();
     const auto strides = x.strides();
     for (int64_t d = x.dim() - 2; d >= 0; --d) {

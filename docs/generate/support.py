@@ -9,10 +9,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from elmkernels.backends import COMPOSED, PREFERENCE, REFERENCE, declared, defined, implements
+from elmkernels.backends import (
+    AMX,
+    AMX_GROUNDS,
+    BASES,
+    COMPOSED,
+    FEW,
+    FEW_ROWS,
+    PREFERENCE,
+    REFERENCE,
+    declared,
+    defined,
+    implements,
+)
 from elmkernels.checks import DTYPES
 from elmkernels.ops._attention_choice import ON_GPU, TRITON_HEAD_DIM
-from elmkernels.ops._rows_choice import FEW, FEW_ROWS
 from elmkernels.ops.linear import MAX_ROWS
 from elmkernels.testing.cases import CASES
 from elmkernels.testing.cases.draw import make
@@ -104,6 +115,11 @@ def page() -> str:
         f"by does. Up to {MAX_ROWS} rows go through a streaming kernel, more through torch's "
         "product."
     )
+    tiles = (
+        f"- `{AMX}` has kernels of its own for bfloat16: `attention`, and `linear` of an affine "
+        f"weight with more than {MAX_ROWS} rows. Its others, in other dtypes and of other ops, are "
+        f"those of `{BASES[AMX]}`, which a call takes before it if none is named ({AMX_GROUNDS})."
+    )
     head = ["op", "backend", "device", *map(_name, DTYPES), "backward"]
     return f"""{HEAD}
 {table(head, rows())}
@@ -114,6 +130,7 @@ between them (a weight made dense block by block, the gradient of a row of logit
 ## Limits
 
 {_wrapped(forms, "  ")}
+{_wrapped(tiles, "  ")}
 - `decode_step` takes up to {MAX_ROWS} sequences, the same forms of weights, and has no backward.
 - `attention` by `triton` takes heads of up to {TRITON_HEAD_DIM}.
 - No op has a derivative of a derivative, or forward-mode derivatives.

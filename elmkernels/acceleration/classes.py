@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ..surgery import known
+from ..surgery import as_made, known
 
 F = TypeVar("F", bound=Callable[..., Any])
 STATE = "_fused"
@@ -23,6 +23,7 @@ class Fused(nn.Module):
     """
 
     _fused: Any
+    keeps_name = False  # whether its classes are called as those below them
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Made at run time, a class is found by no name: a copy is made of the class below it, then
@@ -41,16 +42,18 @@ def _again(kind: type[Fused], make: Callable[..., nn.Module], args: tuple[Any, .
     return module
 
 
-def while_fused(forward: F) -> F:
-    """A fused forward that outlives `unfuse`: whoever kept it bound (a patched forward that
-    checkpoints, or that wraps it in a hook of its own) then gets that of the module's own class.
+def while_fused(method: F) -> F:
+    """A fused method that outlives `unfuse`: whoever kept it bound (a patched forward that
+    checkpoints, or that wraps it in a hook of its own) then gets that of the module's own class. So
+    does everybody if that class was given another one.
     """
+    name = method.__name__
 
-    @wraps(forward)
+    @wraps(method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if STATE in self.__dict__:
-            return forward(self, *args, **kwargs)
-        return type(self).forward(self, *args, **kwargs)
+        if STATE in self.__dict__ and as_made(type(self)):
+            return method(self, *args, **kwargs)
+        return getattr(own_class(type(self)), name)(self, *args, **kwargs)
 
     return cast(F, call)
 
@@ -74,7 +77,11 @@ def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
         return kind
     if (kind, base) not in _MADE:
         own = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_base": base, "_kind": kind}
-        _MADE[kind, base] = known(type(f"Fused{base.__name__}", (kind, base), own))
+        name = f"Fused{base.__name__}"
+        if kind.keeps_name:
+            name = base.__name__
+            own |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _MADE[kind, base] = known(type(name, (kind, base), own))
     return _MADE[kind, base]
 
 

@@ -1,7 +1,6 @@
 """A model's weights as data for `ops.decode_step`, which runs all layers in one call."""
 
 from collections.abc import Iterator
-from itertools import repeat
 from operator import contains, getitem, is_
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..openelm import layers as reference
 from ..openelm.model import OpenELM
-from ..surgery import GLOBAL_HOOKS, HOOKS, plain, untouched
+from ..surgery import GLOBAL_HOOKS, HOOKS, as_made, methods_of, plain, untouched
 from ..weights.formats import DecoderWeights, Form, Layer, Weight, is_compressed
 
 
@@ -40,8 +39,8 @@ def decoder_weights_of(model: OpenELM) -> DecoderWeights:
 
 class Snapshot:
     """The decoder weights of a model, and what must still hold for them to describe it: every
-    module, parameter and buffer in its place, of its class and at its address, every eps, and no
-    hook anywhere.
+    module, parameter and buffer in its place, of its class and at its address, in its strides,
+    every eps, every method, and no hook anywhere.
     """
 
     def __init__(self, model: OpenELM) -> None:
@@ -61,11 +60,20 @@ class Snapshot:
         self._tensors = [v for v in self._values if isinstance(v, Tensor)]
         self._tensors.append(model.rope_table)
         self._addresses = [t.data_ptr() for t in self._tensors]
+        self._strides = list(map(Tensor.stride, self._tensors))
         self._dtypes = [t.dtype for t in self._tensors]
         self._modules = modules
         self._types = [type(m) for m in modules]
         self._attributes = [vars(m) for m in (model, *modules)]
+        self._attentions = [a for a in self._attributes if "layer_index" in a]
+        self._indices = [a["layer_index"] for a in self._attentions]
+        self._embedding = vars(model.token_embeddings)
         self._epsilons = [a for a in self._attributes if "eps" in a]
+        self._kinds = set(map(type, (model, *modules)))
+        own = [(vars(m), name) for m in (model, *modules) for name in _replaceable(m)]
+        self._owned, self._own_names = map(list, zip(*own, strict=True))
+        self._children = [m._modules for m in (model, *modules)]
+        self._counts = list(map(len, self._children))
         self._hooks = [vars(m)[name] for m in (model, *modules) for name in HOOKS]
         self._hooks += GLOBAL_HOOKS
 
@@ -77,13 +85,18 @@ class Snapshot:
             return False
         return (
             places
+            and list(map(len, self._children)) == self._counts
             and not any(self._hooks)
-            and not any(map(contains, self._attributes, repeat("forward")))
-            and not any(map(contains, self._attributes, repeat("_compiled_call_impl")))
+            and not any(map(contains, self._owned, self._own_names))
+            and all(map(as_made, self._kinds))
             and list(map(type, self._modules)) == self._types
             and all(a.get("eps") == self.weights.eps for a in self._epsilons)
             and [t.data_ptr() for t in self._tensors] == self._addresses
             and [t.dtype for t in self._tensors] == self._dtypes
+            and list(map(Tensor.stride, self._tensors)) == self._strides
+            and self._attributes[0]["rope_table"] is self.weights.rope_table
+            and [a.get("layer_index") for a in self._attentions] == self._indices
+            and self._embedding.get("max_norm") is None
         )
 
 
@@ -97,6 +110,11 @@ def snapshot_of(model: OpenELM) -> Snapshot:
     if known is None or not known.holds():
         known = _KNOWN[model] = Snapshot(model)
     return known
+
+
+def _replaceable(module: nn.Module) -> set[str]:
+    """What a module has of its own if somebody has replaced what it computes."""
+    return {"forward", "_compiled_call_impl", *(name for _, name, _ in methods_of(type(module)))}
 
 
 def _refuse(path: str, reason: str) -> NoReturn:
@@ -121,7 +139,7 @@ def _norm(path: str, module: Any, eps: float) -> Tensor:
     _plain(path, module, reference.RMSNorm)
     if module.eps != eps:
         _refuse(path, f"must have the eps of the others, {eps}, got {module.eps}")
-    return module.weight
+    return _straight(path, module.weight)
 
 
 def _compressed(path: str, module: Any) -> Any:
@@ -143,7 +161,14 @@ def _matrix(path: str, module: Any, kind: type[nn.Module] = nn.Linear) -> Weight
         _plain(path, module, kind)
     if getattr(module, "bias", None) is not None:
         _refuse(path, "has a bias")
-    return module.weight
+    return _straight(path, module.weight)
+
+
+def _straight(path: str, weight: Tensor) -> Tensor:
+    """The numbers of a row lie one after the other, as the op takes them."""
+    if weight.stride(-1) != 1:
+        _refuse(path, f"must have a weight of contiguous rows, got strides {weight.stride()}")
+    return weight
 
 
 def _describe(model: OpenELM) -> DecoderWeights:
@@ -152,10 +177,11 @@ def _describe(model: OpenELM) -> DecoderWeights:
     eps = model.norm.eps
     model._place_rope_table(model.norm.weight.device)
     layers = tuple(
-        _layer(f"layers.{i}", layer, eps, model.config.ffn_with_glu)
-        for i, layer in enumerate(model.layers)
+        _layer(i, layer, eps, model.config.ffn_with_glu) for i, layer in enumerate(model.layers)
     )
     embedding = _matrix("token_embeddings", model.token_embeddings, nn.Embedding)
+    if getattr(model.token_embeddings, "max_norm", None) is not None:
+        _refuse("token_embeddings", "has a max_norm")
     return DecoderWeights(
         embedding=embedding,
         layers=layers,
@@ -177,11 +203,16 @@ def _head(model: OpenELM, embedding: Weight) -> Weight:
     return embedding if weight is None else weight
 
 
-def _layer(path: str, layer: Any, eps: float, gated: bool) -> Layer:
+def _layer(i: int, layer: Any, eps: float, gated: bool) -> Layer:
+    path = f"layers.{i}"
     _plain(path, layer, reference.DecoderLayer)
     attn, ffn = layer.attn, layer.ffn
     _plain(f"{path}.attn", attn, reference.Attention)
     _plain(f"{path}.ffn", ffn, reference.FeedForward)
+    if attn.layer_index != i:
+        _refuse(f"{path}.attn", f"is that of layer {attn.layer_index}, whose cache it has")
+    if attn.eps != eps:
+        _refuse(f"{path}.attn", f"must have the eps of the others, {eps}, got {attn.eps}")
     normalized = attn.q_norm is not None
     return Layer(
         attn_norm=_norm(f"{path}.attn_norm", layer.attn_norm, eps),

@@ -25,6 +25,7 @@ from .fused import (
     rotated,
     takes,
 )
+from .masks import Masks
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ForeignState(AttentionState):
     rope_length: int
     rotary: type[nn.Module]
     table: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    masks: Masks | None = None  # of its body, if that keeps them
 
     def rotation(self, length: int, head_dim: int, device: torch.device) -> Tensor:
         """The table for positions below `length`, on a device."""
@@ -58,7 +60,16 @@ class _ForeignAttention(AttentionParts):
 def _applies(attn: _ForeignAttention, x: Tensor) -> bool:
     """Whether the fused forward gives what the module's own does."""
     rotary = attn.pos_embedding
+    if (attn.q_norm is None) != (attn.k_norm is None):
+        return False
     return takes(x) and type(rotary) is attn._fused.rotary and untouched(rotary)
+
+
+def _one_kernel(q_norm: Any, k_norm: Any, qkv: Tensor) -> bool:
+    """Whether a kernel may compute both norms: nothing hangs on them, and they are alike."""
+    if not (plain_norm(q_norm, qkv) and plain_norm(k_norm, qkv)):
+        return False
+    return q_norm.eps == k_norm.eps and q_norm.weight.dtype == k_norm.weight.dtype
 
 
 def _project(
@@ -68,7 +79,7 @@ def _project(
     state: ForeignState = attn._fused
     qkv, q_norm, k_norm = attn.qkv_proj(x), attn.q_norm, attn.k_norm
     normed, eps = (qkv, None, None), 1e-6
-    if q_norm is not None and plain_norm(q_norm, qkv) and plain_norm(k_norm, qkv):
+    if q_norm is not None and _one_kernel(q_norm, k_norm, qkv):
         normed, eps = (qkv, q_norm.weight, k_norm.weight), q_norm.eps
     elif q_norm is not None:
         normed = norms_called(q_norm, k_norm, qkv, state.q_heads, state.kv_heads), None, None
@@ -160,7 +171,8 @@ class FusedHuggingFaceAttention(_ForeignAttention):
                 hidden_states, attention_mask, past_key_value, output_attentions, use_cache,
                 cache_position,
             )  # fmt: skip
-        index, length, device = self._fused.index, hidden_states.shape[1], hidden_states.device
+        index = getattr(self, "layer_idx", self._fused.index)  # its own, wherever it is moved to
+        length, device = hidden_states.shape[1], hidden_states.device
         past_key_value = getattr(self, "past_key_value", past_key_value)
         past = 0 if past_key_value is None else int(past_key_value.get_seq_length(index))
         positions = cache_position
@@ -169,7 +181,11 @@ class FusedHuggingFaceAttention(_ForeignAttention):
         q, k, v = _project(self, hidden_states, positions, past + length)
         if past_key_value is not None:
             k, v = past_key_value.update(k, v, index, {"cache_position": cache_position})
-        mask = attention_mask
+        mask, masks = attention_mask, self._fused.masks
+        # A static cache is longer than what it holds.
+        if masks is not None and k.shape[2] == past + length:
+            if masks.causal(mask, cache_position, past):
+                return _attend(self, q, k, v, None, True), None, past_key_value
         if mask is not None and cache_position is not None:
             mask = mask[:, :, cache_position, : k.shape[2]]
         return _attend(self, q, k, v, mask, False), None, past_key_value

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops, reference
+from ..backends import REFERENCE
 from ..checks import DTYPES
 from ..derivatives import unusual
 from ..devices import autocast_dtype
@@ -22,7 +23,7 @@ from ..openelm.documents import in_one_row
 from ..openelm.layers import Context, LogitsHead, RMSNorm
 from ..openelm.loss import LossHead, plain_weight
 from ..openelm.shared_weight import TiedWeightGradient
-from ..surgery import known, plain, plain_tensor, untouched
+from ..surgery import as_made, known, plain, plain_tensor, untouched
 from . import recompute, small_batch
 from .classes import Fused, setting, while_fused
 from .projections import forget
@@ -75,6 +76,15 @@ def takes_norm(x: Tensor, weight: Tensor) -> bool:
     return takes(x) and plain_tensor(weight) and weight.dtype in (x.dtype, torch.float32)
 
 
+def takes_norms(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> bool:
+    """Whether the kernels normalize the heads of qkv with these weights, which None has none of."""
+    if q_weight is None or k_weight is None:
+        return True
+    return q_weight.dtype == k_weight.dtype and all(
+        takes_norm(qkv, weight) for weight in (q_weight, k_weight)
+    )
+
+
 def plain_norm(norm: Any, x: Tensor) -> bool:
     """Whether a shortcut may go past a norm of x."""
     known_norm = isinstance(norm, RMSNorm | FusedRMSNorm)
@@ -123,7 +133,9 @@ class FusedFeedForward(Fused):
         """
         state, activation = self._fused, self._modules.get("act")
         if activation is not None and not (
-            type(activation) is state.activation and untouched(activation)
+            type(activation) is state.activation
+            and untouched(activation)
+            and as_made(type(activation))
         ):
             return super().forward(x)
         x = recompute.apply(self.proj_1, x, make)
@@ -171,6 +183,7 @@ class FusedLossHead(Fused, LossHead):
             or torch.compiler.is_compiling()  # its graph has no room for a gradient that waits
             or unusual()  # nor has a transform
             or embedding.sparse
+            or self._fused.backend == REFERENCE  # which has every derivative
             or embedding.scale_grad_by_freq
             or embedding.max_norm is not None
         ):
@@ -232,23 +245,21 @@ class FusedAttention(AttentionParts):
     """Attention of this package's model."""
 
     eps: float
+    layer_index: int  # its place in a cache, wherever the layer is moved to
     normalized: Callable[[Tensor], Normed]
 
-    def takes(self, qkv: Tensor) -> bool:
-        """Whether the kernels take what qkv_proj gives."""
-        norms = [n for n in (self.q_norm, self.k_norm) if isinstance(n, RMSNorm) and plain(n)]
-        return takes(qkv) and all(takes_norm(qkv, n.weight) for n in norms)
-
+    @while_fused
     def attended(self, qkv: Tensor, context: Context) -> Tensor:
         """qkv_proj's output -> what out_proj takes, [batch, length, q_heads head_dim]."""
-        if not self.takes(qkv):
+        normed = self.normalized(qkv) if takes(qkv) else None
+        if normed is None or not takes_norms(*normed):
             return super().attended(qkv, context)  # pyright: ignore[reportAttributeAccessIssue]
         cache, length, state = context.cache, qkv.shape[1], self._fused
-        given = self.normalized(qkv), context.positions, context.rope_table, self.eps
+        given = normed, context.positions, context.rope_table, self.eps
         if cache is None:
             q, k, v = rotated(self, *given)
         else:
-            i = state.index
+            i = self.layer_index
             buffers = {"k_cache": cache.k[i], "v_cache": cache.v[i], "slots": context.slots}
             q, _, _ = rotated(self, *given, **buffers)
             k, v = cache.filled(i, length)

@@ -14,19 +14,22 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..backends import Reason
-from ..checks import DTYPES
 from ..openelm import layers
 from ..openelm.compressed import Compressed, weight_of
 from ..openelm.loss import LossHead
 from ..openelm.model import OpenELM
 from ..surgery import missing_own, missing_plain
-from . import foreign, fused
+from . import foreign, fused, models
 from .classes import own_class
 from .trying import (
     missing_alone,
     missing_class,
+    missing_dtype,
     missing_linear,
+    missing_masks,
+    missing_model,
     missing_norm,
+    missing_part,
     missing_room,
     missing_silu,
 )
@@ -34,6 +37,7 @@ from .trying import (
 PROJECTIONS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 NORMS = ("attn_norm", "ffn_norm", "attn.q_norm", "attn.k_norm")
 BLOCKS = ("", "attn", "ffn")
+OUTPUTS = ("classifier", "lm_head")  # projections to logits that are modules
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Convention:
     layer: type[fused.LayerParts]
     own: dict[str, type[nn.Module]] | None = None
     masked: bool = False  # its models give every attention a mask
+    body: type[models.FusedHuggingFaceBody] | None = None
+    model: type[fused.Fused] | None = None
 
     @property
     def foreign(self) -> bool:
@@ -58,13 +64,21 @@ class Convention:
 OURS = {"": layers.DecoderLayer, "attn": layers.Attention, "ffn": layers.FeedForward}
 CONVENTIONS = (
     Convention("elmkernels", "context", fused.FusedAttention, fused.FusedDecoderLayer, OURS),
-    Convention("CoreNet", "past_keys", foreign.FusedCoreNetAttention, foreign.FusedCoreNetLayer),
+    Convention(
+        "CoreNet",
+        "past_keys",
+        foreign.FusedCoreNetAttention,
+        foreign.FusedCoreNetLayer,
+        model=models.FusedCoreNetModel,
+    ),
     Convention(
         "Hugging Face",
         "past_key_value",
         foreign.FusedHuggingFaceAttention,
         foreign.FusedHuggingFaceLayer,
         masked=True,
+        body=models.FusedHuggingFaceBody,
+        model=models.FusedHuggingFaceModel,
     ),
 )
 # Children that a fused forward knows of; any other must do nothing.
@@ -154,7 +168,8 @@ def _child(module: nn.Module | None, name: str) -> nn.Module | None:
 @dataclass
 class Layout:
     """What was found in a model, and where. root: the model itself, inside of what may wrap it;
-    body: what holds the layers; names: of every module, by its id; left: {path: why it stays}.
+    body: what holds the layers; names: of every module, by its id; left: {path: why it stays};
+    output: the class of what the model's forward returns, if it is others' code.
     """
 
     model: nn.Module
@@ -164,6 +179,7 @@ class Layout:
     convention: Convention = CONVENTIONS[0]
     blocks: list[Block] = field(default_factory=list)
     left: dict[str, Reason] = field(default_factory=dict)
+    output: type | None = None
 
     def path(self, module: nn.Module) -> str:
         """The module's name in the model that was given."""
@@ -182,11 +198,17 @@ class Layout:
         """The last norm."""
         return inner(self.body.norm)
 
+    @property
+    def whole(self) -> Any:
+        """What has body, head and loss; None for a body alone."""
+        apart = self.convention.body is not None
+        return self.body if not apart else None if self.root is self.body else self.root
+
     def heads(self) -> dict[str, nn.Module]:
         """What makes logits and losses, by its name in the model."""
-        names = ("classifier", "tied_head", "logits_head", "loss_head")
+        names = (*OUTPUTS, "tied_head", "logits_head", "loss_head")
         held = {n: _child(self.root, n) for n in names}
-        found = {n: base_of(m) if n == "classifier" else inner(m) for n, m in held.items()}
+        found = {n: base_of(m) if n in OUTPUTS else inner(m) for n, m in held.items()}
         return {name: module for name, module in found.items() if module is not None}
 
     def parts(self) -> list[nn.Module]:
@@ -264,10 +286,11 @@ def examine(model: nn.Module) -> Layout:
             _refuse(model, f"`{where}.attn` is called in another way than the layers before")
         _check_block(layout, block, where)
     _examine_norm(layout, layout.norm(), f"{prefix}norm")
-    if reason := _missing_dtype(body):
+    if reason := missing_dtype(body):
         _refuse(model, reason)
     for name, head in layout.heads().items():
         _examine_head(layout, name, head)
+    _examine_whole(layout)
     return layout
 
 
@@ -310,7 +333,7 @@ def _check_block(layout: Layout, block: Block, where: str) -> None:
         part = parts[name]
         known = None if convention.own is None else convention.own[name]
         layout.leave(part, missing_own(part) or missing_class(part, known))
-        layout.leave(part, _missing_part(part, name) or missing_room(part, kinds[name]))
+        layout.leave(part, missing_part(part, _CHILDREN[name]) or missing_room(part, kinds[name]))
     for path in PROJECTIONS:
         layout.leave(parts[path], missing_linear(parts[path]))
 
@@ -327,21 +350,24 @@ def _examine_head(layout: Layout, name: str, head: nn.Module) -> None:
         "tied_head": layers.TiedHead, "logits_head": layers.LogitsHead,
         "loss_head": LossHead,
     }  # fmt: skip
-    if name == "classifier":
+    if name in OUTPUTS:
         layout.leave(head, missing_linear(head))
     else:
         layout.leave(head, missing_own(head) or missing_class(head, own[name]))
 
 
-def _missing_dtype(body: nn.Module) -> Reason | None:
-    """Why the kernels can't compute in the dtypes of a model's weights. body: what holds its
-    layers, norm and embedding.
-    """
-    for name, weight in body.named_parameters():
-        known = name.startswith(("layers.", "norm.", "token_embeddings."))
-        if known and weight.is_floating_point() and weight.dtype not in DTYPES:
-            return f"`{name}` is {weight.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
-    return None
+def _examine_whole(layout: Layout) -> None:
+    """What stands round the layers of others' code: a body that makes masks, a model."""
+    body, whole, convention = layout.body, layout.whole, layout.convention
+    if convention.body is not None:
+        layout.leave(body, missing_own(body) or missing_masks(body))
+    if convention.model is None or whole is None:
+        return
+    reason = missing_own(whole) or missing_class(whole, None)
+    reason = reason or missing_room(whole, convention.model)
+    if reason is None:
+        reason, layout.output = missing_model(whole, convention.model, whole is body)
+    layout.leave(whole, reason)
 
 
 def _missing_heads(block: Block) -> Reason | None:
@@ -363,13 +389,4 @@ def _missing_ffn(block: Block) -> Reason | None:
     first, second = block.shape("ffn.proj_1"), block.shape("ffn.proj_2")
     if first and second and first[0] != second[1] * (2 if block.gated else 1):
         return f"proj_1 gives {first[0]} columns, proj_2 takes {second[1]}"
-    return None
-
-
-def _missing_part(module: nn.Module, name: str) -> Reason | None:
-    """What a module has beside the parts of its kind, unless that does nothing."""
-    for child, held in module._modules.items():
-        nothing = isinstance(held, nn.Identity) or (isinstance(held, nn.Dropout) and held.p == 0)
-        if held is not None and child not in _CHILDREN[name] and not nothing:
-            return f"it has another part, {child} ({type(held).__name__})"
     return None

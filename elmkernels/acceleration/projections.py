@@ -28,16 +28,17 @@ from ..surgery import known, plain_tensor
 from ..weights.formats import Weight
 from .classes import Fused, setting, while_fused
 from .routines import (
-    FEW_ROWS,
     LINEAR,
     MV,
     ONEDNN,
     PREPACKED,
+    STREAM,
     Plan,
     mv,
     onednn,
     onednn_takes,
     prepacked_copy,
+    stream,
 )
 
 
@@ -48,7 +49,9 @@ class _OneDNNLinear(torch.autograd.Function):
     def forward(ctx, x, weight):
         # A frozen weight (an adapter's base) needs no input.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return onednn(x, weight)
+        y = onednn(x, weight)
+        # A view that a Function returns can't be written to in place, as some hooks do.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx, dy):
@@ -190,10 +193,12 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 class Products:
-    """x @ weight.T by a plan, with a prepacked copy of the weight if the plan asks for it."""
+    """x @ weight.T by a plan, with a prepacked copy of the weight if the plan asks for it.
+    backend: of `ops.linear`.
+    """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, backend: str | None = None) -> None:
+        self.plan, self.backend = plan, backend
         self._weight: weakref.ref[Tensor] | None = None  # the last that was prepacked here
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -216,14 +221,13 @@ class Products:
                 return _OneDNNLinear.apply(x, weight)
             return F.linear(x, weight)
         rows = x.numel() // x.shape[-1]
-        plan = self.plan
-        routine = (
-            plan.one_row if rows == 1 else plan.few_rows if rows <= FEW_ROWS else plan.many_rows
-        )
+        routine = self.plan.of_rows(rows)
         if routine == LINEAR or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight)
         if routine == MV:
             return mv(x, weight)
+        if routine == STREAM:
+            return stream(x, weight, self.backend)
         if not onednn_takes(x.dtype):  # the plan is of another dtype
             return F.linear(x, weight)
         if routine == PREPACKED and weight.grad is None:
@@ -259,7 +263,7 @@ class Products:
 
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's layout can't be pickled or deep-copied: a copy prepacks again at its first call.
-        return {"plan": self.plan, "_weight": None}
+        return {"plan": self.plan, "backend": self.backend, "_weight": None}
 
 
 def _autocast_training(x: Tensor, weight: Tensor) -> bool:

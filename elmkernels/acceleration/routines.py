@@ -1,8 +1,9 @@
 """Which routine multiplies: torch reaches several GEMM libraries on a CPU, and which one is fast
 depends on the processor. In float32 `F.linear` runs on MKL, which is slow on processors that are
 not Intel's; in bfloat16 a product with one row leaves more of the memory's speed unused in
-`F.linear` than in `torch.mv`. `measure_plan` times the candidates once per dtype and process and
-takes another than `F.linear` only if it is clearly faster. All of them accumulate in float32.
+`F.linear` than in `torch.mv`, and than this package's own `ops.linear`, whose kernel streams the
+weight past up to 8 rows. `measure_plan` times the candidates once per dtype and process and takes
+another than `F.linear` only if it is clearly faster. All of them accumulate in float32.
 """
 
 import itertools
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops._cost import of_linear
-from ..ops._flops import counts
+from .. import ops
+from ..backends import REFERENCE, choose
+from ..ops._flops import counts, of_linear
+from ..ops.linear import MAX_ROWS
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
 LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepacked"
+STREAM = "ops.linear"  # this package's kernel, up to MAX_ROWS rows
 
 # Whether a GPU multiplies up to 8 rows by a plain weight with this package's kernel instead of
 # cuBLAS's (see `small_batch`). Reasoned, not measured: both wait for the weight's bytes, but five
@@ -33,10 +37,10 @@ class Plan:
     """Which routine a projection calls on a CPU; on a GPU it is F.linear, or few rows `streamed`.
 
     Args:
-        one_row: without gradients, for 1 row: "F.linear", "torch.mv", "oneDNN" or "oneDNN
-            prepacked".
-        few_rows: up to FEW_ROWS (16).
-        many_rows: for more.
+        one_row: without gradients, for 1 row: "F.linear", "torch.mv", "oneDNN", "oneDNN
+            prepacked" or "ops.linear".
+        few_rows: up to FEW_ROWS (16); "ops.linear" up to 8, the others then as many_rows.
+        many_rows: for more; neither "torch.mv" nor "ops.linear".
         training: with gradients.
         streamed: whether a GPU multiplies up to 8 rows by this package's kernel.
 
@@ -56,6 +60,20 @@ class Plan:
     def prepacks(self) -> bool:
         """Whether a routine keeps a prepacked copy of the weights."""
         return PREPACKED in (self.one_row, self.few_rows, self.many_rows)
+
+    def of_rows(self, rows: int) -> str:
+        """The routine of a product without gradients.
+
+        Args:
+            rows: how many rows it has.
+
+        Returns:
+            Its name.
+        """
+        if rows == 1:
+            return self.one_row
+        few = rows <= (MAX_ROWS if self.few_rows == STREAM else FEW_ROWS)
+        return self.few_rows if few else self.many_rows
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -100,17 +118,22 @@ def _onednn_is_right(dtype: torch.dtype, threads: int) -> bool:
             return False
 
 
+# How many freed pieces of memory, of those that an allocator may choose from, are made NaN.
+_POISONED = 16
+
+
 def agrees(candidate: Callable[[], Tensor], x: Tensor, weight: Tensor) -> bool:
     """Whether a routine's x @ weight.T is no further from the product in float64 than twice
     F.linear's, one rounding, and what the order of k float32 sums may do. Where it writes nothing,
     it leaves NaN: memory that was just freed could hold the right product.
     """
     truth = x.double() @ weight.double().t()
-    linear = (F.linear(x, weight).double() - truth).abs().max()
+    product = F.linear(x, weight)  # kept to the end, as its memory holds what is right
+    linear = (product.double() - truth).abs().max()
     sums = x.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
     allowed = 2 * linear + (torch.finfo(x.dtype).eps + sums) * truth.abs().max()
     for _ in range(2):
-        poison = torch.full_like(truth, torch.nan, dtype=x.dtype)
+        poison = [torch.full_like(product, torch.nan) for _ in range(_POISONED)]
         del poison
         if not bool(((candidate().double() - truth).abs() <= allowed).all()):
             return False
@@ -120,6 +143,11 @@ def agrees(candidate: Callable[[], Tensor], x: Tensor, weight: Tensor) -> bool:
 def prepacked_copy(weight: Tensor) -> Tensor:
     """A copy of weight [n, k] in oneDNN's blocked layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def stream(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
+    """x @ weight.T by a backend of `ops.linear`, None for the best here."""
+    return ops.linear(x, weight, backend=backend)
 
 
 def mv(x: Tensor, weight: Tensor) -> Tensor:
@@ -182,6 +210,8 @@ def _candidates(
     routines = {ONEDNN: (onednn, weights)}
     if rows == 1:
         routines[MV] = mv, weights
+    if rows <= MAX_ROWS and choose("linear", "cpu", None) != REFERENCE:
+        routines[STREAM] = stream, weights
     if prepacks:
         routines[PREPACKED] = onednn, prepacks
     right = {

@@ -21,7 +21,9 @@ from . import fused, projections, small_batch
 from .classes import Fused, fuse, own_class, undo_of, unfuse
 from .decode_modes import modes_of
 from .foreign import ForeignState
-from .layout import BLOCKS, NORMS, PROJECTIONS, Block, Layout, examine, wrapped_in
+from .layout import BLOCKS, NORMS, OUTPUTS, PROJECTIONS, Block, Layout, examine, wrapped_in
+from .masks import Masks
+from .models import BodyState, ModelState
 from .report import Report, fallbacks
 from .routines import Plan, measure_plan
 from .trying import given_by, missing_likeness, sample
@@ -131,6 +133,7 @@ class _Swap:
         self.kept: Counter[str] = Counter()
         self.done: set[int] = set()
         self.tried: dict[type, Reason | None] = {}
+        self.masks = Masks()
 
     def all(self) -> None:
         for block in self.layout.blocks:
@@ -141,9 +144,20 @@ class _Swap:
         self.put(self.layout.norm(), fused.FusedRMSNorm, state, "norms")
         for name, head in self.layout.heads().items():
             self.head(name, head)
-        if not {"classifier", "tied_head"} & self.layout.heads().keys():
+        self.whole()
+        if not {*OUTPUTS, "tied_head"} & self.layout.heads().keys() and not self.counts["models"]:
             where, why = "the output projection", "the model computes it in its own forward"
             self.layout.left[where] = why
+
+    def whole(self) -> None:
+        """What stands round the layers of others' code."""
+        layout, convention = self.layout, self.layout.convention
+        if convention.body is not None:
+            self.put(layout.body, convention.body, BodyState(self.masks), "bodies")
+        if convention.model is not None and layout.whole is not None:
+            loss = self.named["linear_cross_entropy"]
+            state = ModelState(loss, self.products(), layout.output)
+            self.put(layout.whole, convention.model, state, "models")
 
     def put(self, module: nn.Module, kind: type[Fused], state: object, what: str = "") -> None:
         """Give a module a fused class, unless it is to be left; count it as one of `what`."""
@@ -194,26 +208,31 @@ class _Swap:
     def attention(self, block: Block) -> fused.AttentionState:
         """What the attention of a layer is given."""
         given = self.named["qk_norm_rope"], self.named["attention"], block.index, *block.heads
-        if not self.layout.convention.foreign:
+        convention = self.layout.convention
+        if not convention.foreign:
             return fused.AttentionState(*given)
         rotary = block.parts["attn"].pos_embedding
         parts = rotary.freq_constant, rotary.max_seq_length, type(rotary)
-        return ForeignState(*given, *parts)
+        return ForeignState(*given, *parts, masks=self.masks if convention.masked else None)
+
+    def products(self) -> projections.Products:
+        """The routines of a projection."""
+        return projections.Products(self.plan, self.named["linear"])
 
     def projection(self, module: nn.Module) -> None:
         if isinstance(module, Compressed):
             module.backend = self.named["linear"]
             self.kept[type(module).__name__] += 1
         else:
-            self.put(module, projections.Linear, projections.Products(self.plan), "projections")
+            self.put(module, projections.Linear, self.products(), "projections")
 
     def head(self, name: str, module: nn.Module) -> None:
         """The output projection, and how logits and losses are made."""
         named = self.named
-        if name == "classifier":
+        if name in OUTPUTS:
             self.projection(module)
         elif name == "tied_head":
-            state = projections.HeadState(projections.Products(self.plan), named["linear"])
+            state = projections.HeadState(self.products(), named["linear"])
             self.put(module, projections.TiedHead, state, "tied heads")
         elif name == "logits_head":
             self.put(module, fused.FusedLogitsHead, fused.State(named["linear"]), "logits heads")
@@ -227,13 +246,15 @@ def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
     choices, plan, layout = swap.choices, swap.plan, swap.layout
     foreign = layout.convention.foreign
     backends = {op: choices[op].resolved for op in never_fall_back()}
-    left = [*layout.left.items(), *layout.called()]
+    left = [(path or "the model", reason) for path, reason in layout.left.items()]
+    left += layout.called()
     report = Report(layout.convention.name, backends, dict(swap.counts), left, plan)
     report.wrapped = wrapped_in(layout)
     report.attention = choices["attention"].resolved
     if layout.convention.masked:
-        report.attention = f"sdpa with the model's mask ({report.attention} without one)"
-    if swap.counts["loss heads"]:
+        alone = "where nothing is padded" if swap.counts["bodies"] else "without one"
+        report.attention = f"sdpa with the model's mask ({report.attention} {alone})"
+    if swap.counts["loss heads"] or swap.counts["models"]:
         report.loss = choices["linear_cross_entropy"].resolved
     if asked is None:
         report.missing = missing_kernels(device.type)

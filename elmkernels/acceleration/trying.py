@@ -1,9 +1,12 @@
 """Whether a module computes what a kernel does: by its parts, then by trying it.
 
-Tried is the forward of the module's own class, so that no hook is called.
+Tried is the forward of the module's own class, so that no hook is called. Of a whole model it is
+called on what only stands for a model, so that no module of it is called either.
 """
 
 import inspect
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,10 +16,15 @@ from torch.random import fork_rng
 
 from .. import reference
 from ..backends import Reason
+from ..checks import DTYPES
 from ..openelm import layers
 from ..openelm.compressed import Compressed
 from ..surgery import missing_own, missing_plain, plain_tensor
 from .classes import Fused, own_class
+from .masks import causal_like
+from .models import ModelState
+from .projections import Products
+from .routines import Plan
 
 _APART = ("__init__", "extra_repr")  # methods that compute nothing of a forward
 
@@ -166,3 +174,201 @@ def sample(norm: nn.Module) -> Tensor | None:
         return None
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, weight.shape[0], generator=generator).to(weight)
+
+
+def missing_masks(body: nn.Module) -> Reason | None:
+    """Why a body's masks aren't causal ones, with what is padding left out."""
+    own, buffer = own_class(type(body)), body._buffers.get("causal_mask")
+    make, norm = getattr(own, "_update_causal_mask", None), getattr(body, "norm", None)
+    weight = getattr(norm, "weight", None)
+    if make is None or buffer is None or getattr(body, "config", None) is None:
+        return "it makes no mask that could be kept"
+    if [*inspect.signature(make).parameters] != ["self", "attention_mask", "input_tensor"]:
+        return f"its {make.__name__} takes something else than a mask and embeddings"
+    if buffer.is_meta or not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    x = torch.zeros(1, 3, weight.shape[0], dtype=weight.dtype, device=buffer.device)
+    ones = torch.ones(1, 3, dtype=torch.long, device=buffer.device)
+    n, lowest = buffer.shape[-1], torch.finfo(x.dtype).min
+    causal = causal_like(x.new_empty(1, 1, n, n))
+    padded = ones.clone()
+    padded[0, 1] = 0
+    other = causal.clone()
+    other[1:, 1:2] = lowest
+    try:
+        # In order: masks without padding; masks of equal padding, whatever their length.
+        given = [make(body, mask, x) for mask in (None, ones, padded, padded[:, :2])]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return "its mask can't be tried"
+    for got, expected in zip(given, (causal, causal, other, other), strict=True):
+        if not isinstance(got, Tensor) or got.shape != (1, 1, n, n) or got.dtype != x.dtype:
+            return "its mask is none of [batch, 1, n, n]"
+        if not torch.equal(got[0, 0], expected):
+            return "its mask is not the causal one"
+    return None
+
+
+# forward's class and the class of outputs -> what it gave, and what it called its parts with.
+Call = Callable[[Any, type | None], list[Any]]
+_VOCABULARY, _WIDTH, _IGNORED = 11, 4, -100
+
+
+def missing_model(model: nn.Module, kind: Any, alone: bool) -> tuple[Reason | None, type | None]:
+    """Why a fused class computes another thing than a model's own forward; and the class of what
+    that returns, if it is one of its own. alone: whether the layers are the model's own, as
+    CoreNet's are.
+    """
+    own: Any = own_class(type(model))
+    names = [*inspect.signature(own.forward).parameters][1:]
+    known = inspect.signature(kind.forward).parameters.values()
+    if not alone and names != [p.name for p in known if p.kind is not p.VAR_POSITIONAL][1:]:
+        return f"its forward takes ({', '.join(names)})", None
+    output: type | None = None
+    try:
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            for call in _corenet() if alone else _hugging_face():
+                expected = call(own, None)
+                output = output or _class_of(expected[0])
+                if not _alike(expected, call(kind, output)):
+                    return "its output is not that of its body, head and loss", None
+    except Exception as error:  # whatever others' code raises on what is no model
+        return f"its forward can't be tried alone ({type(error).__name__})", None
+    return None, output
+
+
+def _class_of(output: object) -> type | None:
+    return type(output) if hasattr(output, "logits") else None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether what two forwards gave is the same."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        if type(a) is not type(b) and not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return False
+        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, 1e-4, 1e-5)
+    if hasattr(a, "logits"):
+        names = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+        return all(_alike(getattr(a, n), getattr(b, n)) for n in names)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or a == b
+
+
+def _numbers(*size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def _embedding() -> nn.Embedding:
+    return nn.Embedding(_VOCABULARY, _WIDTH, _weight=_numbers(_VOCABULARY, _WIDTH))
+
+
+def _state(output: type | None) -> ModelState:
+    return ModelState(None, Products(Plan()), output)
+
+
+class _Outputs(tuple):
+    """What a body returns, as transformers' outputs are read."""
+
+    last_hidden_state = property(lambda self: self[0])
+    past_key_values = property(lambda self: self[1])
+    hidden_states = property(lambda self: self[2])
+    attentions = property(lambda self: self[3])
+
+
+def _hugging_face() -> Iterator[Call]:
+    for tied in (True, False):
+        yield _hugging_face_call(tied, False, None, False)
+        for labels in (torch.tensor([[1, 2, 3], [4, _IGNORED, 6]]), None):
+            for grad in (True, False):
+                yield _hugging_face_call(tied, True, labels, grad)
+
+
+def _hugging_face_call(tied: bool, as_dict: bool, labels: Tensor | None, grad: bool) -> Call:
+    marks = {name: name for name in (
+        "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds",
+        "use_cache", "output_attentions", "output_hidden_states", "cache_position",
+    )}  # fmt: skip
+    outputs = _Outputs((_numbers(2, 3, _WIDTH), "cache", "states", "attentions"))
+    head = None
+    if not tied:
+        head = nn.Linear(_WIDTH, _VOCABULARY, bias=False, device="meta")
+        head.weight = nn.Parameter(_numbers(_VOCABULARY, _WIDTH))
+
+    def call(kind: Any, output: type | None) -> list[Any]:
+        given: dict[str, Any] = {}
+        embedding = _embedding()
+
+        def body(**arguments: Any) -> _Outputs:
+            given.update(arguments)
+            return outputs
+
+        body.token_embeddings = embedding  # pyright: ignore[reportFunctionMemberAccess]
+        config = SimpleNamespace(
+            vocab_size=_VOCABULARY, output_attentions=False, output_hidden_states=False,
+            use_return_dict=True,
+        )  # fmt: skip
+        model = SimpleNamespace(
+            config=config, transformer=body, lm_head=head, vocab_size=_VOCABULARY,
+            _fused=_state(output),
+        )  # fmt: skip
+        with torch.set_grad_enabled(grad):
+            return [kind.forward(model, **marks, labels=labels, return_dict=as_dict), given]
+
+    return call
+
+
+def _corenet() -> Iterator[Call]:
+    ids = torch.tensor([[1, 2, 3]])
+    yield _corenet_call(lambda: ids)
+    for past in (None, ["first", "second"]):
+        for keep in (True, False):
+            yield _corenet_call(
+                lambda past=past, keep=keep: {
+                    "input_ids": ids, "past_keys": past and [*past], "use_kv_cache": keep,
+                    "past_values": past and [*past], "is_causal": past is None,
+                }
+            )  # fmt: skip
+
+
+def _corenet_call(make: Callable[[], Any]) -> Call:
+    def call(kind: Any, output: type | None) -> list[Any]:
+        given: list[Any] = []
+
+        def layer(
+            x: Tensor, k: Any = None, v: Any = None, keep: bool = False, causal: bool = True,
+            *rest: Any,
+        ) -> Any:  # fmt: skip
+            # What older code doesn't pass on is what newer code takes for granted.
+            given.append((k, v, keep, causal, rest or (True, False, True)))
+            return 2 * x + 1, (k, "k"), (v, "v")
+
+        model = SimpleNamespace(
+            token_embeddings=_embedding(), layers=[layer, layer], num_transformer_layers=2,
+            norm=lambda x: x - 0.5, classifier=None, _fused=_state(output),
+        )  # fmt: skip
+        with torch.no_grad():
+            return [kind.forward(model, make()), given]
+
+    return call
+
+
+def missing_dtype(body: nn.Module) -> Reason | None:
+    """Why the kernels can't compute in the dtypes of a model's weights. body: what holds its
+    layers, norm and embedding.
+    """
+    for name, weight in body.named_parameters():
+        known = name.startswith(("layers.", "norm.", "token_embeddings."))
+        if known and weight.is_floating_point() and weight.dtype not in DTYPES:
+            return f"`{name}` is {weight.dtype}, the kernels take {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def missing_part(module: nn.Module, known: set[str]) -> Reason | None:
+    """What a module has beside the known parts of its kind, unless that does nothing."""
+    for child, held in module._modules.items():
+        nothing = isinstance(held, nn.Identity) or (isinstance(held, nn.Dropout) and held.p == 0)
+        if held is not None and child not in known and not nothing:
+            return f"it has another part, {child} ({type(held).__name__})"
+    return None

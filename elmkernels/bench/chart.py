@@ -25,7 +25,7 @@ def missing() -> Reason | None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return "chart.png needs matplotlib: pip install elmkernels[plot]"
+        return "chart.png needs matplotlib: pip install 'elmkernels[plot]'"
     return None
 
 

@@ -23,6 +23,7 @@ from .options import (
     chosen_model,
     loaded_first,
     new_command,
+    note_missing,
     positive,
     some_of,
 )
@@ -98,4 +99,5 @@ def run(args: argparse.Namespace) -> int:
         raise WrongInput(
             f"--no-compile has no effect: nothing is compiled beside {', '.join(benchmark.formats)}"
         )
+    note_missing(device, args.backend)
     return carry_out(args, replace(benchmark, load=loaded_first(load, groups[0].dtype)))

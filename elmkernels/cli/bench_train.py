@@ -19,6 +19,7 @@ from .options import (
     check_backend,
     find_device,
     new_command,
+    note_missing,
     positive,
 )
 
@@ -66,4 +67,5 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=device,
     )
+    note_missing(device, args.backend)
     return carry_out(args, benchmark)

@@ -5,23 +5,25 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, interrupts
 from ..bench import chart
 from ..bench.benchmark import Benchmark, Report, Results
 from ..openelm.progress import elapsed_and_left, seconds_left
-from ..weights.storage import replacing
+from ..weights.storage import made_folder, remove_empty, replacing, try_to_write
+from ..weights.texts import read_json
 
-OK, FAILED, WRONG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
+OK, FAILED, WRONG, PIPE_CLOSED = 0, 1, 2, 141
 # What loading, choosing and checking raise for wrong input.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+RESULTS = "results.json"
 # Seconds between two paintings of the line on a terminal: if nothing new is said, and if much is.
 TICK, LEAST = 1.0, 0.1
 
@@ -35,12 +37,27 @@ def checked(fn: Callable, *args: Any) -> Any:
     try:
         return fn(*args)
     except REFUSALS as error:
-        raise WrongInput(str(error)) from error
+        raise WrongInput(words(error)) from error
+
+
+def words(error: BaseException) -> str:
+    """What an exception says, without the number of a system's error."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename is not None else ""
+        return f"{named}{error.strerror}"
+    return str(error)
 
 
 def note(text: str) -> None:
     """One line on stderr."""
-    print(f"elmkernels: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    say(f"elmkernels: {' '.join(text.split())}")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on stderr, if it is there and can be: nothing ends because nobody could be told."""
+    if sys.stderr is not None:  # else `print` would take stdout
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -57,6 +74,48 @@ def escaped_stdout() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError, ValueError):  # a closed pipe can't be flushed
             out.reconfigure(errors=before)
+
+
+class StdoutFailed(WrongInput):
+    """What stdout is can't be written to. No OSError, which argparse passes over."""
+
+
+class _Watched:
+    """stdout, whose errors are known as its own."""
+
+    def __init__(self, out: Any) -> None:
+        self._out = out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)
+
+    def write(self, text: str) -> int:
+        return self._told(self._out.write, text)
+
+    def flush(self) -> None:
+        self._told(self._out.flush)
+
+    def _told(self, fn: Callable, *args: Any) -> Any:
+        try:
+            return fn(*args)
+        except BrokenPipeError:  # a reader that has enough is no error
+            raise
+        except OSError as error:
+            raise StdoutFailed(f"stdout can't be written: {words(error)}") from error
+
+
+@contextlib.contextmanager
+def watched_stdout() -> Iterator[None]:
+    """Meanwhile stdout raises StdoutFailed if it can't be written."""
+    out = sys.stdout
+    if out is None:
+        yield
+        return
+    sys.stdout = _Watched(out)
+    try:
+        yield
+    finally:
+        sys.stdout = out
 
 
 class Progress:
@@ -85,7 +144,7 @@ class Progress:
             if self._live and self.stage_start - self._painted >= LEAST:
                 self._paint()
             elif self.lines and not self._live:
-                print(self._line(), file=sys.stderr, flush=True)
+                say(self._line())
 
     def print(self, text: str) -> None:
         """Print to stdout, past the line."""
@@ -116,11 +175,11 @@ class Progress:
     def _paint(self) -> None:
         self._painted = time.monotonic()
         line = self._line()[: _columns() - 1]  # a longer one would wrap, and stay
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        say(f"\r\x1b[K{line}", end="")
 
     def _clear(self) -> None:
         if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            say("\r\x1b[K", end="")
 
 
 def _columns() -> int:
@@ -155,22 +214,27 @@ def replace_text(path: Path, text: str) -> None:
 class Output:
     """What --out asked for: a folder with results.json, and what else is written there."""
 
-    def __init__(self, path: str | None, charts: bool = False) -> None:
-        """path: of the folder, made if it is missing, or None for no file at all. charts: pictures
-        will be asked for; why they can't be drawn is noted here, before the work.
+    def __init__(self, path: str | None, command: str | None = None, charts: bool = False) -> None:
+        """Raises WrongInput, before the work, for a folder that can't be written to.
+
+        path: of the folder, made if it is missing, or None for no file at all. command: whose
+        results may be replaced there; None if anybody's may. charts: pictures will be asked for;
+        why they can't be drawn is noted here.
         """
         self.folder = None if path is None else Path(path)
         self.files: dict[str, None] = {}
+        self.failed: dict[str, str] = {}
         if self.folder is None:
             return
-        folder = self.folder
-        checked(lambda: folder.mkdir(parents=True, exist_ok=True))
+        self._made = writable_folder(self.folder)
+        if command is not None:
+            _refuse_results_of_others(self.folder / RESULTS, command)
         if charts and (reason := chart.missing()):
             note(reason)
 
     def save(self, results: dict[str, Any]) -> None:
         """results.json, whole or not at all."""
-        self.write("results.json", dump(results) + "\n")
+        self.write(RESULTS, dump(results) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write one file."""
@@ -179,8 +243,19 @@ class Output:
         try:
             replace_text(self.folder / name, text)
         except OSError as error:
-            raise WrongInput(error.strerror or str(error)) from error  # which names the file
+            raise WrongInput(words(error)) from error  # which names the file
         self.files[name] = None
+
+    def keep(self, name: str, write: Callable[[], None]) -> None:
+        """Write while, or after, something was measured: if that fails, the measuring goes on and
+        the results are printed; `tell` then refuses.
+        """
+        self.failed.pop(name, None)
+        try:
+            write()
+        except WrongInput as error:
+            self.failed[name] = str(error)
+            self.files.pop(name, None)
 
     def draw(self, draw: Callable[[Path], list[str]]) -> None:
         """Have pictures drawn into the folder, if they can be; `draw` returns their names."""
@@ -188,30 +263,40 @@ class Output:
             self.files |= dict.fromkeys(checked(draw, self.folder))
 
     def tell(self) -> None:
-        """Say on stderr what was written."""
+        """Say on stderr what was written; raises WrongInput for what was not."""
         if self.files:
             note(f"wrote {', '.join(self.files)} to {self.folder}")
+        if self.failed:
+            if not self.files:
+                remove_empty(self._made)
+            raise WrongInput("; ".join(dict.fromkeys(self.failed.values())))
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a measurement as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated meanwhile. Only the main thread may ask for signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
+def writable_folder(folder: Path) -> list[Path]:
+    """Make the folder of --out if it is missing, and see that a file can be written there; gives
+    the folders that were made. Raises WrongInput, and leaves none, if that can't be.
+    """
+    if checked(folder.exists) and not folder.is_dir():
+        raise WrongInput(f"--out must be a folder, got the file {folder}")
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with made_folder(folder) as made:
+            try_to_write(folder)
+    except OSError as error:
+        raise WrongInput(f"--out: {folder} can't be written to: {error.strerror}") from error
+    return made
+
+
+def _refuse_results_of_others(file: Path, command: str) -> None:
+    """Results are replaced by a new run of the same command alone."""
+    if not file.exists():
+        return
+    try:
+        found = read_json(file).get("command")
+    except (OSError, ValueError):
+        found = None
+    if found != command:
+        whose = f"results of {found!r}" if isinstance(found, str) else "other results"
+        raise WrongInput(f"--out: {file} has {whose}, not of {command!r}: give another folder")
 
 
 def measure(
@@ -226,18 +311,17 @@ def measure(
     """
     code = OK
     try:
-        with _terminable():
-            work()
-    except KeyboardInterrupt as error:
-        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        work()
+    except KeyboardInterrupt:
+        code = interrupts.exit_code()
     finally:
         if progress is not None:
             progress.close()
-        output.save(results)
+        output.keep(RESULTS, lambda: output.save(results))
     if args.json:
         print(dump(results))
     if code != OK:
-        kept = "" if output.folder is None else f"; {output.folder / 'results.json'} has"
+        kept = f"; {output.folder / RESULTS} has" if RESULTS in output.files else ""
         note("interrupted" + (f"{kept} what was measured" if kept else ""))
     return code
 
@@ -270,7 +354,7 @@ def carry_out(
     """Run a benchmark as a command: show how far it is, keep its results, report and charts.
 
     Args:
-        args: its options --out and --json.
+        args: its options --out and --json, and the command's name.
         benchmark: what is measured.
         earlier: results of an earlier run, to go on from.
         run: has it measured; `benchmark.run` if None.
@@ -278,17 +362,19 @@ def carry_out(
     Returns:
         The exit code.
     """
-    output = Output(args.out, charts=True)
-    results = {"elmkernels": __version__, **benchmark.start(), **(earlier or {})}
+    output = Output(args.out, args.command, charts=True)
+    about = {"elmkernels": __version__, "command": args.command}
+    results = {**about, **benchmark.start(), **(earlier or {})}
     progress = Progress(benchmark.stages)
-    report = CommandReport(progress, lambda: output.save(results), args.json)
+    save = partial(output.keep, RESULTS, lambda: output.save(results))
+    report = CommandReport(progress, save, args.json)
     work = benchmark.run if run is None else run
     code = measure(args, output, progress, results, lambda: work(results, report))
     found = plain(results)
     if text := benchmark.summary(found):
-        output.write("summary.md", text)
+        output.keep("summary.md", lambda: output.write("summary.md", text))
         report.print(text)
-    output.draw(lambda folder: benchmark.chart(found, folder))
+    output.keep("charts", lambda: output.draw(lambda folder: benchmark.chart(found, folder)))
     output.tell()
     if code != OK and output.folder is None and not args.json:
         note("what was measured is printed; --out keeps it in a file")

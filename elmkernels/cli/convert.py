@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     source, out = checkpoint_of(args), Path(args.out)
     if source.resolve() == out.resolve():
         raise WrongInput(f"--out must be another place than --checkpoint, both are {source}")
+    if args.tokenizer is not None and not checked(Path(args.tokenizer).is_file):
+        raise WrongInput(f"--tokenizer: {args.tokenizer} is not a file")
     dtype = None if args.dtype is None else DTYPES[args.dtype]
     model = checked(lambda: OpenELM.from_pretrained(source, config=args.config, dtype=dtype))
     work = _to_gguf if args.to == "gguf" else _to_folder

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .. import interrupts
 from ..acceleration.decode_modes import CALLS, DECODE_MODES
-from ..acceleration.swap import accelerate
 from ..compression.packing import pack
 from ..compression.quantization import quantize
+from ..generation.chat import Chat, Template
 from ..generation.row import Row
 from ..generation.sampling import Sampling
 from ..generation.session import stream
@@ -22,16 +23,17 @@ from ..openelm.model import OpenELM
 from ..openelm.tokenizer import FILES, Tokenizer, find_tokenizer, special_tokens
 from ..weights.formats import BITS, GROUP_SIZES
 from .console import (
-    INTERRUPTED,
     OK,
     Progress,
     WrongInput,
     checked,
     dump,
     note,
+    words,
 )
 from .options import (
     DTYPES,
+    accelerated,
     add_backend,
     add_device,
     add_dtype,
@@ -53,7 +55,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to argparse's sub-commands."""
     parser = new_command(commands, NAME, run, "what a model writes after a prompt")
     add_model(parser)
-    _add_prompts(parser.add_argument_group("prompt"))
+    _add_prompts(parser.add_argument_group("prompt (several make a batch)"))
     add = parser.add_argument_group("choice of tokens").add_argument
     add(
         "--max-new-tokens",
@@ -92,7 +94,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="text that ends a row; may be given again",
     )
-    how = parser.add_argument_group("how it runs")
+    how = parser.add_argument_group("how it runs and prints")
     add_device(how)
     add_dtype(how, "bf16")
     kernels = how.add_mutually_exclusive_group()
@@ -107,9 +109,9 @@ def add_parser(commands: Any) -> None:
         "--decode-mode",
         type=one_of(DECODE_MODES),
         metavar="MODE",
-        help=f"how a GPU decodes: {', '.join(DECODE_MODES)} (default: fastest)",
+        help=f"of a GPU: {', '.join(DECODE_MODES)} (default: fastest)",
     )
-    results = parser.add_argument_group("results").add_mutually_exclusive_group()
+    results = how.add_mutually_exclusive_group()
     results.add_argument("--stream", action="store_true", help="print it as it comes (one prompt)")
     add_json(results)
 
@@ -123,10 +125,11 @@ def _add_prompts(group: Any) -> None:
         "--ids",
         metavar="1,2,3|FILE",
         type=lambda text: ("ids", text),
-        help="as token ids; of a file, each line. Several prompts make a batch",
+        help="as token ids; of a file each line is a prompt",
         **prompts,
     )
-    add("--tokenizer", metavar="PATH", help=f"{' or '.join(FILES)} (default: by the checkpoint)")
+    add("--chat", action="store_true", help="take turns from stdin, until it ends (Ctrl-D)")
+    add("--tokenizer", metavar="PATH", help="its file (default: beside the checkpoint)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,31 +141,28 @@ def run(args: argparse.Namespace) -> int:
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
     }
-    _refuse_what_does_nothing(args, checked(lambda: Sampling(**options)))
+    drawing = {"top_k": None, "top_p": None}  # what has no effect is refused as an option is named
+    _refuse_what_does_nothing(args, checked(lambda: Sampling(**options | drawing)))
+    checked(lambda: Sampling(**options))
     device, dtype = find_device(args.device), DTYPES[args.dtype]
     check_backend(args.backend, device)
     name, weights, load = chosen_model(args, device, args.seed or 0)
     bos, _ = checked(special_tokens, args.checkpoint)
     tokenizer = _tokenizer(args, bos)
-    prompts = [ids for kind, text in args.prompts for ids in _prompt(kind, text, tokenizer)]
+    prompts = [ids for kind, text in args.prompts or () for ids in _prompt(kind, text, tokenizer)]
     if args.stream and len(prompts) > 1:
         raise WrongInput(f"--stream takes one prompt, got {len(prompts)}")
     stops = None if args.stop is None else [] if args.stop == "none" else _ids(args.stop, "--stop")
     model = checked(load, dtype).eval()
     checked(_compress, args, model)
     if not args.eager:
-        checked(lambda: accelerate(model, backend=args.backend))
+        accelerated(model, args.backend)
+    options |= {"stop_tokens": stops, "stop_strings": args.stop_string}
+    options |= {"decode_mode": args.decode_mode}
+    if args.chat:
+        return _chat(args, model, tokenizer, options)
     writing = checked(
-        lambda: stream(
-            model,
-            prompts,
-            args.max_new_tokens,
-            stop_tokens=stops,
-            stop_strings=args.stop_string,
-            tokenizer=tokenizer,
-            decode_mode=args.decode_mode,
-            **options,
-        )  # fmt: skip
+        lambda: stream(model, prompts, args.max_new_tokens, tokenizer=tokenizer, **options)
     )
     live = _Live() if args.stream else None
     seconds = _write(writing, live, args.max_new_tokens)
@@ -175,14 +175,18 @@ def run(args: argparse.Namespace) -> int:
     note(_summary(found))
     if writing.interrupted:
         note("interrupted; what was generated by then is printed")
-        return INTERRUPTED
+        return interrupts.exit_code()
     return OK
 
 
 def _refuse_what_does_nothing(args: argparse.Namespace, sampling: Sampling) -> None:
     """Options that belong to others which weren't given."""
-    if not args.prompts:
-        raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3")
+    if args.chat:
+        others = {"--prompt or --ids": args.prompts, "--json": args.json, "--stream": args.stream}
+        if idle := [option for option, value in others.items() if value]:
+            raise WrongInput(f"--chat takes its turns from stdin: give it without {idle[0]}")
+    elif not args.prompts:
+        raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3, or --chat")
     if args.group_size is not None and args.bits is None:
         raise WrongInput("--group-size belongs to --bits, which is missing")
     if sampling.temperature == 0:
@@ -209,10 +213,10 @@ def _tokenizer(args: argparse.Namespace, bos: int | None) -> Tokenizer | None:
     """The tokenizer that is there. Without one, ids still work."""
     path = checked(find_tokenizer, args.tokenizer, args.checkpoint)
     if path is None:
-        text = any(kind == "text" for kind, _ in args.prompts)
+        text = "--chat" if args.chat else "--prompt" if _any(args, "text") else ""
         if text or args.stop_string:
             raise WrongInput(
-                f"{'--prompt' if text else '--stop-string'} needs a tokenizer: --tokenizer PATH, "
+                f"{text or '--stop-string'} needs a tokenizer: --tokenizer PATH, "
                 f"or {' or '.join(FILES)} beside the checkpoint (OpenELM uses Llama 2's, which "
                 "meta-llama/Llama-2-7b-hf holds); --ids works without"
             )
@@ -220,12 +224,49 @@ def _tokenizer(args: argparse.Namespace, bos: int | None) -> Tokenizer | None:
     try:
         return Tokenizer(path, bos)
     except ImportError as error:
-        ids = all(kind == "ids" for kind, _ in args.prompts)
+        ids = not args.chat and not _any(args, "text")
         if args.tokenizer is None and ids and not args.stop_string:
             return None
         raise WrongInput(str(error)) from error
-    except ValueError as error:
-        raise WrongInput(str(error)) from error
+    except (ValueError, OSError) as error:
+        raise WrongInput(words(error)) from error
+
+
+def _any(args: argparse.Namespace, kind: str) -> bool:
+    return any(given == kind for given, _ in args.prompts or ())
+
+
+def _chat(
+    args: argparse.Namespace, model: OpenELM, tokenizer: Tokenizer, options: dict[str, Any]
+) -> int:
+    """Turns from stdin, a line each, and replies on stdout as they come."""
+    template = checked(Template.of, args.checkpoint)
+    chat = checked(
+        lambda: Chat(model, tokenizer, template, max_new_tokens=args.max_new_tokens, **options)
+    )
+    if sys.stdin is None:
+        raise WrongInput("--chat needs a stdin to take turns from")
+    live = sys.stdin.isatty()
+    while True:
+        if live:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = checked(sys.stdin.readline)  # which may hold what is no text
+        if not line:
+            break
+        if not line.strip():
+            continue
+        before = chat.forgotten
+        try:
+            writing = chat.say(line.strip())
+        except ValueError as error:
+            note(f"error: {error}")
+            continue
+        if chat.forgotten > before:
+            note("the oldest turns are forgotten: the conversation no longer fits")
+        _write(writing, _Live(), args.max_new_tokens)  # Ctrl-C ends the reply, not the chat
+    if live:
+        print(file=sys.stderr)
+    return OK
 
 
 def _prompt(kind: str, text: str, tokenizer: Tokenizer | None) -> list[list[int]]:

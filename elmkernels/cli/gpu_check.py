@@ -22,7 +22,7 @@ from ..gpu_check.check import STAGES, GpuCheck, no_gpu
 from ..gpu_check.stages import Clock, DeadDevice
 from ..gpu_check.watch import Stuck, Worker, run_watched
 from ..weights.texts import read_json
-from .console import OK, CommandReport, Output, Progress, WrongInput, carry_out, note
+from .console import OK, CommandReport, Output, Progress, WrongInput, carry_out, note, words
 from .options import (
     add_device,
     add_json,
@@ -156,7 +156,7 @@ def _read(folder: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{file} does not exist")
         return read_json(file)
     except (OSError, ValueError) as error:
-        raise WrongInput(f"results can't be read: {error}") from error
+        raise WrongInput(f"results can't be read: {words(error)}") from error
 
 
 def _earlier(folder: Path, new: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ Exit codes: 0 all is well, 1 a parity failed, 2 wrong input (one line on stderr)
 for).
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from .. import __version__
+from .. import __version__, interrupts
 from ..checks import one_line
 from . import (
     bench_generate,
@@ -22,18 +23,27 @@ from . import (
     bench_train,
     check,
     convert,
+    evaluate,
     generate,
     gpu_check,
     info,
     parity,
     train,
 )
-from .console import INTERRUPTED, PIPE_CLOSED, WRONG, WrongInput, escaped_stdout, note
+from .console import (
+    PIPE_CLOSED,
+    WRONG,
+    StdoutFailed,
+    WrongInput,
+    escaped_stdout,
+    note,
+    watched_stdout,
+)
 from .options import Parser
 
 DEFAULT = "check"
 # In the order of the help. `bench` has commands of its own.
-COMMANDS = (check, info, parity, generate, convert, train, gpu_check)
+COMMANDS = (check, info, parity, generate, evaluate, convert, train, gpu_check)
 BENCHES = (bench_ops, bench_generate, bench_train)
 
 
@@ -82,17 +92,29 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's by default); returns its exit code."""
-    with escaped_stdout():
-        return _exit_code(argv)
+    try:
+        with interrupts.raised(), escaped_stdout(), watched_stdout():
+            return _exit_code(argv)
+    except KeyboardInterrupt:
+        note("interrupted")
+        return interrupts.exit_code()
 
 
 def _exit_code(argv: Sequence[str] | None) -> int:
+    if sys.stdout is None:  # and the next file that is opened would take its place
+        note("error: stdout is closed: give it a place, if only /dev/null")
+        return WRONG
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+        except SystemExit:  # of --help and --version, whose text is still to be written
             sys.stdout.flush()
+            raise
+        sys.stdout.flush()
         return code
     except WrongInput as error:
+        if isinstance(error, StdoutFailed):
+            _drop_stdout()
         note(f"error: {error}")
         return WRONG
     except (MemoryError, RuntimeError) as error:
@@ -103,12 +125,14 @@ def _exit_code(argv: Sequence[str] | None) -> int:
         note(f"error: out of memory: {one_line(error)}")
         return WRONG
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return PIPE_CLOSED
-    except KeyboardInterrupt:
-        note("interrupted")
-        return INTERRUPTED
+
+
+def _drop_stdout() -> None:
+    """The interpreter flushes stdout once more at its end: let that go nowhere."""
+    with contextlib.suppress(OSError):  # it may be an object of the caller's own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

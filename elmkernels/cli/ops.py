@@ -62,7 +62,7 @@ def run_records(
     results = {
         "complete": False,
         "elmkernels": __version__,
-        "command": command,
+        "command": args.command,
         "rule": RULE,
         "machine": fingerprint(device),
         **({"busy": busy()} if timed else {}),
@@ -82,7 +82,7 @@ def run_records(
                 one(op, name, device, keep)
         results["complete"] = True
 
-    output = Output(args.out)
+    output = Output(args.out, args.command)
     progress = Progress(sum(map(len, chosen.values())))
     code = measure(args, output, progress, results, work)
     failed = [record for record in records if not ok(record)]

@@ -7,12 +7,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..backends import BACKENDS, PREFERENCE
+from ..acceleration.swap import accelerate
+from ..backends import BACKENDS, PREFERENCE, missing_kernels
 from ..bench import end_to_end
-from ..devices import backend_choices, missing_device
-from ..openelm.config import VARIANTS
+from ..devices import backend_choices, missing_device, whole_model_backends
+from ..openelm.config import VARIANTS, variant_name
 from ..openelm.model import OpenELM
-from .console import WrongInput, checked
+from ..text.hub import local_path
+from .console import WrongInput, checked, note
 
 DTYPES = {
     "fp32": torch.float32,
@@ -50,7 +52,7 @@ def new_command(commands: Any, name: str, run: Callable, help: str, more: str = 
     text = f"{help[0].upper()}{help[1:]}.{more and f' {more}'}"
     parser = commands.add_parser(name, help=help, description=text)
     parser.usage = f"{parser.prog} [options]"
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=parser.prog.removeprefix("elmkernels "))
     return parser
 
 
@@ -89,7 +91,7 @@ def add_json(to: Any) -> None:
 
 
 def add_device(to: Any) -> None:
-    to.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    to.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
 
 
 def add_dtype(to: Any, default: str | None, use: str = "") -> None:
@@ -112,11 +114,13 @@ def add_dtypes(to: Any, default: str, known: Iterable[str] = DTYPES) -> None:
 
 
 def add_backend(to: Any) -> None:
+    """One for a whole model: others have kernels for some ops, which take them unasked."""
+    names = whole_model_backends()
     to.add_argument(
         "--backend",
-        type=one_of(BACKENDS),
+        type=one_of(names),
         metavar="NAME",
-        help=f"{', '.join(BACKENDS)} (default: best)",
+        help=f"{', '.join(names)} (default: best)",
     )
 
 
@@ -176,9 +180,9 @@ def add_variant(to: Any, default: str | None) -> None:
 
 
 def variant(text: str) -> str:
-    """The full name of a model's shape, as VARIANTS has it: OpenELM-1_1B for 1.1b."""
-    name = "OpenELM-" + text.upper().removeprefix("OPENELM-").replace(".", "_")
-    if name not in VARIANTS:
+    """The full name of a model's shape."""
+    name = variant_name(text)
+    if name is None:
         raise argparse.ArgumentTypeError(f"must be one of {MODELS}, got {text!r}")
     return name
 
@@ -208,11 +212,15 @@ def dtypes_of(args: argparse.Namespace, default: tuple[str, ...]) -> tuple[torch
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path:
-    """The checkpoint that is meant, if it looks like one; `load` reads it."""
-    path = Path(args.checkpoint)
+    """The checkpoint that is meant, if it looks like one; `load` reads it. A name of the Hub
+    becomes its folder in the arguments too.
+    """
+    try:
+        path = checked(local_path, args.checkpoint)
+    except WrongInput as error:
+        raise WrongInput(f"--checkpoint: {error}") from error
+    args.checkpoint = str(path)
     what = f"--checkpoint: {path}"
-    if not checked(path.exists):
-        raise WrongInput(f"{what} does not exist (a local folder or file; no download)")
     if path.is_dir():
         if args.config is not None:
             raise WrongInput(f"--config describes a single file; {path} has a config.json")
@@ -246,6 +254,19 @@ def loaded_first(
     return take
 
 
+def accelerated(model: OpenELM, backend: str | None) -> None:
+    """Accelerate a model; that nothing compiled can run is said, since it is slow then."""
+    report = checked(lambda: accelerate(model, backend=backend))
+    if report.missing:
+        note(report.missing)
+
+
+def note_missing(device: torch.device, backend: str | None) -> None:
+    """The same, for measurements that show no report of an accelerated model."""
+    if backend is None and (reason := missing_kernels(device.type)):
+        note(reason)
+
+
 def chosen_model(
     args: argparse.Namespace, device: torch.device, seed: int
 ) -> tuple[str, str, Callable[[torch.dtype], OpenELM]]:
@@ -256,6 +277,8 @@ def chosen_model(
         name = args.model or DEFAULT_MODEL
         load = end_to_end.weights_of(None, None, name, seed, device)
         return name, f"random weights of seed {seed}", load
+    given = Path(args.checkpoint)
     path = checkpoint_of(args)
     load = end_to_end.weights_of(path, args.config, "", seed, device)
-    return path.resolve().stem if path.is_file() else path.resolve().name, f"from {path}", load
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    return name if given.exists() else given.name, f"from {path}", load

@@ -7,27 +7,32 @@ cases.
 
 import argparse
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..bench.machine import busy
 from ..bench.timing import fingerprint
+from ..interrupts import INTERRUPTED, TERMINATED
+from ..openelm.config import VARIANTS
 from .console import (
     FAILED,
-    INTERRUPTED,
     OK,
     REFUSALS,
-    TERMINATED,
+    RESULTS,
     WRONG,
     Output,
     WrongInput,
     dump,
     note,
+    words,
 )
 from .options import add_device, add_json, find_device, new_command, positive
 
 NAME = "train"
 
+# Known without the room, which imports torch.distributed.
+READY = ("tiny", *VARIANTS)
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _CODES = {None: OK, "SIGINT": INTERRUPTED, "SIGTERM": TERMINATED}
 
@@ -43,7 +48,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.usage = f"{parser.prog} CONFIG [options]"
     add = parser.add_argument
-    add("recipe", metavar="CONFIG", help="a YAML file (ours or CoreNet's), or a ready recipe: tiny")
+    add(
+        "recipe",
+        metavar="CONFIG",
+        help=f"a YAML file (ours or CoreNet's), or a ready one: {', '.join(READY)}",
+    )
     add("--out", metavar="DIR", help="everything goes there (default: runs/NAME)")
     add("--resume", action="store_true", help="there must be a checkpoint in DIR to go on from")
     add("--fresh", action="store_true", help="begin anew; an earlier run's files are set aside")
@@ -85,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
                 return WRONG
             except (Failed, NotSaved) as error:
                 if world.first:
-                    note(f"error: {error}")
+                    note(f"error: {words(error)}")
                 return FAILED
             except REFUSALS as error:
                 if isinstance(error, RuntimeError):
                     raise
                 who = "" if world.first else f"process {world.rank}: "
-                raise WrongInput(f"{who}{error}") from error
+                raise WrongInput(f"{who}{words(error)}") from error
     except ValueError as error:  # of the device: there is no world yet
         raise WrongInput(str(error)) from error
 
@@ -183,12 +192,14 @@ def _compare(args: argparse.Namespace, recipe: Any, out: Path, world: Any, say: 
     if args.resume or args.from_step or args.fresh:
         raise WrongInput("--compare always begins anew, without --resume, --from-step or --fresh")
     steps = min(args.steps or recipe.schedule.steps, recipe.schedule.steps)
-    output = Output(str(out), charts=True)
-    results = {"machine": fingerprint(world.device), "busy": busy()}
+    output = Output(str(out), args.command, charts=True)
+    results = {"command": args.command, "machine": fingerprint(world.device), "busy": busy()}
     if results["busy"]:
         say(results["busy"])
-    compare.compare(recipe, world, steps, results, say, lambda: output.save(results))
-    output.draw(lambda folder: compare.draw(results, folder / "chart.png"))
+    save = partial(output.keep, RESULTS, lambda: output.save(results))
+    compare.compare(recipe, world, steps, results, say, save)
+    draw = partial(compare.draw, results)
+    output.keep("charts", lambda: output.draw(lambda folder: draw(folder / "chart.png")))
     print(dump(results) if args.json else compare.text(results))
     output.tell()
     return OK if all(found["ok"] for found in results["precisions"].values()) else FAILED

@@ -13,7 +13,15 @@ from ..openelm.compressed import Compressed, CompressedEmbedding, weight_of
 from ..openelm.model import OpenELM
 from ..openelm.progress import progress
 from ..ops.linear import dense_rows
-from ..surgery import mark_of, set_module
+from ..surgery import mark_of, missing_own, set_module
+
+# Hooks that see a weight's tensors by their names, which another form doesn't have.
+_OF_STATE = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 @dataclass
@@ -54,13 +62,31 @@ def matrices(model: OpenELM, embeddings: bool) -> list[str]:
 
 def missing_weight(module: nn.Module) -> Reason | None:
     """Why the weight of a module can't be taken over by another one, or None."""
+    if reason := missing_own(module):
+        return reason
+    if "_compiled_call_impl" in vars(module):
+        return "it is compiled by itself"
+    if any(vars(module).get(name) for name in _OF_STATE):
+        return "it has hooks on its state_dict"
     if isinstance(module, Compressed):
         return None
     if type(module) not in (nn.Linear, nn.Embedding):
         return f"it must be nn.Linear or nn.Embedding, got {type(module).__name__}"
     if getattr(module, "bias", None) is not None:
         return "it has a bias"
+    held = {*module._parameters, *module._buffers, *module._modules} - {"bias"}
+    if held != {"weight"}:
+        return f"it must hold a weight alone, got {', '.join(sorted(held))}"
     return None
+
+
+def take_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Give a module another one's hooks. The dicts themselves, as the handles that remove hooks
+    hold those.
+    """
+    for name, value in vars(other).items():
+        if name.startswith(("_forward_", "_backward_")) or name == "_is_full_backward_hook":
+            vars(module)[name] = value
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -82,7 +108,8 @@ def convert(
     """Put `make(name, module)` in place of every matrix of the model; None leaves it, a string
     leaves it with that reason. `check` looks at all of them before any is touched, and raises.
 
-    An accelerated model is restored first and accelerated again at the end.
+    An accelerated model is restored first and accelerated again at the end. Hooks go over to the
+    new module; what else hangs on one (a forward of its own, weights that are computed) is refused.
     """
     found = native(model)
     if not isinstance(found, OpenELM):
@@ -109,6 +136,7 @@ def convert(
                 done.bytes_before += weight_of(module).nbytes
                 done.bytes_after += weight_of(made).nbytes
                 made.training = module.training
+                take_hooks(made, module)
                 set_module(model, name, made)
             elif made is not None:
                 done.left.append((name, made))

@@ -21,7 +21,8 @@ def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> C
     """Pack the bfloat16 matrices of a model into 12 bits a weight, in place and without loss.
 
     A matrix with more than 1 escape in 64 weights stays as it is and is reported. An accelerated
-    model stays accelerated. Interrupted, it can be called again and goes on.
+    model stays accelerated. Interrupted, it can be called again and goes on. Hooks go
+    over to the modules that replace others.
 
     Args:
         model: an `elmkernels.OpenELM` with bfloat16 weights.
@@ -64,7 +65,8 @@ def pack(model: OpenELM, embeddings: bool = True, *, progress: bool = True) -> C
 
 
 def unpack(model: OpenELM, *, progress: bool = True) -> Conversion:
-    """Give a model its plain bfloat16 matrices back, in place: to be trained, or cast.
+    """Give a model its plain bfloat16 matrices back, in place: to be trained, or cast. Hooks go
+    over to the modules that replace others.
 
     Args:
         model: an `elmkernels.OpenELM` that `pack` has packed.

@@ -5,6 +5,7 @@ from torch import nn
 from ..openelm.compressed import Compressed, Quantized, quantized_module, weight_of
 from ..openelm.model import OpenELM
 from ..weights.affine import DTYPES, check_scheme, quantize_weight
+from ..weights.formats import GROUP_SIZES
 from .conversion import Conversion, convert, dense_weight
 
 
@@ -19,7 +20,8 @@ def quantize(
     """Quantize the matrices of a model to 8 or 4 bits, in place.
 
     A packed12 matrix is quantized from its exact weights. An accelerated model stays accelerated.
-    Interrupted, it can be called again and goes on.
+    Interrupted, it can be called again and goes on. Hooks go
+    over to the modules that replace others.
 
     Args:
         model: an `elmkernels.OpenELM`.
@@ -55,7 +57,9 @@ def quantize(
             return
         k = weight_of(module).shape[1]
         if k % group_size:
-            raise ValueError(f"{name} has {k} columns, no multiple of group_size {group_size}")
+            fits = next((f"; group_size {g} fits" for g in GROUP_SIZES if k % g == 0), "")
+            problem = f"{name} has {k} columns, no multiple of group_size {group_size}"
+            raise ValueError(problem + fits)
         dtype = module.dtype if isinstance(module, Compressed) else module.weight.dtype
         if dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype}")

@@ -2,8 +2,9 @@
 
     repetition penalty   logit / penalty if it is positive, else logit * penalty, for every token
                          that the row holds already
-    temperature          logits / temperature; 0 takes the largest and nothing below applies, and
-                         so does one below float32's smallest normal number
+    temperature          logits / temperature; 0 takes the largest, where nothing below applies
+                         (top_k and top_p are refused then), and so does one below float32's
+                         smallest normal number
     top_k                the k largest remain, and what ties with the last of them
     top_p                the fewest of the largest whose probabilities sum to top_p or more remain
     draw                 from the softmax of what remains, by one uniform number a row
@@ -52,6 +53,7 @@ class Sampling:
             object.__setattr__(self, name, float(value))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             fail("temperature", "at least 0 and finite", self.temperature)
+        greedy = self.temperature == 0
         if self.temperature < _FLOAT32.tiny:  # logits can't be divided by it
             object.__setattr__(self, "temperature", 0.0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -60,6 +62,9 @@ class Sampling:
             object.__setattr__(self, "top_k", integer("top_k", self.top_k, 1))
         if not _FLOAT32.tiny <= self.repetition_penalty <= _FLOAT32.max:
             fail("repetition_penalty", "positive and finite in float32", self.repetition_penalty)
+        for name in ("top_k", "top_p"):
+            if greedy and (value := getattr(self, name)) is not None:
+                fail(name, "None at temperature 0, which takes the likeliest token", value)
         object.__setattr__(self, "seed", _seeds(self.seed))
 
     def generators(self, rows: int) -> list[torch.Generator]:

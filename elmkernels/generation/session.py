@@ -244,8 +244,8 @@ def generate(
         max_new_tokens: the most tokens after each prompt.
         temperature: what the logits are divided by; 0 takes the most likely token, as does one
             below float32's normal numbers.
-        top_k: draw from the k most likely tokens; None for all.
-        top_p: draw from the most likely tokens that together have this probability; None for all.
+        top_k: draw from the k most likely tokens; None for all, as at temperature 0.
+        top_p: draw from the most likely tokens that together have this probability; None likewise.
         repetition_penalty: what the logits of tokens that a row holds are divided by.
         seed: of what is drawn: row b draws from seed + b (or seed[b]), whatever the rows beside it.
         stop_tokens: ids that end a row; they are not among its tokens. None: those that the

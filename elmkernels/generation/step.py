@@ -78,7 +78,8 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Snapshot | N
     except ValueError:
         return None
     wanted = known.compressed or is_accelerated(model)
-    return known if wanted and known.dtypes == {cache.dtype} else None
+    fits = known.dtypes == {cache.dtype} and len(known.weights.layers) == len(cache.kv_heads)
+    return known if wanted and fits else None
 
 
 @torch.inference_mode()

@@ -91,7 +91,8 @@ def no_gpu() -> str:
     """What was found instead of a GPU, and what is needed."""
     return (
         f"{devices.no_cuda()}; gpu-check needs an NVIDIA GPU of compute capability 8.0 or newer "
-        "and a CUDA build of torch; `elmkernels gpu-check --device cpu --quick` is the rehearsal"
+        "and a CUDA build of torch; the rehearsal is "
+        "`elmkernels gpu-check --device cpu --quick --out DIR`"
     )
 
 

@@ -28,14 +28,15 @@ from torch import Tensor, nn
 
 from ..checks import is_integer, to_dtype
 from ..devices import check_here
+from ..text.hub import local_path
 from ..text.metadata import CONFIG, files_beside, raw_config
 from ..weights import storage
 from ..weights.storage import DTYPE_NAMES, FLOATS, INDEX, WEIGHTS, Folder, Stored
 from .compressed import STORED_FORMS, Compressed, weight_of
-from .config import VARIANTS, OpenELMConfig
+from .config import VARIANTS, OpenELMConfig, variant_name
 from .progress import progress
 
-MOST_PROBLEMS = 8  # that one error names
+MOST_PROBLEMS = 4  # that one error names
 
 
 class Scheme(NamedTuple):
@@ -71,10 +72,8 @@ def load(
     keep their stored dtype unless `dtype` is given; of quantized ones that is the dtype of scales
     and biases, and packed ones are bfloat16 and nothing else.
     """
-    path = Path(path)
     dtype = to_dtype("dtype", dtype)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist (a local folder or file; no download)")
+    path = local_path(path)
     if not (path.is_dir() or path.is_file()):
         raise ValueError(f"path must be a folder or a file, {path} is neither")
     scheme = None
@@ -182,7 +181,8 @@ def read_config(path: str | Path) -> OpenELMConfig:
     """The shape that a checkpoint's folder gives, with all else that it says. Raises
     FileNotFoundError, ValueError or TypeError.
     """
-    folder = Folder(Path(path))
+    path = local_path(path)
+    folder = Folder(path)
     return _folder_config(folder, raw_config(path), len(storage.folder_weights(folder)))[0]
 
 
@@ -231,7 +231,7 @@ def _given_config(config: Any, path: Path) -> OpenELMConfig:
         return config
     if isinstance(config, Mapping):
         return OpenELMConfig.from_corenet_yaml(config)
-    if config in VARIANTS:
+    if variant_name(config) is not None:
         return OpenELMConfig.from_name(config)
     if isinstance(config, (str, Path)) and Path(config).is_file():
         return OpenELMConfig.from_corenet_yaml(Path(config))
@@ -313,7 +313,8 @@ def _match(
     if problems:
         first, more = sorted(problems)[:MOST_PROBLEMS], len(problems) - MOST_PROBLEMS
         rest = (f"and {more} more",) if more > 0 else ()
-        raise ValueError("\n  ".join((f"{path} does not fit its configuration:", *first, *rest)))
+        named = ";\n  ".join((*first, *rest))
+        raise ValueError(f"{path} does not fit its configuration:\n  {named}")
     return {name: chosen[name] for name in expected}
 
 

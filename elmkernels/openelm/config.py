@@ -39,6 +39,16 @@ _VARIANT_SHAPES = {  # layers, model_dim, head_dim
     "OpenELM-3B": (36, 3072, 128),
 }
 VARIANTS = tuple(_VARIANT_SHAPES)
+
+
+def variant_name(name: Any) -> str | None:
+    """The full name of one of VARIANTS: OpenELM-1_1B for 1.1b, None if it is none."""
+    if not isinstance(name, str):
+        return None
+    full = "OpenELM-" + name.upper().removeprefix("OPENELM-").replace(".", "_")
+    return full if full in VARIANTS else None
+
+
 _HF_REQUIRED = ("num_transformer_layers", "model_dim", "head_dim", "vocab_size")
 
 
@@ -262,7 +272,7 @@ class OpenELMConfig:
         """The shape of one of Apple's models.
 
         Args:
-            name: one of VARIANTS, as "OpenELM-270M".
+            name: one of VARIANTS, as "OpenELM-270M", or short, as "270M" or "1.1b".
             overrides: fields that get other values.
 
         Returns:
@@ -271,9 +281,10 @@ class OpenELMConfig:
         Raises:
             ValueError: there is no variant of that name.
         """
-        if not isinstance(name, str) or name not in _VARIANT_SHAPES:
+        full = variant_name(name)
+        if full is None:
             raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
-        layers, model_dim, head_dim = _VARIANT_SHAPES[name]
+        layers, model_dim, head_dim = _VARIANT_SHAPES[full]
         shape: dict[str, Any] = dict(
             num_transformer_layers=layers,
             model_dim=model_dim,
@@ -283,7 +294,7 @@ class OpenELMConfig:
             ffn_multipliers=(0.5, 4.0),
             normalize_qk_projections=True,
             share_input_output_layers=True,
-            model_name=name,
+            model_name=full,
         )
         return cls(**shape | overrides)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..checks import fail, values_of
 from ..reference import attention, qk_norm_rope, rms_norm, swiglu
-from ..surgery import known, plain
+from ..surgery import known, knows, plain
 from ..weights.formats import Weight
 from .cache import KVCache
 from .compressed import product
@@ -73,7 +73,7 @@ def norms_called(
     return torch.cat((q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v), dim=-2).flatten(-2)
 
 
-@known
+@knows("attended", "normalized")
 class Attention(nn.Module):
     def __init__(
         self, config: OpenELMConfig, layer_index: int, *, dtype: torch.dtype | None = None

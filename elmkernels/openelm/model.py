@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import fail, integer, to_dtype
 from ..devices import autocast_dtype, check_here
-from ..surgery import gathered, known, plain, set_module
+from ..surgery import gathered, knows, plain, set_module
 from .cache import KVCache
 from .checkpoint import load, save
 from .compressed import dtype_of, weight_of
@@ -37,7 +37,7 @@ from .loss import LossHead, plain_weight
 from .rotary import placed
 
 
-@known
+@knows("logits", "project", "_hidden")
 class OpenELM(nn.Module):
     """The language model: token ids in, logits out.
 
@@ -141,7 +141,8 @@ class OpenELM(nn.Module):
         """A model with the weights of a file or folder on this machine; nothing is downloaded.
 
         Args:
-            path: a Hugging Face folder, or one CoreNet (.pt) or safetensors file.
+            path: a Hugging Face folder, one CoreNet (.pt) or safetensors file, or the name of a
+                model ("apple/OpenELM-270M") that the Hub's cache on this machine holds.
             config: of a file, not of a folder: a configuration, a variant's name or a CoreNet YAML.
             dtype: of weights, of quantized ones' scales and biases; None: as stored.
             device: where they are; None for torch's default.
@@ -346,7 +347,7 @@ class OpenELM(nn.Module):
 
     def _straight(self) -> bool:
         """Whether `project` is this class's, and the tied head, if there is one, is plain."""
-        own = "project" not in self.__dict__ and type(self).project is OpenELM.project
+        own = "project" not in self.__dict__ and type(self).project is _PROJECT
         return own and (self.classifier is not None or plain(self.tied_head))
 
     def _hidden(
@@ -389,3 +390,6 @@ class OpenELM(nn.Module):
         super()._apply(fn, recurse)
         self._place_rope_table(self.norm.weight.device)
         return self
+
+
+_PROJECT = OpenELM.project  # as it is made: a class's methods can be replaced

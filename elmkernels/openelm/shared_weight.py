@@ -8,7 +8,8 @@ because the projection's input depends on it, adds its rows into that buffer and
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..derivatives import once
 
 
 class TiedWeightGradient:
@@ -37,17 +38,21 @@ class _Embed(torch.autograd.Function):
         return torch.nn.functional.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dx):
         (ids,) = ctx.saved_tensors
-        shared = ctx.shared
-        dweight, shared.waiting = shared.waiting, None
-        if dweight is None:
-            dweight = dx.new_zeros(ctx.shape)
-        rows, ids = dx.reshape(-1, dx.shape[-1]).to(dweight.dtype), ids.reshape(-1)
-        if shared.padding_index is not None:
-            rows = rows.masked_fill((ids == shared.padding_index)[:, None], 0.0)
-        return dweight.index_add_(0, ids, rows), None, None
+        shared, shape = ctx.shared, ctx.shape
+        waiting, shared.waiting = shared.waiting, None
+        if waiting is not None and torch.is_grad_enabled():
+            waiting = waiting.clone()  # somebody may differentiate it again
+
+        def added(dx: Tensor, waiting: Tensor | None) -> Tensor:
+            dweight = dx.new_zeros(shape) if waiting is None else waiting.detach()
+            rows, at = dx.reshape(-1, dx.shape[-1]).to(dweight.dtype), ids.reshape(-1)
+            if shared.padding_index is not None:
+                rows = rows.masked_fill((at == shared.padding_index)[:, None], 0.0)
+            return dweight.index_add_(0, at, rows)
+
+        return once("linear_cross_entropy", added, dx, waiting), None, None
 
 
 class _Projection(torch.autograd.Function):
@@ -57,7 +62,6 @@ class _Projection(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dweight):
         # A gradient that someone else holds too (a second backward pass) must not be written to.
         ctx.shared.waiting = dweight

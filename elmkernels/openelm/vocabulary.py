@@ -1,16 +1,16 @@
 """Every token of a model by its text: a SentencePiece model's, with what was added beside it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import is_integer
+from ..text.added import added_tokens
 from ..text.metadata import parsed
+from ..weights.storage import check_readable
 from .config import OpenELMConfig
 
-_ADDED = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
-_SPECIAL = "special_tokens_map.json"
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 
 
@@ -44,6 +44,7 @@ def vocabulary_of(path: Path, config: OpenELMConfig) -> Vocabulary:
         raise ImportError(message) from error
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    check_readable(path)
     found: Any = sentencepiece.SentencePieceProcessor()
     try:
         found.LoadFromFile(str(path))
@@ -71,10 +72,11 @@ def vocabulary_of(path: Path, config: OpenELMConfig) -> Vocabulary:
     for i in range(count, config.vocab_size):  # rows of the embedding that no token has
         pieces.append(Piece(f"[PAD{i}]", UNUSED_SCORE, "UNUSED"))
     special = {config.bos_token_id, *config.eos_token_ids, config.pad_token_id}
-    for i, (text, is_special) in _added(path.parent, config).items():
-        if i < len(pieces) and pieces[i].text != text:
-            kind = "CONTROL" if is_special or i in special else "USER_DEFINED"
-            pieces[i] = Piece(text, ADDED_SCORE, kind)
+    added = added_tokens(partial(file_beside, path.parent, config))
+    for i, token in added.items():
+        if i < len(pieces) and pieces[i].text != token.text:
+            kind = "CONTROL" if token.special or i in special else "USER_DEFINED"
+            pieces[i] = Piece(token.text, ADDED_SCORE, kind)
     return Vocabulary(pieces, found.unk_id(), found.bos_id(), found.eos_id())
 
 
@@ -82,48 +84,6 @@ def file_beside(folder: Path, config: OpenELMConfig, name: str) -> bytes | None:
     """A file beside a tokenizer, else the one that came with the configuration, if there is one."""
     path = folder / name
     return path.read_bytes() if path.is_file() else config.metadata.files.get(name)
-
-
-def _added(folder: Path, config: OpenELMConfig) -> dict[int, tuple[str, bool]]:
-    """{id: (text, whether it is special)} of every token that one of the files adds."""
-    special = set()
-    if (data := file_beside(folder, config, _SPECIAL)) is not None:
-        special = set(_texts(list(parsed(_SPECIAL, data).values())))
-    found = {}
-    for name in _ADDED:
-        data = file_beside(folder, config, name)
-        for i, text, is_special in () if data is None else _entries(name, parsed(name, data)):
-            if not (is_integer(i) and i >= 0 and isinstance(text, str)):
-                raise ValueError(f"{name} must give added tokens a text and an id, got {i!r}")
-            before = found.get(i, ("", False))[1]
-            found[i] = text, bool(is_special) or before or text in special
-    return found
-
-
-def _texts(values: list[Any]) -> Iterator[str]:
-    """special_tokens_map.json's: a text, {"content": text} or a list of them."""
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from _texts(value)
-        elif isinstance(value, Mapping) and isinstance(value.get("content"), str):
-            yield value["content"]
-
-
-def _entries(name: str, values: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """(id, text, whether it is special) of what a file adds."""
-    if name == "added_tokens.json":
-        yield from ((i, text, False) for text, i in values.items())
-        return
-    if name == "tokenizer.json":
-        listed = values.get("added_tokens") or []
-        entries = [(e.get("id"), e) for e in listed if isinstance(e, Mapping)]
-    else:
-        decoder = values.get("added_tokens_decoder") or {}
-        known = decoder.items() if isinstance(decoder, Mapping) else ()
-        entries = [(int(i) if i.isdecimal() else i, e) for i, e in known if isinstance(e, Mapping)]
-    yield from ((i, entry.get("content"), entry.get("special")) for i, entry in entries)
 
 
 def chat_template(folder: Path, config: OpenELMConfig) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import kernel, optional_kernel
 from ..checks import within
-from . import _cost, _flops
+from . import _flops
 
 # Bytes of a chunk of logits, reasoned. On a CPU adding a chunk's share into dweight is part of the
 # product in float32; in bfloat16 it is a pass of its own, the dearer the fewer rows a chunk has.
@@ -135,7 +135,7 @@ def _add_product(total, dx, h, fresh: bool, product, add) -> None:
         total.addmm_(dx.t().float(), h.float(), beta=0 if fresh else 1)
 
 
-_flops.counts(torch.ops.elmkernels.linear_cross_entropy, _cost.losses)
+_flops.counts(torch.ops.elmkernels.linear_cross_entropy, _flops.losses)
 run = torch.ops.elmkernels.linear_cross_entropy.default
 
 

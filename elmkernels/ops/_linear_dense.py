@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..backends import REFERENCE, choose, kernel
+from ..backends import REFERENCE, choose, kernel, optional_kernel
+from ..checks import last_dim_contiguous
 from ..derivatives import Derivative, once
 from ..weights.formats import Weight, form_of
 
@@ -45,6 +46,10 @@ def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
 
 def dense_product(x: Tensor, weight: Weight, backend: str) -> Tensor:
     """x w^T, the compressed weight being dense one block at a time."""
+    many = optional_kernel("linear_many", backend)
+    # A packed12 weight keeps the bits of the plain one, whose product is torch's.
+    if many and x.dtype == torch.bfloat16 and getattr(weight, "native_dtype", None) is None:
+        return many(last_dim_contiguous(x), *form_of(weight).parts())
     found = blocks(weight, x.dtype)
     if len(found) == 1:
         return F.linear(x, dense_rows(weight, x.dtype, *found[0], backend=backend))

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import CPU, REFERENCE, Traits, define, kernel
-from ..checks import floating, last_dim_contiguous, like, shape
+from ..backends import CPU, REFERENCE, Traits, define, kernel, rows_backend
+from ..checks import floating, last_dim_contiguous, like, number, shape
 from ..checks import weight as check_weight
 from ..derivatives import Derivative, once, unusual
 from ._flops import counted
-from ._rows_choice import rows_backend
 
 define(
     "add_rms_norm",
@@ -92,6 +91,7 @@ def add_rms_norm(
     like("residual", residual, "x", x)
     shape("residual", residual, x.shape)
     check_weight("weight", weight, x.shape[-1], "x", x)
+    number("eps", eps)
     backend = rows_backend("add_rms_norm", backend, x, residual, weight)
     if backend == REFERENCE:
         return reference.add_rms_norm(x, residual, weight, eps)

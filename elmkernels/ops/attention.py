@@ -11,11 +11,11 @@ ever scored. Backward, from the saved lse,
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
+from .. import checks, reference
+from ..backends import AMX, CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel, of_dtype
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ..derivatives import Derivative, once, unusual
-from . import _cost, _flops
+from . import _flops
 from ._attention_choice import REMEDY, attention_backend, kind_of
 from ._sdpa import by_sdpa
 
@@ -24,7 +24,7 @@ _SIGHT = "Tensor? key_mask, Tensor? offsets, Tensor? cu_seqlens, float scale"
 
 define(
     "attention",
-    backends=(*CPU, "triton", SDPA),
+    backends=(*CPU, AMX, "triton", SDPA),
     traits=Traits(falls_back=True),
     order={"cuda": (SDPA, "triton")},  # of a prompt; for other calls see _attention_choice
     fwd=(
@@ -39,7 +39,7 @@ define(
         lambda dout, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
     ),
 )
-_flops.counted("attention", fwd=_cost.attention_fwd, bwd=_cost.attention_bwd)
+_flops.counted("attention", fwd=_flops.attention_fwd, bwd=_flops.attention_bwd)
 
 
 class _Attention(Derivative):
@@ -101,10 +101,10 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_sight(q: Tensor, k: Tensor, key_mask, offsets, cu_seqlens, scale, backend: str) -> None:
     """All but q, k and v; where offsets and cu_seqlens point, unless the kernel itself will look
     or it would wait for a GPU."""
-    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype.is_floating_point):
-        fail("key_mask", f"bool {list(k.shape[:2])}", f"{key_mask.dtype} {list(key_mask.shape)}")
-    if scale is not None and not scale > 0:
-        fail("scale", "above 0", scale)
+    if key_mask is not None:
+        checks.mask("key_mask", key_mask, k.shape[:2])
+    if scale is not None:
+        checks.number("scale", scale, above=0)
     looks = backend in PREFERENCE["cpu"] and backend != SDPA and q.numel() > 0
     read = q.device.type == "cpu" and not looks and not torch.compiler.is_compiling()
     if offsets is not None:
@@ -171,7 +171,7 @@ def attention(
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)
     kind = kind_of(q.shape[1], k.shape[1], key_mask, offsets, cu_seqlens)
-    backend = attention_backend(q.device.type, backend, kind, q.shape[3])
+    backend = of_dtype(attention_backend(q.device.type, backend, kind, q.shape[3]), q.dtype)
     plain = key_mask is None and offsets is None and cu_seqlens is None
     if not plain or scale is not None:
         _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)

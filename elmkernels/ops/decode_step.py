@@ -10,14 +10,13 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define, kernel
-from ..checks import fail, integers, positive, tensor, values_of, within
+from ..checks import fail, integers, positive, values_of, within
 from ..derivatives import refuse, refuse_tangents, unusual
-from ..weights.checks import check_decoder_weights
+from ..weights.checks import check_decoder_weights, check_kinds
 from ..weights.formats import Arena, DecoderWeights, form_of
 from ..weights.indices import check_shares, read_once
 from ..weights.table import table_of
-from ._cost import step_fwd
-from ._flops import counted
+from ._flops import counted, step_fwd
 from .linear import MAX_ROWS
 
 MAX_BATCH = MAX_ROWS
@@ -77,7 +76,7 @@ def _check(weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Ar
         fail("weights", "DecoderWeights", type(weights).__name__, TypeError)
     if not isinstance(arena, Arena):
         fail("arena", "an Arena", type(arena).__name__, TypeError)
-    tensor("arena.data", arena.data)
+    check_kinds(weights, arena)
     integers("tokens", tokens, arena.data.device)
     integers("positions", positions, arena.data.device)
     if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:

@@ -6,7 +6,7 @@ rounded as it is on its own.
 Few rows of x (up to MAX_ROWS) are bound by memory: a streaming kernel reads each byte of the weight
 once, as it is stored, and where the backend has `linear_fused` it does what comes before and after.
 More rows are bound by arithmetic: the product is torch's own, and of a compressed weight a block of
-at most BLOCK_BYTES is dense at a time. A compressed weight takes no gradient; x does: dx = dy w.
+at most BLOCK_BYTES is dense at once (`linear_many`: a panel). It takes no gradient; x does: dy w.
 """
 
 import torch
@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..backends import CPU, REFERENCE, Traits, choose, define, kernel, optional_kernel
-from ..checks import fail, floating, last_dim_contiguous, like, shape
+from ..backends import AMX, CPU, REFERENCE, Traits, choose, define, kernel, optional_kernel
+from ..checks import fail, floating, last_dim_contiguous, like, number, shape, truth
 from ..checks import weight as check_norm
 from ..derivatives import unusual
 from ..weights.checks import check_weight
 from ..weights.formats import Parts, Weight, form_of
-from ._cost import of_linear
-from ._flops import counted
+from ._flops import counted, of_linear
 from ._linear_dense import BLOCK_BYTES, FrozenLinear, blocks, dense_product, dense_rows
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated
@@ -34,6 +33,10 @@ _PARTS = (
     "Tensor data, Tensor? scales, Tensor? biases, Tensor? exponents, Tensor? escape_starts, "
     "Tensor? escape_columns, Tensor? escape_values"
 )
+_PRODUCT = (
+    f"(Tensor x, {_PARTS}, int bits) -> Tensor",
+    lambda x, data, *_: x.new_empty((*x.shape[:-1], data.shape[0])),
+)
 
 
 def _fused_fake(x: Tensor, data: Tensor, *rest) -> Tensor:
@@ -43,12 +46,10 @@ def _fused_fake(x: Tensor, data: Tensor, *rest) -> Tensor:
 
 define(
     "linear",
-    backends=(*CPU, "triton"),
+    backends=(*CPU, AMX, "triton"),
     traits=Traits(falls_back=True),
-    fwd=(
-        f"(Tensor x, {_PARTS}, int bits) -> Tensor",
-        lambda x, data, *_: x.new_empty((*x.shape[:-1], data.shape[0])),
-    ),
+    fwd=(*_PRODUCT, (*CPU, "triton")),
+    many=(*_PRODUCT, (AMX,)),
     fused=(
         f"(Tensor x, {_PARTS}, int bits, Tensor? norm, float eps, bool swiglu, Tensor? residual) "
         "-> Tensor",
@@ -58,9 +59,10 @@ define(
     dense=(
         f"(Tensor like, {_PARTS}, int bits, int k, int begin, int end) -> Tensor",
         lambda like, *rest: like.new_empty((rest[-1] - rest[-2], rest[-3])),
+        (*CPU, "triton"),
     ),
 )
-counted("linear", fwd=of_linear, fused=of_linear)
+counted("linear", fwd=of_linear, many=of_linear, fused=of_linear)
 
 
 def linear(
@@ -98,6 +100,7 @@ def linear(
         torch.Size([3, 64])
     """
     _check(x, weight, norm, swiglu, residual)
+    number("eps", eps)
     chosen = choose("linear", x.device.type, backend)
     if chosen == REFERENCE:
         return reference.linear(x, weight, norm, eps, swiglu, residual)
@@ -109,8 +112,7 @@ def linear(
     around = swiglu or norm is not None or residual is not None
     if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
         residual = None if residual is None else last_dim_contiguous(residual)
-        x, found = last_dim_contiguous(x), _parts(weight)
-        return fused(x, *found, norm, eps, swiglu, residual)
+        return fused(last_dim_contiguous(x), *_parts(weight), norm, eps, swiglu, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps, backend=backend)
     if streamed:
@@ -147,6 +149,7 @@ def _check(
         fail("weight", f"{x.dtype} like x", weight.dtype, TypeError)
     if weight.device != x.device:
         fail("weight", f"on {x.device} like x", weight.device)
+    truth("swiglu", swiglu)
     if norm is not None:
         check_norm("norm", norm, k, "x", x)
     if swiglu and n % 2:

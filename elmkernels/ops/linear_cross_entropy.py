@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define
-from ..checks import fail, floating, integers, is_integer
 from ..derivatives import Derivative, once, unusual
 from ._chunked_loss import check_targets, joined, run
 from ._flops import counted
+from ._linear_loss_checks import check_loss
 
 define(
     "linear_cross_entropy",
@@ -102,31 +102,6 @@ def _as_wanted(ctx, dhidden: Tensor, dweight: Tensor | None) -> tuple:
     return *gradients, *(None for _ in ctx.needs_input_grad[2:])
 
 
-def _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction) -> None:
-    floating("hidden", hidden)
-    floating("weight", weight)
-    if hidden.dim() == 0:
-        fail("hidden", "[..., d]", "a scalar")
-    d = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != d or weight.shape[0] == 0:
-        fail("weight", f"[v, {d}] with v > 0", list(weight.shape))
-    if weight.dtype not in (hidden.dtype, torch.float32):
-        fail("weight", f"{hidden.dtype} like hidden, or torch.float32", weight.dtype, TypeError)
-    if weight.device != hidden.device:
-        fail("weight", f"on {hidden.device} like hidden", weight.device)
-    integers("targets", targets, hidden.device)
-    if targets.shape != hidden.shape[:-1]:
-        fail("targets", f"{list(hidden.shape[:-1])} like hidden's rows", list(targets.shape))
-    if not is_integer(ignore_index):
-        fail("ignore_index", "an integer", repr(ignore_index), TypeError)
-    if not z_loss >= 0:
-        fail("z_loss", "at least 0", z_loss)
-    if not 0 <= label_smoothing <= 1:
-        fail("label_smoothing", "in [0, 1]", label_smoothing)
-    if reduction not in ("none", "sum", "mean"):
-        fail("reduction", "'none', 'sum' or 'mean'", repr(reduction))
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -166,7 +141,7 @@ def linear_cross_entropy(
         >>> loss = elmkernels.linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4, -100]))
         >>> loss.backward()
     """
-    _check(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction)
+    check_loss(hidden, weight, targets, ignore_index, z_loss, label_smoothing, reduction)
     ignore_index = int(ignore_index)
     kind = hidden.device.type
     backend = choose("linear_cross_entropy", kind, backend)

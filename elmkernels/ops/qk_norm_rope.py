@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import CPU, REFERENCE, Traits, define, kernel
-from ..checks import broadcastable, fail, floating, integers, last_dim_contiguous, positive, within
-from ..checks import shape as check_shape
-from ..checks import weight as check_weight
-from ..derivatives import Derivative, once, refuse, unusual
+from ..backends import CPU, REFERENCE, Traits, define, kernel, rows_backend
+from ..checks import last_dim_contiguous, number, within
+from ..derivatives import Derivative, once, unusual
 from ._flops import counted
-from ._rows_choice import rows_backend
+from ._qk_checks import check_heads, checked_cache, wants_gradient
 
 _INPUTS = (
     "Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor positions, Tensor rope_table, "
@@ -95,69 +93,6 @@ def _values(qkv: Tensor, kv_heads: int, head_dim: int) -> Tensor:
     )
 
 
-def _wants_gradient(qkv, q_weight, k_weight) -> bool:
-    return torch.is_grad_enabled() and (
-        qkv.requires_grad
-        or (q_weight is not None and (q_weight.requires_grad or k_weight.requires_grad))
-    )
-
-
-def _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table) -> None:
-    floating("qkv", qkv)
-    positive("q_heads", q_heads)
-    positive("kv_heads", kv_heads)
-    if rope_table.dim() != 2 or rope_table.shape[1] % 2 or rope_table.dtype != torch.float32:
-        fail("rope_table", "float32 [length, even head_dim]",
-             f"{rope_table.dtype} {list(rope_table.shape)}")  # fmt: skip
-    head_dim = rope_table.shape[1]
-    width = (q_heads + 2 * kv_heads) * head_dim
-    if qkv.dim() not in (2, 3) or qkv.shape[-1] != width:
-        expected = f"[batch, length, {width}] ({q_heads} + 2 x {kv_heads} heads of {head_dim})"
-        fail("qkv", expected, list(qkv.shape))
-    if (q_weight is None) != (k_weight is None):
-        fail("k_weight", "given exactly when q_weight is", "only one of them")
-    if q_weight is not None:
-        check_weight("q_weight", q_weight, head_dim, "qkv", qkv)
-        check_weight("k_weight", k_weight, head_dim, "qkv", qkv)
-        if q_weight.dtype != k_weight.dtype:
-            fail("k_weight", f"{q_weight.dtype} like q_weight", k_weight.dtype, TypeError)
-    integers("positions", positions, qkv.device)
-    broadcastable("positions", positions, qkv.shape[:-1])
-    if rope_table.device != qkv.device:
-        fail("rope_table", f"on {qkv.device} like qkv", rope_table.device)
-
-
-def _checked_cache(
-    qkv, q_weight, k_weight, kv_heads, rope_table,
-    k_cache: Tensor | None, v_cache: Tensor | None, slots: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if qkv.dim() == 2:
-        fail("qkv", "[batch, length, width] when a cache is written", list(qkv.shape))
-    head_dim = rope_table.shape[1]
-    if k_cache is None or v_cache is None or slots is None:
-        name = "v_cache" if k_cache is not None and slots is not None else "k_cache"
-        fail("k_cache, v_cache and slots", "given together", f"{name} or slots as None")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != qkv.dtype or cache.device != qkv.device:
-            expected = f"{qkv.dtype} on {qkv.device} like qkv"
-            fail(name, expected, f"{cache.dtype} on {cache.device}", TypeError)
-        if cache.dim() != 4 or cache.shape[0] != qkv.shape[0] or cache.stride(3) != 1:
-            fail(name, f"[{qkv.shape[0]}, max_length, {kv_heads}, {head_dim}]", list(cache.shape))
-        check_shape(name, cache, (qkv.shape[0], cache.shape[1], kv_heads, head_dim))
-    if v_cache.shape != k_cache.shape:
-        fail("v_cache", f"{list(k_cache.shape)} like k_cache", list(v_cache.shape))
-    integers("slots", slots, qkv.device)
-    broadcastable("slots", slots, qkv.shape[:-1])
-    if _wants_gradient(qkv, q_weight, k_weight):
-        raise RuntimeError(
-            "qkv and the weights must not require a gradient when a cache is written: "
-            "call under torch.no_grad()"
-        )
-    if unusual():
-        refuse("qk_norm_rope", "derivative or vmap if a cache is written", "call it without one")
-    return k_cache, v_cache, slots
-
-
 def qk_norm_rope(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -209,10 +144,11 @@ def qk_norm_rope(
         >>> q.shape, k.shape
         (torch.Size([1, 5, 4, 16]), torch.Size([1, 5, 2, 16]))
     """
-    _check(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
+    check_heads(qkv, q_weight, k_weight, positions, q_heads, kv_heads, rope_table)
+    number("eps", eps)
     cache, flat = None, qkv.dim() == 2
     if k_cache is not None or v_cache is not None or slots is not None:
-        cache = _checked_cache(
+        cache = checked_cache(
             qkv, q_weight, k_weight, kv_heads, rope_table, k_cache, v_cache, slots
         )
     backend = rows_backend("qk_norm_rope", backend, qkv, q_weight, k_weight)
@@ -231,7 +167,7 @@ def qk_norm_rope(
         slots = slots.expand(qkv.shape[:2])
         q = kernel("qk_norm_rope_cache", backend)(*inputs, k_cache, v_cache, slots)
         return q, k_cache, v_cache
-    if (special := unusual()) or _wants_gradient(qkv, q_weight, k_weight):
+    if (special := unusual()) or wants_gradient(qkv, q_weight, k_weight):
         q, k, v = (_QKNormRope.transformed if special else _QKNormRope.apply)(*inputs, backend)
     else:
         q, k = kernel("qk_norm_rope_fwd", backend)(*inputs)

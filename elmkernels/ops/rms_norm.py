@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import CPU, REFERENCE, Traits, define, kernel
-from ..checks import floating, last_dim_contiguous
+from ..backends import CPU, REFERENCE, Traits, define, kernel, rows_backend
+from ..checks import floating, last_dim_contiguous, number
 from ..checks import weight as check_weight
 from ..derivatives import Derivative, once, unusual
 from ._flops import counted
-from ._rows_choice import rows_backend
 
 define(
     "rms_norm",
@@ -77,6 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     check_weight("weight", weight, x.shape[-1], "x", x)
+    number("eps", eps)
     backend = rows_backend("rms_norm", backend, x, weight)
     if backend == REFERENCE:
         return reference.rms_norm(x, weight, eps)

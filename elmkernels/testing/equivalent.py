@@ -37,8 +37,15 @@ class Orders:
         """A factor that a norm undoes: all of its roundings are others, few columns or many. It
         rounds its inputs too, by half a unit in the last place at most, which float32 doesn't
         feel beside its sums; a half type would, so that there it is 1."""
-        drawn = 1 + float(torch.rand((), generator=self.generator))
+        drawn = self.factor()
         return drawn if dtype.itemsize >= 4 else 1.0
+
+    def factor(self) -> float:
+        """Between 1 and 2: at another scale all roundings are others."""
+        return 1 + float(torch.rand((), generator=self.generator))
+
+    def coin(self) -> bool:
+        return bool(torch.randint(2, (), generator=self.generator))
 
 
 def take(x: Tensor, *orders: Tensor | None) -> Tensor:
@@ -57,6 +64,11 @@ def put_back(x: Tensor, *orders: Tensor | None) -> Tensor:
 def flat_rows(x: Tensor) -> Tensor:
     """[..., n] as [rows, n]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def with_gradient(value: Tensor, of: Tensor) -> Tensor:
+    """value, whose gradient is that of another tensor."""
+    return value.detach() + (of - of.detach())
 
 
 def reordered(function: Callable, seed: int) -> Callable:

@@ -2,17 +2,21 @@
 
 from pathlib import Path
 
+from .hub import snapshot
 from .metadata import GENERATION, parsed, raw_config, token_ids
 
 FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def find_tokenizer(given: str | Path | None, checkpoint: str | Path | None) -> Path | None:
-    """The tokenizer's file: `given` (a file, or a folder that holds one of FILES), else the one
-    beside the checkpoint, else None. Raises FileNotFoundError where `given` has none.
+    """The tokenizer's file: `given` (a file, a folder that holds one of FILES, or a name that the
+    Hub's cache knows), else the one beside the checkpoint, else None. Raises FileNotFoundError
+    where `given` has none.
     """
     if given is not None:
         given = Path(given)
+        if not given.exists():
+            given = snapshot(str(given), FILES) or given
         found = given if given.is_file() else _inside(given)
         if found is None:
             raise FileNotFoundError(

@@ -8,10 +8,13 @@ such a run.
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..weights.storage import check_readable
+from .added import AddedTokens, added_beside
+
 
 class Library(Protocol):
     """What a Tokenizer needs of one. Made of a file; raises ImportError where the library is
-    missing, ValueError for a file that it can't read.
+    missing, OSError for a file that can't be read, ValueError for one that isn't what it should be.
     """
 
     joined: frozenset[int]
@@ -35,6 +38,7 @@ class HuggingFace:
             from tokenizers import Tokenizer as Library
         except ImportError as error:
             raise ImportError(f"reading {path} needs tokenizers: pip install tokenizers") from error
+        check_readable(path)
         try:
             self._tokenizer = Library.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -79,28 +83,43 @@ class SentencePiece:
             message = f"reading {path} needs sentencepiece: pip install sentencepiece"
             raise ImportError(message) from error
         self._tokenizer: Any = sentencepiece.SentencePieceProcessor()
+        check_readable(path)
         try:
             self._tokenizer.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
         self.joined = frozenset[int]()  # bytes are decoded character by character
+        self._added = AddedTokens(added_beside(path.parent))
 
     def unseen(self, i: int) -> bool:
         return False  # a token without text ends what bytes make a character
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.EncodeAsIds(text)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer.EncodeAsIds(texts, num_threads=-1) if texts else []
+        pieces = [self._added.in_text(text) for text in texts]
+        plain = [p for found in pieces for p in found if isinstance(p, str)]
+        several = {"num_threads": -1} if len(plain) > 1 else {}
+        ids = iter(self._tokenizer.EncodeAsIds(plain, **several) if plain else [])
+        return [
+            [i for p in found for i in (next(ids) if isinstance(p, str) else [p])]
+            for found in pieces
+        ]
 
     def vocab_size(self) -> int:
-        return self._tokenizer.GetPieceSize()
+        return max(self._tokenizer.GetPieceSize(), self._added.count)
 
     def id_of(self, name: str) -> int | None:
+        added = self._added.id_of(name)
+        if added is not None:
+            return added
         found = self._tokenizer.PieceToId(name)
         return found if self._tokenizer.IdToPiece(found) == name else None
 
     def decode(self, ids: list[int]) -> str:
         size = self._tokenizer.GetPieceSize()
-        return self._tokenizer.DecodeIds([i for i in ids if 0 <= i < size])
+        return "".join(
+            p if isinstance(p, str) else self._tokenizer.DecodeIds([i for i in p if 0 <= i < size])
+            for p in self._added.in_ids(ids)
+        )

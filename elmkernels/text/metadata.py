@@ -122,7 +122,7 @@ def _ids(key: str, value: Any, *, several: bool) -> list[int]:
     """None and -1 are no id."""
     found = value if several and isinstance(value, list | tuple) else [value]
     for i in found:
-        if i is not None and not (is_integer(i) and i >= -1):
+        if i is not None and not (is_integer(i) and -1 <= i < 2**31):
             expected = "a token id, a list of them or null" if several else "a token id or null"
             fail(key, expected, repr(value), TypeError if not is_integer(i) else ValueError)
     return [int(i) for i in found if i is not None and i >= 0]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checks import fail, is_integer
 from .files import FILES, find_tokenizer, special_tokens
+from .hub import local_path
 from .libraries import HuggingFace, Library, SentencePiece
 from .metadata import BOS
 
@@ -49,15 +50,16 @@ class Tokenizer:
         """The tokenizer of a checkpoint, whose texts begin as its config.json says.
 
         Args:
-            path: the checkpoint's folder, or a file in it.
+            path: the checkpoint's folder, a file in it, or a name that the Hub's cache knows.
 
         Returns:
             The tokenizer.
 
         Raises:
-            FileNotFoundError: the folder holds none.
+            FileNotFoundError: there is no such path, or the folder holds none.
             ImportError, ValueError: as the class raises them.
         """
+        path = local_path(path)
         found = find_tokenizer(None, path)
         if found is None:
             raise FileNotFoundError(f"{path} has neither {' nor '.join(FILES)}")

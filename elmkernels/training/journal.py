@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class Journal:
         if self._bar is not None:
             self._bar.clear()
         if sys.stderr is not None:
-            print(text, file=sys.stderr, flush=True)
+            with suppress(OSError):  # nobody hears it: no reason to end a run
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -107,7 +109,7 @@ def _board(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "keep.tensorboard needs tensorboard: pip install elmkernels[tensorboard]"
+            "keep.tensorboard needs tensorboard: pip install 'elmkernels[tensorboard]'"
         ) from error
     return SummaryWriter(str(folder))
 

@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from .. import checks
 from ..acceleration.routines import Plan
 from ..acceleration.swap import accelerate
+from ..devices import backend_choices, whole_model_backends
 from ..openelm.compressed import Compressed
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
@@ -75,6 +76,20 @@ def check_share(recipe: Recipe, world: World) -> None:
         checks.fail("batch.sequences", expected, recipe.batch.sequences)
 
 
+def check_kernels(recipe: Recipe, world: World) -> None:
+    """Raises ValueError, before any text is tokenized, for a named backend that can't run a model
+    here.
+    """
+    name = recipe.engine.kernels
+    if isinstance(name, str):
+        if name not in (whole := whole_model_backends()):
+            checks.fail("engine.kernels", f"a boolean or one of {', '.join(whole)}", repr(name))
+        try:
+            backend_choices(world.device, name)
+        except RuntimeError as error:
+            raise ValueError(f"engine.kernels: {error}") from error
+
+
 class Trainer:
     """One process's part of a run. sequences: what is trained on; held_out: what evaluations see.
 
@@ -91,6 +106,7 @@ class Trainer:
         plan: Plan | None = None,
     ) -> None:
         check_share(recipe, world)
+        check_kernels(recipe, world)
         self.recipe, self.out, self.world = recipe, out, world
         self.sequences, self.held_out = sequences, held_out
         self.config = model_config(recipe)
@@ -101,10 +117,7 @@ class Trainer:
         if engine.kernels:
             backend = engine.kernels if isinstance(engine.kernels, str) else None
             plan = world.together(lambda: routines.chosen(engine.plan, plan, world.device))
-            try:
-                self.accelerated = accelerate(self.model, backend=backend, plan=plan)
-            except RuntimeError as error:  # that backend can't run here
-                raise ValueError(f"engine.kernels: {error}") from error
+            self.accelerated = accelerate(self.model, backend=backend, plan=plan)
         self.bf16 = engine.precision == "bf16"
         self.inner = LossOf(self.model, loss.z_loss, loss.label_smoothing)
         self.module = wrap(self.inner, engine.parallel, self.bf16, world)

@@ -14,14 +14,24 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..acceleration.routines import LINEAR, MV, ONEDNN, PREPACKED, Plan, measure_plan, onednn_takes
+from ..acceleration.routines import (
+    LINEAR,
+    MV,
+    ONEDNN,
+    PREPACKED,
+    STREAM,
+    Plan,
+    measure_plan,
+    onednn_takes,
+)
 from .journal import FILE, events
 from .schema import known
 
 MEASURED = "measured"
-_ALLOWED = {
-    "one_row": (LINEAR, MV, ONEDNN, PREPACKED),
-    "few_rows": (LINEAR, ONEDNN, PREPACKED),
+# The routines that each kind of rows may take.
+ALLOWED = {
+    "one_row": (LINEAR, MV, ONEDNN, PREPACKED, STREAM),
+    "few_rows": (LINEAR, ONEDNN, PREPACKED, STREAM),
     "many_rows": (LINEAR, ONEDNN, PREPACKED),
     "training": (LINEAR, ONEDNN),
 }
@@ -40,7 +50,7 @@ def named(plan: str | Mapping[str, Any] | None) -> Plan | None:
         checks.fail(_NAME, f"null, {MEASURED} or a mapping of routines", repr(plan))
     known(_NAME, plan, [f.name for f in fields(Plan)])
     for name, value in plan.items():
-        allowed = _ALLOWED.get(name)
+        allowed = ALLOWED.get(name)
         if allowed is None and not isinstance(value, bool):
             checks.fail(f"{_NAME}.{name}", "true or false", repr(value), TypeError)
         if allowed is not None and value not in allowed:
@@ -56,7 +66,7 @@ def chosen(plan: str | Mapping[str, Any] | None, stored: Plan | None, device: to
         found = named(plan)
         if found is None:
             return measure_plan(torch.float32) if device.type == "cpu" else Plan()
-        routines = {getattr(found, name) for name in _ALLOWED}
+        routines = {getattr(found, name) for name in ALLOWED}
         if device.type == "cpu" and routines & {ONEDNN, PREPACKED}:
             if not onednn_takes(torch.float32):
                 count = torch.get_num_threads()

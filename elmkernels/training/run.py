@@ -19,14 +19,16 @@ from .. import checks
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from ..openelm.tokenizer import FILES as TOKENIZER_FILES
+from ..text.added import added_beside, added_tokens
 from ..text.metadata import TOKENIZERS
+from ..weights.storage import made_folder
 from . import routines, state
 from .data import prepare as data
 from .data import tokenizers
 from .data.sequences import Sequences
 from .journal import FILE, Journal
 from .lock import alone
-from .loop import Trainer, check_share
+from .loop import Trainer, check_kernels, check_share
 from .parallel import World
 from .recipe import Recipe, model_config, to_mapping
 
@@ -67,9 +69,10 @@ def train(
 
         def begin() -> None:
             check_share(recipe, world)
+            check_kernels(recipe, world)
             if out.exists() and not out.is_dir():
                 checks.fail("out", "a folder", f"the file {out}")
-            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(made_folder(out))  # gone again if nothing comes of the run
             held.enter_context(alone(out))
 
         world.together(begin)
@@ -100,6 +103,8 @@ def _train(
         plan = routines.named(facts["plan"]) if facts.get("plan") else None
     trainer = Trainer(recipe, out, world, sequences, held_out, plan)
     if trainer.accelerated is not None and world.first:
+        if trainer.accelerated.missing:
+            say(trainer.accelerated.missing)
         for name, why in trainer.accelerated.left:
             say(f"left {name}: {why}")
     if chosen is not None:
@@ -246,7 +251,10 @@ def _write_model(
     written = {
         name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
     }
-    if written and any(said.files.get(name) != data for name, data in written.items()):
+    if written and not (
+        all(said.files.get(name) == data for name, data in written.items())
+        and (TOKENIZER_FILES[0] in written or added_tokens(said.files.get) == added_beside(folder))
+    ):
         said = said.without(TOKENIZERS)  # of the model that it began with
     model = OpenELM(config.with_metadata(said.with_ids(ids)), device="meta")
     model.load_state_dict(weights, assign=True)

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
-from ..acceleration.routines import LINEAR, MV, ONEDNN, PREPACKED, Plan
+from ..acceleration.routines import Plan
 from ..openelm.config import OpenELMConfig
 from ..weights.storage import sync_folder, write_json
 from ..weights.texts import read_json
 from . import parts
 from .journal import NotSaved
 from .parallel import World
+from .routines import ALLOWED
 
 FACTS = "trainer.json"
 _FORM = 2
@@ -144,11 +145,9 @@ def _plan(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != kinds.keys():
         return False
     return all(
-        type(value[name]) is kind
-        and (kind is not str or value[name] in (LINEAR, ONEDNN, PREPACKED)
-             or (name, value[name]) == ("one_row", MV))
+        type(value[name]) is kind and (kind is not str or value[name] in ALLOWED[name])
         for name, kind in kinds.items()
-    )  # fmt: skip
+    )
 
 
 def _texts(value: Any) -> bool:

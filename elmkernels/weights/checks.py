@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..checks import fail, floating, positive, tensor
+from ..checks import fail, floating, number, positive, tensor, truth
 from ..checks import weight as check_norm
-from .formats import DecoderWeights, Layer, Weight, check_part, form_of
+from .formats import Arena, DecoderWeights, Layer, Weight, check_part, form_of
 from .indices import read_once
 
 
@@ -75,6 +75,20 @@ def _check_layer(name: str, layer: Layer, weights: DecoderWeights) -> None:
     _projection(f"{name}.proj_1", layer.proj_1, (2 if weights.gated else 1) * ffn, dim, like)
 
 
+def check_kinds(weights: DecoderWeights, arena: Arena) -> None:
+    """What a step reads of both before it checks them is of its kind; asked at every step."""
+    tensor("arena.data", arena.data)
+    tensor("weights.norm", weights.norm)
+    for name, value in (
+        ("weights.head_dim", weights.head_dim),
+        ("arena.head_dim", arena.head_dim),
+        ("arena.max_length", arena.max_length),
+        ("arena.batch", arena.batch),
+    ):
+        if type(value) is not int:
+            positive(name, value)
+
+
 def check_decoder_weights(weights: DecoderWeights) -> None:
     """The weights of a decoder fit its sizes and each other, in one dtype and on one device."""
     if not isinstance(weights.layers, tuple) or not all(
@@ -83,6 +97,9 @@ def check_decoder_weights(weights: DecoderWeights) -> None:
         kind = type(weights.layers).__name__
         fail("weights.layers", "a tuple of Layer", f"{kind} of other things", TypeError)
     floating("weights.norm", weights.norm)
+    number("weights.eps", weights.eps)
+    truth("weights.gated", weights.gated)
+    positive("weights.head_dim", weights.head_dim)
     if weights.norm.dim() != 1 or not weights.norm.is_contiguous():
         fail("weights.norm", "[model_dim], contiguous", list(weights.norm.shape))
     if weights.head_dim < 2 or weights.head_dim % 2:

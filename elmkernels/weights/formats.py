@@ -92,6 +92,8 @@ class Affine(Form):
         return Affine(q, self.scales[ids], self.biases[ids], self.bits, self.group_size)
 
     def check(self, name: str) -> None:
+        positive(f"{name}.bits", self.bits)
+        positive(f"{name}.group_size", self.group_size)
         if self.bits not in BITS:
             fail(f"{name}.bits", " or ".join(map(str, BITS)), self.bits)
         if self.group_size not in GROUP_SIZES:

@@ -20,7 +20,7 @@ import re
 import secrets
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,12 +100,24 @@ def folder_weights(folder: Folder) -> list[Stored]:
     ]
 
 
+def check_readable(file: Path) -> None:
+    """Raise OSError, which says so, for a file that can't be opened: its reader's own words would
+    be about what is in it.
+    """
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        message = f"{file} can't be read: {error.strerror or error}"
+        raise OSError(error.errno or errno.EIO, message) from error
+
+
 def read_safetensors(file: Path) -> list[Stored]:
     from safetensors import (  # late: `import elmkernels` needs torch alone
         SafetensorError,
         safe_open,
     )
 
+    check_readable(file)
     try:
         handle = safe_open(file, framework="pt")
         slices = {key: handle.get_slice(key) for key in handle.keys()}
@@ -118,6 +130,7 @@ def read_safetensors(file: Path) -> list[Stored]:
 
 
 def read_torch_file(file: Path) -> list[Stored]:
+    check_readable(file)
     try:
         # Only torch.save's zip format, the default since torch 1.6, can be mapped.
         mapped = zipfile.is_zipfile(file)
@@ -208,6 +221,49 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder with its parents; gives those that were missing, the innermost first."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            made.insert(0, path)
+        folder.mkdir(exist_ok=True)  # refuses a file
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(made: list[Path]) -> None:
+    """Take away folders that were made for nothing; what is in use by now stays."""
+    for path in made:
+        with suppress(OSError):
+            path.rmdir()
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[list[Path]]:
+    """The folder for a block that fills it: if it raises, what was made and is empty goes again."""
+    made = make_folder(folder)
+    try:
+        yield made
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise OSError if no file can be written to a folder."""
+    probe = folder / f".probe.{secrets.token_hex(4)}.elmkernels-tmp"
+    try:
+        probe.write_bytes(b" ")
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to: it takes the place of `path` if the block ends well, and is
@@ -243,8 +299,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
     for name in writers:
         if not is_plain_name(name):
             raise ValueError(f"a file must be named as an entry of {folder}, got {name!r}")
-    with told(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with told(folder), made_folder(folder):
         _finish_renames(folder)
         _write_and_rename(folder, writers)
 

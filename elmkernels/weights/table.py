@@ -3,7 +3,8 @@
 csrc/shared/weight_table.h reads the rows that are written here.
 """
 
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,16 +43,22 @@ class _Table(NamedTuple):
     kv_heads: tuple[int, ...]
     # What must still hold for it to describe the weights: a Parameter's memory can be replaced.
     tensors: list[Tensor]
-    addresses: list[int]
+    places: list[list[Any]]
     indices: list[Tensor]  # whose writes torch counts
     writes: list[int]
 
     def holds(self) -> bool:
         """Asked at every step, so that it only compares numbers."""
         return (
-            list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            _places(self.tensors) == self.places
             and [x._version for x in self.indices] == self.writes
         )
+
+
+def _places(tensors: list[Tensor]) -> list[list[Any]]:
+    """Where the numbers of tensors are, and how they lie there."""
+    how = Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype")
+    return [list(map(asked, tensors)) for asked in how]
 
 
 def _table(weights: DecoderWeights) -> _Table:
@@ -80,7 +87,7 @@ def _table(weights: DecoderWeights) -> _Table:
         max((layer.proj_2.shape[1] for layer in layers), default=0),
         tuple(layer.kv_heads for layer in layers),
         tensors,
-        [x.data_ptr() for x in tensors],
+        _places(tensors),
         indices,
         [x._version for x in indices],
     )

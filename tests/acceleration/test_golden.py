@@ -104,14 +104,16 @@ def test_corenet_calls(name, accelerated):
         assert report.accelerated["layers"] == len(model.layers)
         projections = 4 * len(model.layers) + (model.classifier is not None)
         assert report.accelerated["projections"] == projections
+        assert report.accelerated["models"] == 1 and not report.left
     got = logits_loss_gradients(model, case.tensors["input_ids"])
     for key, tensor in got.items():
         assert_parity(tensor, case.expected[key], case.exact[key], key)
-    ids, prefix, keys, values, logits = case.tensors["input_ids"], case.decode_prefix, [], [], []
+    ids, prefix, logits = case.tensors["input_ids"], case.decode_prefix, []
+    keys = values = None
     with torch.inference_mode():
         for chunk in (ids[:, :prefix], *ids[:, prefix:].split(1, dim=1)):
             call = {"input_ids": chunk, "past_keys": keys, "past_values": values}
-            out = model(call | {"is_causal": chunk.shape[1] > 1})
+            out = model(call | {"use_kv_cache": True, "is_causal": chunk.shape[1] > 1})
             keys, values = out["past_keys"], out["past_values"]
             logits.append(out["logits"])
     assert_parity(torch.cat(logits, 1), case.tensors["decode_logits"], case.exact["logits"])
@@ -127,7 +129,8 @@ def test_hugging_face_calls(hf_tiny, accelerated):
     if accelerated:
         report = accelerate(model)
         assert report.convention == "Hugging Face"
-        assert [path for path, _ in report.left] == ["the output projection"]
+        left = [path for path, _ in report.left]
+        assert left == ["transformer", "the model", "the output projection"]
     got = logits_loss_gradients(model, t["input_ids"])
     assert_parity(got["logits"], t["logits"], hf_tiny.exact["logits"], "logits")
     tokens, mask = t["padded_ids"], t["padded_mask"]

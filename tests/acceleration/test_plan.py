@@ -11,8 +11,20 @@ import torch
 from helpers import ROOT
 from torch.nn import functional as F
 
-from elmkernels.acceleration import routines
-from elmkernels.acceleration.routines import LINEAR, MV, ONEDNN, Plan, agrees, mv, onednn_takes
+from elmkernels.acceleration import projections, routines
+from elmkernels.acceleration.projections import Products
+from elmkernels.acceleration.routines import (
+    LINEAR,
+    MV,
+    ONEDNN,
+    STREAM,
+    Plan,
+    agrees,
+    mv,
+    onednn_takes,
+    stream,
+)
+from elmkernels.backends import REFERENCE, choose
 
 # Models of four plans after torch's number of threads has changed, in a process whose OpenMP grants
 # two threads of the four that torch believes in.
@@ -137,12 +149,13 @@ def test_other_orders_of_sums_are_right(rows, dtype):
     assert agrees(lambda: F.linear(x, weight), x, weight)
     if rows == 1:
         assert agrees(lambda: mv(x, weight), x, weight)
+    assert agrees(lambda: stream(x, weight), x, weight)
 
 
-@pytest.mark.parametrize("broken", [MV, ONEDNN])
+@pytest.mark.parametrize("broken", [MV, ONEDNN, STREAM])
 def test_what_is_wrong_is_not_timed(monkeypatch, broken):
     """However fast it is."""
-    name = {MV: "mv", ONEDNN: "onednn"}[broken]
+    name = {MV: "mv", ONEDNN: "onednn", STREAM: "stream"}[broken]
     timed = []
 
     def all_but_linear(fns, rounds):
@@ -155,7 +168,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, broken):
     plan = routines._measured.__wrapped__(torch.float32, False, torch.get_num_threads())
     assert len(timed) == 3 and all(LINEAR in names and broken not in names for names in timed)
     if broken == ONEDNN:
-        assert replace(plan, one_row=LINEAR) == Plan()
+        assert replace(plan, one_row=LINEAR, few_rows=LINEAR) == Plan()
 
 
 def test_a_plan_is_of_one_number_of_threads(monkeypatch):
@@ -175,3 +188,30 @@ def test_a_plan_is_of_one_number_of_threads(monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert asked == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17])
+def test_few_rows_are_streamed_by_this_packages_kernel(monkeypatch, rows):
+    """Others go to the routine for many; with gradients nothing is streamed."""
+    calls = []
+    monkeypatch.setattr(projections, "stream", lambda x, w, b: calls.append(b) or stream(x, w, b))
+    products = Products(Plan(STREAM, STREAM), "reference")
+    x, weight = operands(rows)
+    with torch.inference_mode():
+        assert torch.equal(products(x, weight), F.linear(x, weight))
+    assert calls == ["reference"] * (rows <= 8)
+    products(x, weight.requires_grad_()).sum().backward()
+    assert len(calls) == (rows <= 8) and weight.grad is not None
+
+
+def test_the_kernel_is_a_candidate_for_few_rows_where_it_is_compiled(monkeypatch):
+    timed = []
+
+    def linear_alone(fns, rounds):
+        timed.append(STREAM in fns)
+        return dict.fromkeys(fns, 1.0)
+
+    monkeypatch.setattr(routines, "_best_seconds", linear_alone)
+    routines._measured.__wrapped__(torch.float32, False, torch.get_num_threads())
+    compiled = choose("linear", "cpu", None) != REFERENCE
+    assert timed == [compiled, compiled, False]

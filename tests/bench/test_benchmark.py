@@ -69,7 +69,7 @@ class Counting(Benchmark):
 
 
 def arguments(out: Path | None, json: bool = False) -> argparse.Namespace:
-    return argparse.Namespace(out=None if out is None else str(out), json=json)
+    return argparse.Namespace(out=None if out is None else str(out), json=json, command="counting")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

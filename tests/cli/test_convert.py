@@ -73,6 +73,8 @@ def test_wrong_input(capsys, tmp_path, monkeypatch):
         ([*source, *out, "--to", "packed12", "--type", "f16"], "--type belongs to --to gguf"),
         ([*source, "--out", str(TINY), "--to", "packed12"], "--out must be another place"),
         (["--checkpoint", "nowhere", *out, "--to", "packed12"], "nowhere does not exist"),
+        ([*source, *out, "--to", "gguf", "--tokenizer", "nowhere"], "--tokenizer: nowhere is not"),
+        ([*source, *out, "--to", "gguf", "--tokenizer", str(tmp_path)], "--tokenizer: /"),
     ):
         assert message in refusal(capsys, *argv)
     monkeypatch.setitem(sys.modules, "gguf", None)

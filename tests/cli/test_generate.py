@@ -149,16 +149,17 @@ def test_an_interruption_prints_what_was_generated(capsys, monkeypatch, streamed
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_a_signal_ends_it_cleanly(tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_cleanly(tmp_path, sent, code):
     argv = [*HERE, "--ids", "1,2,3", "--max-new-tokens", "500", "--stop", "none", "--stream"]
     process = start(*argv)
     seen = process.stdout.read(8)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     ids = [int(i) for i in (seen + out).split(",")]
     if process.returncode == 0:
         pytest.skip("it ended before the signal came")
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err and "interrupted" in err
     assert 0 < len(ids) < 500
 

@@ -6,14 +6,18 @@ import pytest
 from helpers.commands import TINY, refusal
 
 import elmkernels
+from elmkernels import backends
 from elmkernels.cli import check, main, options
 from elmkernels.cli.main import BENCHES, COMMANDS, build_parser
+from elmkernels.cli.train import READY
+from elmkernels.training.recipe import ready
 
 NAMES = [[command.NAME] for command in COMMANDS]
 NAMES += [["bench"], *(["bench", command.NAME] for command in BENCHES)]
 # What each command needs before anything else can be wrong.
 NEEDS = {
     "generate": ["--model", "270M", "--ids", "1"],
+    "eval": ["--checkpoint", str(TINY), "--suite", "openllm"],
     "convert": ["--checkpoint", str(TINY), "--to", "packed12", "--out", "nowhere"],
     "train": ["tiny"],
     "gpu-check": ["--out", "nowhere"],
@@ -44,12 +48,14 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
 
 
+@pytest.mark.parametrize("columns", [80, 100])
 @pytest.mark.parametrize("command", [[], *NAMES], ids=" ".join)
-def test_help_fits_a_screen(capsys, wide, command):
+def test_help_fits_a_screen(capsys, monkeypatch, command, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     lines = printed(capsys, *command, "--help").splitlines()
     assert lines[0].startswith(" ".join(["usage: elmkernels", *command]))
     assert len(lines) <= 40
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= columns
 
 
 def test_help_names_every_command(capsys, wide):
@@ -59,6 +65,28 @@ def test_help_names_every_command(capsys, wide):
     text = printed(capsys, "bench", "--help")
     for command in BENCHES:
         assert f"\n    {command.NAME} " in text
+
+
+OF_MODELS = [["check"], ["generate"], ["eval"], ["bench", "generate"], ["bench", "train"]]
+
+
+@pytest.mark.parametrize("name", backends.BACKENDS)
+@pytest.mark.parametrize("command", OF_MODELS, ids=" ".join)
+def test_only_a_backend_of_whole_models_is_offered_for_one(capsys, wide, command, name):
+    """Which others have kernels for a few ops is for `parity` and `bench ops`."""
+    text = " ".join(printed(capsys, *command, "--help").split())
+    offered = text.partition("--backend NAME ")[2].partition(" (default")[0].split(", ")
+    whole = name not in ("cuda", "sdpa")  # which have no kernels for swiglu, or for most ops
+    assert (name in offered) == whole
+    if not whole:
+        assert main.main([*command, "--backend", name]) == 2
+        assert f"must be one of {', '.join(offered)}, got {name!r}" in capsys.readouterr().err
+
+
+def test_the_help_names_every_ready_recipe(capsys, wide):
+    """And `train` by its own list, which the help can't wait for."""
+    assert set(READY) == set(ready())
+    assert all(name in printed(capsys, "train", "--help") for name in ready())
 
 
 def test_version(capsys):
@@ -119,6 +147,7 @@ class TestCheckpoint:
         ["check"],
         ["bench", "generate"],
         ["generate", "--ids", "1"],
+        ["eval", "--suite", "openllm"],
         ["convert", "--to", "quantized", "--out", "nowhere"],
     )
 

@@ -265,3 +265,13 @@ def test_seeds_are_any_integers(seed):
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 4}, {"top_p": 0.9}, {"top_k": 1, "top_p": 1.0}])
+@pytest.mark.parametrize("temperature", [{}, {"temperature": 0}, {"temperature": -0.0}])
+def test_what_has_no_effect_at_temperature_0_is_refused(options, temperature):
+    name = next(iter(options))
+    said = f"{name} must be None at temperature 0, which takes the likeliest token, got "
+    with pytest.raises(ValueError, match=said):
+        Sampling(**options, **temperature)
+    assert Sampling(**options, temperature=0.5).top_k == options.get("top_k")

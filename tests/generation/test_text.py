@@ -202,7 +202,14 @@ def test_integers_of_numpy_are_integers():
         for stops in (n(3), [n(3)], np.array([3]), {3}, torch.tensor([3])):
             assert generate(model, prompts, n(6), stop_tokens=stops, chunk=n(2)) == [expected]
     session = Session(model, n(1), n(32))
-    assert session.generate([[1, 5, 9]], n(6), stop_tokens=3, top_k=n(4)) == [expected]
+    assert session.generate([[1, 5, 9]], n(6), stop_tokens=3) == [expected]
+    warm = {"temperature": 1.0, "seed": n(5)}
+    session.reset()
+    drawn = session.generate([[1, 5, 9]], 6, top_k=n(4), **warm)
+    session.reset()
+    assert drawn == session.generate([[1, 5, 9]], 6, top_k=4, **warm)
+    session.reset()
+    assert session.generate([[1, 5, 9]], n(6), stop_tokens=3) == [expected]
     assert all(type(token) is int for token in session.ids[0])
 
 

@@ -168,7 +168,7 @@ def rewrite(folder: Path, change) -> None:
     save_file(weights, file)
 
 
-def test_all_that_does_not_fit_is_reported_at_once(folder):
+def test_what_does_not_fit_is_reported_at_once(folder):
     def change(weights):
         del weights["transformer.norm.weight"]
         del weights["transformer.layers.2.ffn.proj_1.weight"]
@@ -183,14 +183,12 @@ def test_all_that_does_not_fit_is_reported_at_once(folder):
         OpenELM.from_pretrained(folder)
     assert str(error.value).splitlines() == [
         f"{folder} does not fit its configuration:",
-        "  dtype: transformer.layers.1.ffn_norm.weight must be floating point, got I64",
-        "  missing: transformer.layers.2.ffn.proj_1.weight [256, 64]",
-        "  missing: transformer.norm.weight [64]",
+        "  dtype: transformer.layers.1.ffn_norm.weight must be floating point, got I64;",
+        "  missing: transformer.layers.2.ffn.proj_1.weight [256, 64];",
+        "  missing: transformer.norm.weight [64];",
         "  shape: transformer.layers.0.attn.q_norm.weight must be [16], got [8] "
-        "in model.safetensors",
-        "  unexpected: lm_head.weight [96, 64] in model.safetensors",
-        "  unexpected: transformer.ffn_norm [1] in model.safetensors",
-        "  unexpected: transformer.layers.7.attn_norm.weight [64] in model.safetensors",
+        "in model.safetensors;",
+        "  and 3 more",
     ]
 
 
@@ -205,7 +203,7 @@ def test_many_problems_are_counted(folder):
     with pytest.raises(ValueError) as error:
         OpenELM.from_pretrained(folder)
     lines = str(error.value).splitlines()
-    assert len(lines) == 10 and lines[-1] == "  and 3 more"
+    assert len(lines) == 6 and lines[-1] == "  and 7 more"
 
 
 @pytest.mark.parametrize(

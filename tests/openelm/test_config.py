@@ -55,6 +55,22 @@ def test_variants(name):
     assert config.num_parameters == parameters
 
 
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [("270M", "OpenELM-270M"), ("450m", "OpenELM-450M"), ("1.1b", "OpenELM-1_1B"),
+     ("openelm-3b", "OpenELM-3B"), ("OpenELM-1_1B", "OpenELM-1_1B")],
+)  # fmt: skip
+def test_a_variant_by_the_name_that_people_write(short, name):
+    config = OpenELMConfig.from_name(short)
+    assert config == OpenELMConfig.from_name(name) and config.model_name == name
+
+
+@pytest.mark.parametrize("name", ["", "9B", "OpenELM", "270", None, 270, ["270M"]])
+def test_no_variant(name):
+    with pytest.raises(ValueError, match="name must be one of OpenELM-270M, "):
+        OpenELMConfig.from_name(name)
+
+
 def test_variants_are_four():
     assert set(VARIANTS) == set(EXPECTED)
 
@@ -255,6 +271,8 @@ def test_a_configuration_says_again_what_it_was_given():
         ({"eos_token_id": True}, "eos_token_id must be"),
         ({"bos_token_id": [1]}, "bos_token_id must be a token id or null"),
         ({"bos_token_id": -5}, "bos_token_id must be"),
+        ({"bos_token_id": 2**31}, "bos_token_id must be"),
+        ({"eos_token_id": [2, 10**30]}, "eos_token_id must be"),
         ({"pad_token_id": 0.5}, "pad_token_id must be"),
         ({"initializer_range": math.nan}, "initializer_range must be finite, got nan"),
         ({"a": {"b": [1.0, math.inf]}}, r"a.b\[1\] must be finite, got inf"),

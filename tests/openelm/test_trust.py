@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -357,9 +356,8 @@ def test_a_full_disk(folder, monkeypatch, capsys, how):
         assert main([*argv, "--dtype", "bf16"]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and f"{other} can't be written: " in lines[0]
-        assert list(other.iterdir()) == []
+        assert "Errno" not in lines[0] and not other.exists()
     assert_same(OpenELM.from_pretrained(folder), OpenELM(CONFIG, seed=1))
-    shutil.rmtree(other)
 
 
 @pytest.mark.parametrize("what", ["a GGUF file", "results"])

@@ -5,7 +5,7 @@ import torch
 from helpers.calls import assert_same, inputs, run
 
 from elmkernels import attention
-from elmkernels.backends import kernel
+from elmkernels.backends import kernel, of_dtype
 from elmkernels.testing import runnable
 
 
@@ -33,10 +33,10 @@ def test_attention_traces_and_passes_opcheck(backend, name):
     args, kwargs = inputs("attention", name, torch.float32)
     q, k, v = (a.detach().nan_to_num() for a in args)
     sight = (*(kwargs.get(name) for name in ("key_mask", "offsets", "cu_seqlens")), 0.125)
-    out, lse = kernel("attention_fwd", backend)(q, k, v, *sight)
-    torch.library.opcheck(kernel("attention_fwd", backend), (q, k, v, *sight))
-    backward = (torch.randn_like(out), q, k, v, out, lse, *sight)
-    torch.library.opcheck(kernel("attention_bwd", backend), backward)
+    fwd, bwd = (kernel(f"attention_{x}", of_dtype(backend, q.dtype)) for x in ("fwd", "bwd"))
+    out, lse = fwd(q, k, v, *sight)
+    torch.library.opcheck(fwd, (q, k, v, *sight))
+    torch.library.opcheck(bwd, (torch.randn_like(out), q, k, v, out, lse, *sight))
     torch.compiler.reset()
     traced = torch.compile(attention, backend="aot_eager", fullgraph=True)
     assert_same(run(traced, args, backend, **kwargs), run(attention, args, backend, **kwargs))

@@ -11,22 +11,29 @@ from functools import partial
 import pytest
 import torch
 from helpers.calls import as_tuple
+from helpers.mutations import MUTATIONS
 
 from elmkernels import ops
 from elmkernels.testing import CASES, OPS, runnable
-from elmkernels.testing.cases import attention, decode_step, linear, linear_cross_entropy
+from elmkernels.testing.cases import (
+    _linear_fused,
+    attention,
+    decode_step,
+    linear,
+    linear_cross_entropy,
+)
 from elmkernels.testing.cases.draw import ALL, LAYOUTS, Case, Draw, grad
 from elmkernels.testing.cases.qk_norm_rope import heads_case
 from elmkernels.testing.cases.weights import FORMS, many_escapes
-from elmkernels.testing.parity import Expected, poisoned, specification
-from elmkernels.testing.rule import FACTORS, SLACK, compare
+from elmkernels.testing.parity import EVALUATIONS, Expected, poisoned, specification
+from elmkernels.testing.rule import compare
 from elmkernels.weights.packed12 import pack_weight
 
 QUICK, MANY = 25, 450  # seeds of each op; each is a call of every backend
 WIDTHS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 127, 128, 130, 255, 300, 513)
-# Of 11,000 random calls the rule, which is for cases that are large enough, refused 12 by up to 2.5
-# times: few numbers may be right by luck. Its factors are taken four times here.
-EVALUATIONS, LOOSE = 8, (4 * FACTORS[0], 4 * FACTORS[1])
+# torch's own kernel, on documents of two and three tokens with heads of one number: 1.2 times what
+# the rule allows of one gradient's rms error.
+TORCH_S_OWN = {("attention", 307, "sdpa")}
 COTANGENTS = ("contiguous", "broadcast", "strided")
 
 
@@ -104,6 +111,14 @@ def linear_case(r, op):
     form, rows = r.choice(list(FORMS)), r.choice([1, 2, 3, 5, 8, 9, 12, 40])
     k = r.choice([64, 128, 192, 320]) if form.startswith("affine") else r.choice(WIDTHS)
     n, escapes = r.choice([1, 2, 5, 70, 130]), form == "packed12" and r.random() < 0.5
+    if r.random() < 0.5:
+        around = r.choice([{"norm": True}, {"norm": True, "wide": True}, {}])
+        after = r.choice([{"swiglu": True}, {"residual": True}, {}])
+        return _linear_fused._case(
+            "fuzz", form, r.choice([(rows, k), (1, rows, k)]), 2 * n, **around, **after,
+            eps=r.choice([None, 1e-3]) if around else None, train=r.random() < 0.4,
+            draw=r.choice([Draw.normal, Draw.outliers, small]),
+        )  # fmt: skip
     return linear._linear_case(
         "fuzz", form, r.choice([(rows, k), (1, rows, k)]), n, train=r.random() < 0.4,
         draw=r.choice([Draw.normal, Draw.outliers, small]),
@@ -146,22 +161,24 @@ MAKE = {
 assert set(MAKE) == set(CASES)
 
 
-def check(op, seed):
-    """One random call by each backend; returns how many there were."""
+def drawn(op, seed):
+    """What a random call must give."""
     r = random.Random(f"{op} {seed}")
     case = replace(MAKE[op](r, op), name=f"fuzz {seed}")
-    dtype = r.choice([t for t in ALL if t in case.dtypes])
-    expected = Expected(op, case, dtype, seed=seed)
-    backends = [b for b in runnable(op) if b != "triton"]
+    return Expected(op, case, r.choice([t for t in ALL if t in case.dtypes]), seed=seed)
+
+
+def check(op, seed):
+    """One random call by each backend; returns how many there were."""
+    expected = drawn(op, seed)
+    backends = [b for b in runnable(op) if b != "triton" and (op, seed, b) not in TORCH_S_OWN]
     for backend in backends:
         fn = partial(OPS[op].observe(getattr(ops, op)), backend=backend)
         with poisoned():
             got = expected.run(fn)
-        for name, truth in expected.truth.items():
-            right = (expected.evaluation(i)[name] for i in range(EVALUATIONS))
-            slack = SLACK * OPS[op].slack
-            found = compare(truth, right, got[name], name, slack, LOOSE)
-            assert found.ok, f"{op} by {backend} on {case.name} in {dtype}: {name}: {found.reason}"
+        for found in expected.judge(got):
+            what = f"{op} by {backend}, fuzz {seed} in {expected.dtype}: {found.what}"
+            assert found.ok, f"{what}: {found.reason}"
     return len(backends)
 
 
@@ -169,6 +186,23 @@ def check(op, seed):
 @pytest.mark.parametrize("seed", range(QUICK))
 def test_a_random_call_is_the_reference(op, seed):
     check(op, seed)
+
+
+@pytest.mark.parametrize("op", MAKE)
+def test_random_calls_find_wrong_kernels(op):
+    """Most of those that are wrong in one thing (`helpers.mutations`), by the quick calls alone."""
+    missed = dict(MUTATIONS[op])
+    for seed in range(QUICK):
+        expected = drawn(op, seed)
+        for name, wrong in list(missed.items()):
+            try:
+                found = expected.judge(expected.results(wrong))
+            except (NotImplementedError, RuntimeError, TypeError):  # not of such a call
+                continue
+            if not all(c.ok for c in found):
+                del missed[name]
+    print(f"{op}: {len(missed)} of {len(MUTATIONS[op])} missed: {', '.join(missed)}")
+    assert len(missed) <= len(MUTATIONS[op]) // 2, missed
 
 
 @pytest.mark.slow
@@ -215,11 +249,12 @@ def check_hostile(op, seed):
     r = random.Random(f"hostile {op} {seed}")
     case, dtype = hostile(r, op), r.choice(ALL)
     args, _ = case.build(Draw(dtype, torch.device("cpu"), torch.Generator().manual_seed(seed)))
-    plain = run(specification(op), args)
+    plain, *others = (run(specification(op, i), args) for i in range(EVALUATIONS))
     truth = run(specification(op), [a.double() for a in args])
     for backend in (b for b in runnable(op) if b != "triton"):
         got = run(lambda *a, b=backend: getattr(ops, op)(*a, backend=b), args)
         for i, (g, p, t) in enumerate(zip(got, plain, truth, strict=True)):
+            right = p, *(o[i] for o in others)
             what = f"{op} by {backend} on hostile {seed}, output {i}"
             nan = p.isnan() & t.isnan()
             assert bool(g[nan].isnan().all()), f"{what}: a number, where there is none"
@@ -228,7 +263,8 @@ def check_hostile(op, seed):
             for row in range(len(g)):
                 k = known[row]
                 if bool(k.any()):
-                    found = compare(t[row][k], p[row][k], g[row][k], what, factors=LOOSE)
+                    rows = [r[row][k] for r in right if bool(r[row][k].isfinite().all())]
+                    found = compare(t[row][k], rows, g[row][k], what)
                     assert found.ok, f"{what}, row {row}: {found.reason}"
 
 

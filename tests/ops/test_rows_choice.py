@@ -10,9 +10,17 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from elmkernels import add_rms_norm, backends, qk_norm_rope, reference, rms_norm
-from elmkernels.backends import FEW, FEW_ROWS, Preference, choose, defined, implements, traits
+from elmkernels.backends import (
+    FEW,
+    FEW_ROWS,
+    Preference,
+    choose,
+    defined,
+    implements,
+    rows_backend,
+    traits,
+)
 from elmkernels.devices import _resolved
-from elmkernels.ops._rows_choice import rows_backend
 
 OPS = tuple(op for op in defined() if traits(op).by_rows)
 KERNELS = choose("rms_norm", "cpu", None)

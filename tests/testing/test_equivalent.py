@@ -8,9 +8,11 @@ import pytest
 import torch
 from helpers.mutations import MUTATIONS
 
-from elmkernels import ops
+from elmkernels import ops, reference
 from elmkernels.reference import swiglu
-from elmkernels.testing import CASES, OPS
+from elmkernels.reference.attention import visible_keys, without_unseen
+from elmkernels.testing import CASES, OPS, make
+from elmkernels.testing.cases import attention
 from elmkernels.testing.equivalent import Orders, put_back, take
 from elmkernels.testing.parity import EVALUATIONS, Expected, runnable, specification
 from elmkernels.testing.rule import compare, relative_errors
@@ -58,6 +60,51 @@ def test_another_order_changes_nothing_but_rounding(op, name):
             # Of the 53 bits the offset that all logits share takes 13, their sums the rest.
             size = max(1.0, float(truth.abs().max()))
             assert float((got[what] - truth).abs().max()) <= 2**-32 * size, what
+
+
+def rounded_elsewhere(case):
+    """An attention case in float64 by what half types are evaluated in besides, and plainly."""
+    (q, k, v), given = make(case, torch.float32)
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    group, offsets = q.shape[2] // k.shape[2], given.get("offsets")
+    keys, values = (k, v) if offsets is None else without_unseen(k, v, q.shape[1], offsets)
+    visible = visible_keys(
+        q.shape[1], k.shape[1], given.get("key_mask"), offsets, torch.device("cpu")
+    )
+    heads = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (keys, values))
+    real = visible.any(-1, keepdim=True)
+    out = attention.rounded_elsewhere(
+        q.transpose(1, 2), *heads, visible | ~real, given.get("scale"), 1.37
+    )
+    out = out.masked_fill(~real, 0.0).transpose(1, 2)
+    plain = reference.attention(q, k, v, **given)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).double()
+    found = (torch.autograd.grad(y, (q, k, v), dout) for y in (out, plain))
+    return [[y, *grads] for y, grads in zip((out, plain), found, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "name", ["group_of_3", "two_keys", "ragged_and_padded", "left_padded_chunk", "scale"]
+)
+def test_other_roundings_of_attention_change_nothing_else(name):
+    got, expected = rounded_elsewhere(CASE["attention"][name])
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).detach().abs().max()) <= 2**-40 * max(
+            1.0, float(b.detach().abs().max())
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("op", "name"), [("attention", "two_keys"), ("linear_cross_entropy", "mean")]
+)
+def test_evaluations_of_half_types_round_otherwise(op, name, dtype):
+    """Not all eight in the same bits, as those of orders alone may be."""
+    expected = Expected(op, CASE[op][name], dtype)
+    for what in expected.truth:
+        if what.startswith("grad"):
+            found = [expected.evaluation(i)[what] for i in range(EVALUATIONS)]
+            assert any(not torch.equal(found[0], other) for other in found[1:]), what
 
 
 def test_an_order_follows_from_its_seed():

@@ -36,9 +36,10 @@ PICKED = {
     ],
 }  # fmt: skip
 SMALL = dict.fromkeys(PICKED, 3) | {"decode_step": 1}  # cases that are always tried
-# Too little to be found by one evaluation in any of the cases: another place of a rounding, in a
-# norm or a gate, that is no further from truth than the reference's own.
-UNSEEN_BY_BOTH = {
+# Too little to be found: another place of a rounding, in a norm or a gate, that is no further from
+# truth than the reference's own. That one evaluation sees one of them, by a few percent in one case
+# on one kind of processor, is the luck that several are taken against.
+WITHIN_ROUNDING = {
     "no rounding before the weight", "sum not rounded before the norm", "kept wide after the norm",
     "silu not rounded", "gradient by rounded weights", "weight's gradient in a narrow sum",
     "narrow sum", "narrow rotation", "sigmoid of 18 bits", "added before it is gated",
@@ -62,6 +63,12 @@ def found(op: str, names: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     return by_one, by_all
 
 
+def lost(by_one: dict[str, int], by_all: dict[str, int]) -> list[str]:
+    """The mutations that one evaluation finds and several don't."""
+    names = [name for name, count in by_one.items() if count and not by_all[name]]
+    return [name for name in names if name.rpartition(": ")[2] not in WITHIN_ROUNDING]
+
+
 def test_every_picked_case_is_there():
     for op, names in PICKED.items():
         assert set(names) <= {case.name for case in CASES[op]}, op
@@ -72,7 +79,7 @@ def test_every_picked_case_is_there():
 def test_what_one_evaluation_finds_several_find(op):
     torch.manual_seed(0)
     by_one, by_all = found(op, PICKED[op][: SMALL[op]])
-    assert [name for name, count in by_one.items() if count and not by_all[name]] == []
+    assert lost(by_one, by_all) == []
     assert sum(by_all.values()) >= 0.95 * sum(by_one.values()) > 0
 
 
@@ -81,6 +88,6 @@ def test_what_one_evaluation_finds_several_find(op):
 def test_every_mutation_is_found(op):
     """But for those whose rounding is no worse than the reference's own."""
     by_one, by_all = found(op, PICKED[op])
-    assert [name for name, count in by_one.items() if count and not by_all[name]] == []
+    assert lost(by_one, by_all) == []
     unseen = {name.rpartition(": ")[2] for name, count in by_all.items() if not count}
-    assert unseen <= UNSEEN_BY_BOTH
+    assert unseen <= WITHIN_ROUNDING

@@ -163,3 +163,22 @@ def test_a_model_trained_on_other_tokens_says_those(initial, tmp_path, tokenizer
     kept = OpenELM.from_pretrained(out).config
     assert kept.eos_token_ids == (ids["eos_token_id"],)
     assert Tokenizer.from_pretrained(out).bos == ids["bos_token_id"]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["its own", "another folder's"])
+def test_added_tokens_of_the_data_go_with_the_trained_model(initial, tmp_path, elsewhere):
+    (initial / "tokenizer.json").unlink()
+    file = sentence_piece(initial, exact=True)
+    (initial / "added_tokens.json").write_text('{"<tool>": 297}')
+    theirs = initial
+    if elsewhere:
+        theirs = tmp_path / "data"
+        theirs.mkdir()
+        (theirs / file.name).write_bytes(file.read_bytes())
+        (theirs / "added_tokens.json").write_text('{"<tool>": 298, "<call>": 299}')
+    out = trained(initial, theirs / file.name, 2)
+    text = "the<tool>cat<call>"
+    ids = Tokenizer(theirs / file.name).encode(text)
+    assert Tokenizer.from_pretrained(out).encode(text) == ids and 297 + elsewhere in ids
+    kept = not elsewhere
+    assert (out / "added_tokens.json").is_file() == kept

@@ -42,7 +42,7 @@ def test_wrong_input(capsys, tmp_path):
         ([path, *out, "--set", "engine.speed=9"], "section engine has no field speed"),
         ([path, *out, "--set", "model.layers=9"], "section model has no field layers"),
         ([path, *out, "--set", "engine.kernels=gpu"], "'gpu'"),
-        ([path, *out, "--set", "engine.kernels=cuda"], "engine.kernels: "),
+        ([path, *out, "--set", "engine.kernels=cuda"], "one of avx512_bf16, avx512_amx, avx512"),
         ([path, *out, "--set", "data.train=[]"], "data.train must be one path or more, got none"),
         ([path, *out, "--set", "data.train=/no"], "data.train: /no is no file, folder or glob"),
         ([path, *out, "--set", f"data.train={tmp_path}/short"], "at least 65 tokens"),
@@ -62,6 +62,27 @@ def test_replaced_fields():
     found, _ = read("OpenELM-270M", ["model.vocab_size=40000"])
     assert found.model["vocab_size"] == 40000
     assert read("OpenELM-270M", ["model=OpenELM-450M"])[0].model == "OpenELM-450M"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["engine.kernels=nope", "engine.kernels=cuda", "engine.kernels=sdpa", "data.tokenizer=nowhere",
+     "data.train=/no", "data.train=[]", "data.eos=999", "initial=nowhere"],
+)  # fmt: skip
+def test_a_refusal_leaves_no_folder(capsys, tmp_path, change):
+    path, out = write_recipe(tmp_path), tmp_path / "runs" / "x"
+    argv = ["train", str(path), "--out", str(out), "--device", "cpu", "--set", change]
+    assert main(argv) == 2
+    assert capsys.readouterr().out == ""
+    assert not out.parent.exists()
+
+
+def test_without_compiled_kernels_it_says_so(capsys, monkeypatch, tmp_path):
+    said = "no compiled kernels: any reason"
+    monkeypatch.setattr("elmkernels.acceleration.swap.missing_kernels", lambda device: said)
+    path = write_recipe(tmp_path)
+    train(path, tmp_path / "out", "--device", "cpu", "--steps", "1")
+    assert f"elmkernels: {said}" in capsys.readouterr().err.splitlines()
 
 
 def test_what_it_prints(capsys, tmp_path):
@@ -91,7 +112,7 @@ def test_tensorboard(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)
         line = refusal(capsys, path, "--out", tmp_path / "none")
-        assert "keep.tensorboard needs tensorboard: pip install elmkernels[tensorboard]" in line
+        assert "keep.tensorboard needs tensorboard: pip install 'elmkernels[tensorboard]'" in line
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -16,8 +16,9 @@
 // alignment, but are faster from a multiple of 64 bytes on.
 constexpr int64_t attend_scratch(int64_t rows, int64_t head_dim) {
   const int64_t width = round_up(head_dim, Vec::size);
-  return rows * (2 * width + Vec::size) + round_up(rows, 16) + 2 * kKeyBlock * width +
-         2 * kTileRows * kKeyBlock;
+  const int64_t room = round_up(rows, kStepRows<bf16>);
+  return room * (2 * width + Vec::size) + round_up(room, 16) + 2 * kKeyBlock * width +
+         2 * kStepRows<bf16> * kKeyBlock;
 }
 
 template <class T>
@@ -27,20 +28,21 @@ struct AttendScratch {
   Matrix<float> total;      // [rows, width], values weighted by unnormalized probabilities
   float *sums, *tops;       // [rows, Vec::size], [rows]: of probabilities, of scores
   Matrix<Lane<T>> keys, values;
-  float* scores;  // [kTileRows, kKeyBlock]
-  Lane<T>* weights;
+  Matrix<float> scores;     // [kStepRows, kKeyBlock]
+  Matrix<Lane<T>> weights;  // of the same elements
 
   AttendScratch(int64_t rows, int64_t head_dim, float* memory)
       : width(round_up(head_dim, Vec::size)), depth(lanes_of<T>(head_dim)) {
     Parts parts{memory};
+    rows = round_up(rows, kStepRows<bf16>);  // the last step is a whole one
     queries = {parts.take_as<Lane<T>>(rows * width), round_up(depth, Vec::size)};
     total = {parts.take(rows * width), width};
     sums = parts.take(rows * Vec::size);
     tops = parts.take(round_up(rows, 16));
     keys = {parts.take_as<Lane<T>>(kKeyBlock * width), kKeyBlock};
     values = {parts.take_as<Lane<T>>(kKeyBlock * width), width};
-    scores = parts.take(kTileRows * kKeyBlock);
-    weights = parts.take_as<Lane<T>>(kTileRows * kKeyBlock);
+    scores = {parts.take(kStepRows<T> * kKeyBlock), kKeyBlock};
+    weights = {parts.take_as<Lane<T>>(kStepRows<T> * kKeyBlock), kKeyBlock / Operand<T>::per};
     std::fill(total.data, total.data + rows * width, 0.0f);
     std::fill(sums, sums + rows * Vec::size, 0.0f);
     std::fill(tops, tops + rows, kNothing);
@@ -86,32 +88,29 @@ inline void attend_block(const Tile<T>& tile, const AttendScratch<T>& s, int64_t
     gather_columns<T>(keys, block, tile.head_dim, s.keys.data, s.keys.stride);
     gather_stacked<T>(values, block, tile.head_dim, s.values.data, s.values.stride);
   }
-  for (int64_t r = 0; r < tile.rows; r += kTileRows) {
-    const int64_t rows = std::min(kTileRows, tile.rows - r);
+  for (int64_t r = 0; r < tile.rows; r += kStepRows<T>) {
+    const int64_t rows = std::min(kStepRows<T>, tile.rows - r);
     const int64_t seen = std::min(block, tile.limit(r + rows - 1) - first);
     if (seen <= 0) continue;
-    const int64_t count = round_up(seen, Vec::size);
+    const int64_t count = filled<T>(seen);
     if constexpr (Operand<T>::per == 1)
       if (few)
-        few_scores<T>({s.queries.data, s.queries.stride}, keys, s.scores, rows, seen,
+        few_scores<T>({s.queries.data, s.queries.stride}, keys, s.scores.data, rows, seen,
                       tile.head_dim);
-    if (!few)
-      product(s.queries.from(r, 0), s.keys, {s.scores, kKeyBlock}, rows, count, s.depth, false);
+    if (!few) product(s.queries.from(r, 0), s.keys, s.scores, rows, count, s.depth, false);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t own = std::clamp<int64_t>(tile.limit(r + i) - first, 0, seen);
       Vec shrink;
       float* row = s.total.row(r + i);
-      if (softmax_block<T>(s.scores + i * kKeyBlock, s.weights + i * kKeyBlock, own, count,
-                           tile.scale * kLog2e, s.tops[r + i], s.sums + (r + i) * Vec::size,
-                           shrink))
+      if (softmax_block<T>(s.scores.row(i), s.weights.row(i), own, count, tile.scale * kLog2e,
+                           s.tops[r + i], s.sums + (r + i) * Vec::size, shrink))
         for (int64_t d = 0; d < s.width; d += Vec::size)
           store(row + d, load(row + d, Full{}) * shrink, Full{});
     }
     if constexpr (Operand<T>::per == 1)
-      if (few) few_totals<T>(s.weights, values, s.total, rows, seen);
+      if (few) few_totals<T>(s.weights.data, values, s.total, rows, seen);
     if (!few)
-      product({s.weights, kKeyBlock}, s.values, s.total.from(r, 0), rows, s.width,
-              lanes_of<T>(seen), true);
+      product(s.weights, s.values, s.total.from(r, 0), rows, s.width, lanes_of<T>(seen), true);
   }
 }
 
@@ -119,6 +118,7 @@ inline void attend_block(const Tile<T>& tile, const AttendScratch<T>& s, int64_t
 // no key; nobody asks for it if lse.first is null. memory: attend_scratch(rows, head_dim) floats.
 template <class T>
 inline void attend_tile(const Tile<T>& tile, TileRows<T> out, TileRows<float> lse, float* memory) {
+  const Amx amx;
   const AttendScratch<T> s(tile.rows, tile.head_dim, memory);
   gather_rows<T>(tile.q, tile.rows, tile.head_dim, s.queries.data, s.queries.stride);
   const bool few = tile.whole && few_rows<T>(tile.rows, tile.head_dim);

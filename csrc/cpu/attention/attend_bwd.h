@@ -93,13 +93,14 @@ inline void softmax_bwd(const float* s, float* dp, const AttendBwdScratch<T>& sc
   }
 }
 
-// Two keys' rows of dS along the summed dimension of dQ.
+// Two keys' rows of dS along the summed dimension of dQ; zeros for a key that isn't there.
 template <class T>
 inline void stack_keys(const float* low, const float* high, Lane<T>* out, int64_t rows) {
   if constexpr (Operand<T>::per == 2)
     for (int64_t r = 0; r < rows; r += Vec::size) {
+      const Vec first = low == nullptr ? vec(0.0f) : load(low + r, Full{});
       const Vec second = high == nullptr ? vec(0.0f) : load(high + r, Full{});
-      store(reinterpret_cast<float*>(out) + r, stacked(load(low + r, Full{}), second), Full{});
+      store(reinterpret_cast<float*>(out) + r, stacked(first, second), Full{});
     }
 }
 
@@ -111,7 +112,7 @@ inline void gather_queries(const TileBwd<T>& b, const AttendBwdScratch<T>& s) {
   gather_columns<T>(b.dout, rows, head_dim, s.dout_columns.data, s.dout_columns.stride);
   gather_stacked<T>(b.tile.q, rows, head_dim, s.q_stacked.data, s.q_stacked.stride);
   gather_stacked<T>(b.dout, rows, head_dim, s.dout_stacked.data, s.dout_stacked.stride);
-  for (int64_t r = 0; r < round_up(rows, Vec::size); ++r) {
+  for (int64_t r = 0; r < filled<T>(rows); ++r) {
     // Rows that see nothing, and those behind the tile's last one, weigh nothing.
     s.lse[r] = r < rows && b.tile.limit(r) > 0 ? *b.lse(r) : -kNothing;
     s.delta[r] = r < rows ? b.delta(r) : 0.0f;
@@ -128,7 +129,7 @@ inline void gather_keys(const Tile<T>& tile, const AttendBwdScratch<T>& s, int64
   gather_rows<T>(tile.v.from(first), count, tile.head_dim, s.values.data, s.values.stride);
   gather_stacked<T>(keys, count, tile.head_dim, s.keys_stacked.data, s.keys_stacked.stride);
   const auto* stacked = reinterpret_cast<const float*>(s.keys_stacked.data);
-  gather_columns<float>([&](int64_t j) { return stacked + j * s.width; }, lanes_of<T>(count),
+  gather_columns<float>(SeenRows<const float>{stacked, s.width, nullptr}, lanes_of<T>(count),
                         s.width, reinterpret_cast<float*>(s.keys_turned.data),
                         s.keys_turned.stride);
 }
@@ -137,7 +138,7 @@ inline void gather_keys(const Tile<T>& tile, const AttendBwdScratch<T>& s, int64
 template <class T>
 inline Matrix<Lane<T>> weigh_keys(const Tile<T>& tile, const AttendBwdScratch<T>& s, int64_t first,
                                   int64_t count) {
-  const int64_t lanes = round_up(tile.rows, Vec::size);
+  const int64_t lanes = filled<T>(tile.rows);
   product(s.keys, s.q_columns, s.scores, count, lanes, s.depth, false);
   product(s.values, s.dout_columns, s.slopes, count, lanes, s.depth, false);
   int64_t unseeing = 0;  // how many of the first rows don't see key j
@@ -148,19 +149,26 @@ inline Matrix<Lane<T>> weigh_keys(const Tile<T>& tile, const AttendBwdScratch<T>
     softmax_bwd<T>(row, s.slopes.row(j), s, tile.scale * kLog2e, s.p.row(j), s.ds.row(j), lanes);
   }
   if constexpr (Operand<T>::per == 1) return {s.ds.data, kBwdRows};
-  for (int64_t j = 0; j < count; j += 2)
-    stack_keys<T>(s.slopes.row(j), j + 1 < count ? s.slopes.row(j + 1) : nullptr,
-                  s.ds_stacked.row(j / 2), lanes);
+  if constexpr (Operand<T>::tiled)
+    for (int64_t j = count; j < round_up(count, kAmxRows); ++j) {  // nothing for dK and dV
+      std::memset(s.p.row(j), 0, lanes * sizeof(T));
+      std::memset(s.ds.row(j), 0, lanes * sizeof(T));
+    }
+  const auto row = [&](int64_t j) { return j < count ? s.slopes.row(j) : nullptr; };
+  for (int64_t j = 0; j < 2 * lanes_of<T>(count); j += 2)
+    stack_keys<T>(row(j), row(j + 1), s.ds_stacked.row(j / 2), lanes);
   return s.ds_stacked;
 }
 
-// Adds to dk and dv, float [end - begin, width], dk without its scale. Gives dq(r, row), float
+// Adds to dk and dv, float [end - begin, width], dk without its scale; AMX adds zeros up to 15 rows
+// behind the last one that is seen. Gives dq(r, row), float
 // without its scale, of the chunk's keys.
 template <class T, class DQ>
 inline void attend_tile_bwd(const TileBwd<T>& b, float* dk, float* dv, DQ&& dq, float* memory) {
   const Tile<T>& tile = b.tile;
+  const Amx amx;
   const AttendBwdScratch<T> s(tile.head_dim, memory);
-  const int64_t lanes = round_up(tile.rows, Vec::size), depth = lanes_of<T>(tile.rows);
+  const int64_t lanes = filled<T>(tile.rows), depth = lanes_of<T>(tile.rows);
   gather_queries(b, s);
   const int64_t end = std::min(b.end, tile.limit(tile.rows - 1));
   for (int64_t first = b.begin; first < end; first += kKeyBlock) {
@@ -172,7 +180,7 @@ inline void attend_tile_bwd(const TileBwd<T>& b, float* dk, float* dv, DQ&& dq, 
     product(s.ds, s.q_stacked, dkeys, seen, s.width, depth, true);
     product(s.keys_turned, ds_across, s.dq_turned, tile.head_dim, lanes, lanes_of<T>(seen), true);
   }
-  gather_columns<float>([&](int64_t d) { return s.dq_turned.row(d); }, tile.head_dim, tile.rows,
-                        s.dq_rows.data, s.dq_rows.stride);
+  gather_columns<float>(SeenRows<const float>{s.dq_turned.data, kBwdRows, nullptr}, tile.head_dim,
+                        tile.rows, s.dq_rows.data, s.dq_rows.stride);
   for (int64_t r = 0; r < tile.rows; ++r) dq(r, s.dq_rows.row(r));
 }

@@ -12,8 +12,8 @@ constexpr bool few_rows(int64_t rows, int64_t head_dim) {
 // scores[i, j] = q_i k_j for up to kTileRows rows and kKeyBlock keys. A tree adds up the lanes of 4
 // rows by some keys at once.
 template <class T>
-inline void few_scores(Matrix<const float> q, SeenRows<const T> k, float* scores, int64_t rows,
-                       int64_t keys, int64_t head_dim) {
+[[gnu::noinline]] void few_scores(Matrix<const float> q, SeenRows<const T> k, float* scores,
+                                 int64_t rows, int64_t keys, int64_t head_dim) {
   constexpr int64_t kKeys = Vec::size / kTileRows;
   const float* query[kTileRows];
   for (int64_t i = 0; i < kTileRows; ++i) query[i] = q.row(std::min(i, rows - 1));
@@ -40,8 +40,8 @@ inline void few_scores(Matrix<const float> q, SeenRows<const T> k, float* scores
 
 // total_i += sum of weights[i, j] v_j over the keys.
 template <class T>
-inline void few_totals(const float* weights, SeenRows<const T> v, Matrix<float> total, int64_t rows,
-                       int64_t keys) {
+[[gnu::noinline]] void few_totals(const float* weights, SeenRows<const T> v, Matrix<float> total,
+                                 int64_t rows, int64_t keys) {
   const float* weight[kTileRows];
   for (int64_t i = 0; i < kTileRows; ++i) weight[i] = weights + std::min(i, rows - 1) * kKeyBlock;
   for (int64_t d = 0; d < total.stride; d += kTileColumns) {

@@ -2,21 +2,11 @@
 // vectors. Operands are lanes (simd/operand.h); a tile of C stays in registers while its sum runs.
 #pragma once
 
-#include "cpu/simd/operand.h"
+#include "cpu/simd/amx_product.h"
 
 constexpr int64_t kTileRows = 4;
 constexpr int64_t kTileVectors = Vec::size == 16 ? 4 : 2;  // 4 rows of them are half the registers
 constexpr int64_t kTileColumns = kTileVectors * Vec::size;
-
-// A matrix by its first element and the distance between its rows.
-template <class X>
-struct Matrix {
-  X* data;
-  int64_t stride;
-
-  X* row(int64_t i) const { return data + i * stride; }
-  Matrix from(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
-};
 
 // Always inline: a tile is so little work that a call would show.
 template <int M, int N, class Lane>
@@ -55,8 +45,8 @@ inline void product_panel(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c, int64
 
 // C [rows, columns] (+)= A [rows, depth] B [depth, columns], columns in whole vectors.
 template <class Lane>
-inline void product(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c, int64_t rows, int64_t columns,
-                    int64_t depth, bool add) {
+[[gnu::noinline]] void product(Matrix<Lane> a, Matrix<Lane> b, Matrix<float> c, int64_t rows,
+                               int64_t columns, int64_t depth, bool add) {
   for (; columns >= kTileColumns; columns -= kTileColumns) {
     product_panel<kTileVectors>(a, b, c, rows, depth, add);
     b = b.from(0, kTileColumns);

@@ -13,6 +13,11 @@ constexpr int64_t kKeyBlock = 128;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896340736f;
 
+// Rows whose scores are in scratch at once. Of AMX two tiles: half as many would load each tile of
+// keys and values twice as often.
+template <class T>
+constexpr int64_t kStepRows = Operand<T>::tiled ? 2 * kAmxRows : kTileRows;
+
 // What belongs to the rows of a tile: `group` neighbouring heads of one token after the other. The
 // strides lead from a token and from a head to the next.
 template <class T>

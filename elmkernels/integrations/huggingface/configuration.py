@@ -42,7 +42,7 @@ class OpenELMConfig(PreTrainedConfig):
     """
 
     model_type = "openelm"
-    auto_map = None  # TRL reads it of every configuration
+    auto_map = {}  # of a folder without its own; TRL and the Auto classes look into it
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "hidden_size": "model_dim",

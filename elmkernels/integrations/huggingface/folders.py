@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from ...checks import fail
 from ...openelm.compressed import STORED_FORMS, Compressed
+from ...text import hub
 
 AUTO_MAP = {
     "AutoConfig": "configuration_openelm.OpenELMConfig",
@@ -38,6 +39,26 @@ _HUB = (
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those of from_pretrained's arguments that say where files come from."""
     return {name: options[name] for name in _HUB if options.get(name) is not None}
+
+
+def only_here(path: Any, options: dict[str, Any]) -> None:
+    """Have a repository's name mean what the hub's cache holds of it, so that loading a model
+    downloads nothing; `local_files_only=False` and a revision or cache of one's own leave it to
+    transformers.
+
+    Args:
+        path: a folder, or a repository's name.
+        options: of from_pretrained; it becomes local_files_only.
+
+    Raises:
+        FileNotFoundError: the cache doesn't hold it, with the command that fetches it.
+    """
+    said = ("local_files_only", "revision", "cache_dir", "force_download", "subfolder", "gguf_file")
+    if path is None or Path(path).is_dir() or any(options.get(n) is not None for n in said):
+        return
+    if hub.snapshot(str(path), (*hub.WEIGHTS, "adapter_config.json")) is None:
+        hub.local_path(path)
+    options["local_files_only"] = True
 
 
 def compression_of(path: str, options: dict[str, Any]) -> str | None:

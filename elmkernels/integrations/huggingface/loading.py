@@ -57,7 +57,8 @@ class LoadsAndSaves:
         library has saved.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a repository's name.
+            pretrained_model_name_or_path: a folder, or the name of a repository that the hub's
+                cache on this machine holds; `local_files_only=False` lets transformers fetch it.
             args: of the constructor.
             kernels: "auto" for the best of each device, a backend's name, which then never falls
                 back, or None for plain PyTorch.
@@ -68,6 +69,7 @@ class LoadsAndSaves:
 
         Raises:
             TypeError: kernels is something else.
+            FileNotFoundError: there is no such checkpoint here.
             ValueError: weights are missing, unexpected or of another shape, all in one error; or
                 no backend has the name.
             RuntimeError: the backend can't run here.
@@ -79,6 +81,7 @@ class LoadsAndSaves:
         if kernels is not None and not isinstance(kernels, str):
             fail("kernels", "'auto', a backend's name or None", type(kernels).__name__, TypeError)
         path = pretrained_model_name_or_path
+        folders.only_here(path, options)
         told = options.pop("output_loading_info", False)
         if path is not None and folders.compression_of(str(path), options):
             model, info = cls._compressed(str(path), options), {}

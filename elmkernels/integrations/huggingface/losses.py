@@ -11,25 +11,27 @@ from ...openelm.compressed import weight_of
 from ...openelm.loss import plain_weight
 from ...openelm.shared_weight import TiedWeightGradient
 from ...reference import cross_entropy
-from ...surgery import plain, plain_tensor
+from ...surgery import plain_tensor
 
 IGNORED = -100
 
 
 def shared_gradient(body: OpenELM) -> TiedWeightGradient | None:
     """How embedding and projection share one gradient, None if they don't (see `OpenELM.loss`)."""
-    if body.classifier is not None:
+    if body.classifier is not None or not body._straight():
         return None
     return body.loss_head.shared_gradient(body.token_embeddings)
 
 
 def _head_weight(body: OpenELM) -> Tensor | None:
     """What the projection multiplies by, None if it is more than a product with a plain matrix."""
+    if not body._straight():
+        return None
     if body.classifier is not None:
         return plain_weight(body.classifier)
     # The product doesn't call the embedding, whatever hangs on it (transformers hooks its output
     # for checkpointing) or wraps it (an adapter, which then answers for its weight).
-    weight = weight_of(body.token_embeddings) if plain(body.tied_head) else None
+    weight = weight_of(body.token_embeddings)
     return weight if isinstance(weight, Tensor) and plain_tensor(weight) else None
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops._cost import of_attention, of_attention_bwd
+from ...ops._flops import of_attention, of_attention_bwd
 from ...reference.attention import visible_keys, without_unseen
 from ...reference.common import document_of
-from ..equivalent import Orders, put_back, take
+from ..equivalent import Orders, put_back, take, with_gradient
 from .draw import ALL, Case, Draw, Inputs, grad, models
 from .spec import OpSpec, checked
 
@@ -238,6 +238,9 @@ def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     return forward + of_attention_bwd(q, k, ends) if backward else forward
 
 
+_FEW = 4  # queries whose roundings are too few to be typical
+
+
 def reordered(
     orders: Orders,
     q: Tensor,
@@ -263,6 +266,7 @@ def reordered(
     # Every head of a group sees the same keys: only the queries have to come in the heads' order.
     heads, columns, of_v = orders.heads(k.shape[2], group), orders(q.shape[3]), orders(q.shape[3])
     queries, keys = (orders(lq), orders(lk)) if wide else (None, None)
+    elsewhere = not wide and 0 < lq <= _FEW and q.numel() > 0 and orders.coin()
     visible = take(visible, None, None, queries, keys)
     real = visible.any(-1, keepdim=True)
     q = take(q, None, queries, heads, columns).transpose(1, 2)
@@ -271,6 +275,9 @@ def reordered(
     if wide and q.numel():
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
         out = _scored_twice(q, k, v, orders(q.shape[3]), visible | ~real, scale)
+    elif elsewhere:
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        out = rounded_elsewhere(q, k, v, visible | ~real, scale, orders.factor())
     else:
         # Half types round what each block of queries and each head gives k and v; torch has one
         # way for heads that are repeated and one for those that are not.
@@ -294,13 +301,32 @@ def _scored_twice(
     first, second = (
         (a @ b.mT * scale).masked_fill(~visible, -math.inf) for a, b in ((q, k), tuple(again))
     )
-    sums = _with_gradient(first.logsumexp(-1, keepdim=True), second.logsumexp(-1, keepdim=True))
-    return _with_gradient(first.softmax(-1) @ v, (second - sums).exp() @ v)
+    sums = with_gradient(first.logsumexp(-1, keepdim=True), second.logsumexp(-1, keepdim=True))
+    return with_gradient(first.softmax(-1) @ v, (second - sums).exp() @ v)
 
 
-def _with_gradient(value: Tensor, of: Tensor) -> Tensor:
-    """value, whose gradient is that of another one."""
-    return value.detach() + (of - of.detach())
+def rounded_elsewhere(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None, factor: float
+) -> Tensor:
+    """Attention in float32 that rounds what torch's rounds in a half type: the weights and their
+    gradients, at another scale, and the output, of which the backward takes the share of the
+    weights' sum. Of few queries few roundings decide, and no order of theirs changes one.
+    """
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = (t.to(wide) for t in (q, k, v))
+
+    def rounded(x: Tensor) -> Tensor:
+        return (x * factor).to(dtype).to(wide) / factor
+
+    scores = (q @ k.mT * scale).masked_fill(~visible, -math.inf)
+    if scores.requires_grad:
+        scores.register_hook(rounded)
+    sums = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - sums.detach()).exp()
+    out = with_gradient(rounded(weights), weights) @ v
+    stored = out.detach().to(dtype).to(wide)
+    return (out - stored * (sums - sums.detach())).to(dtype)
 
 
 SPEC = OpSpec(

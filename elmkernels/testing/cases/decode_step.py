@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import reference
 from ...openelm.config import OpenELMConfig
-from ...ops._cost import of_step
+from ...ops._flops import of_step
 from ...reference import rope_table
 from ...weights.formats import Arena, DecoderWeights, Layer, Weight
 from ..equivalent import Orders, put_back, take

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
-from ...ops._cost import of_linear
+from ...ops._flops import of_linear
 from ...weights.formats import Weight
 from ...weights.packed12 import pack_weight
 from ..equivalent import Orders, flat_rows, put_back, take

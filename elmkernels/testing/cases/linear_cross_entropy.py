@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
-from ...ops._cost import of_losses
-from ..equivalent import Orders, flat_rows, put_back, take
+from ...ops._flops import of_losses
+from ..equivalent import Orders, flat_rows, put_back, take, with_gradient
 from .draw import ALL, HALF, LAYOUTS, Case, Draw, Inputs, grad, models
 from .spec import OpSpec, installed, liger, total_bytes
 
@@ -146,9 +146,13 @@ def reordered(
     ignore_index: int = -100, reduction: str = "mean", **options,
 ) -> Tensor:  # fmt: skip
     """Columns, which a logit sums; the vocabulary, which the softmax does; rows, which the loss
-    and the weight's gradient do."""
+    and the weight's gradient do. In half types gradients are made at another scale too, and scaled
+    back: those of few rows round few numbers."""
     rows, columns = orders(targets.numel()), orders(hidden.shape[-1])
     vocabulary, nothing = orders(len(weight)), -100
+    factor = orders.factor() if hidden.dtype.itemsize < 4 and orders.coin() else 1.0
+    if factor != 1.0:
+        hidden, weight = (with_gradient(x, x / factor) for x in (hidden, weight))
     drawn = take(targets.reshape(-1), rows)
     real = drawn != ignore_index
     moved = vocabulary.argsort()[drawn.where(real, 0)].where(real, nothing)
@@ -160,6 +164,7 @@ def reordered(
         reduction=reduction,
         **options,
     )
+    losses = losses if factor == 1.0 else with_gradient(losses, losses * factor)
     return put_back(losses, rows).view(targets.shape) if reduction == "none" else losses
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ import numpy as np
 from ... import checks
 from ...openelm.tokenizer import FILES, find_tokenizer, special_tokens
 from ...openelm.tokenizer import Tokenizer as Borrowed
+from ...text.added import Added, added_beside
+from ...text.metadata import parsed
 
 # Names that an end of document and a beginning go by, where no config.json gives their ids.
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")
@@ -110,8 +112,11 @@ class File:
             checks.fail("data.eos", f"in [0, {self.vocab_size}) (the tokenizer's)", found)
         self.eos = found
         # By content: the same tokenizer in another place gives the same ids.
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.identity = f"{path.suffix} {digest} bos {self.bos} eos {found}"
+        digest = hashlib.sha256(path.read_bytes())
+        self._added = {} if path.suffix == ".json" else added_beside(path.parent)
+        if self._added:
+            digest.update(repr(sorted(self._added.items())).encode())
+        self.identity = f"{path.suffix} {digest.hexdigest()} bos {self.bos} eos {found}"
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         decoded = [text.decode("utf-8", "replace") for text in texts]
@@ -123,6 +128,16 @@ class File:
         target = Path(folder) / name
         if not (target.exists() and target.samefile(self.path)):
             shutil.copyfile(self.path, target)
+        if self._added and added_beside(Path(folder)) != self._added:
+            _write_added(Path(folder), self._added)
+
+
+def _write_added(folder: Path, tokens: Mapping[int, Added]) -> None:
+    """Say in a folder's tokenizer_config.json what is added to its tokenizer."""
+    path = folder / "tokenizer_config.json"
+    said = parsed(path, path.read_bytes()) if path.is_file() else {}
+    said["added_tokens_decoder"] = {str(i): token.said() for i, token in sorted(tokens.items())}
+    path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def load(name: str, eos: int | None = None) -> Tokenizer:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from elmkernels.openelm import OpenELMConfig
 
-from .golden import load_hf_tiny, load_tiny
+from ..golden import load_hf_tiny, load_tiny
 
 
 class Norm(nn.Module):
@@ -132,6 +132,12 @@ class CoreNetLayer(LayerParts):
         return x + self.ffn(self.ffn_norm(x)), past_keys, past_values
 
 
+def head(body: "CoreNetModel", x: Tensor) -> Tensor:
+    if body.classifier is not None:
+        return body.classifier(x)
+    return F.linear(x, body.token_embeddings.weight)
+
+
 class CoreNetModel(nn.Module):
     """Called with ids, or with a dict of ids and the lists of past keys and values."""
 
@@ -149,26 +155,23 @@ class CoreNetModel(nn.Module):
             None if tied else nn.Linear(config.model_dim, config.vocab_size, bias=False)
         )
 
-    def head(self, x: Tensor) -> Tensor:
-        if self.classifier is not None:
-            return self.classifier(x)
-        return F.linear(x, self.token_embeddings.weight)
-
     def forward(self, model_input):
         if isinstance(model_input, Tensor):
             x = self.token_embeddings(model_input)
             for layer in self.layers:
                 x, _, _ = layer(x)
-            return self.head(self.norm(x))
+            return head(self, self.norm(x))
         keys = model_input["past_keys"] or [None] * len(self.layers)
         values = model_input["past_values"] or [None] * len(self.layers)
+        keep, causal = model_input["use_kv_cache"], model_input["is_causal"]
         x = self.token_embeddings(model_input["input_ids"])
         out = {"past_keys": [], "past_values": []}
         for layer, k, v in zip(self.layers, keys, values, strict=True):
-            x, k, v = layer(x, k, v, True, model_input["is_causal"])
+            x, k, v = layer(x, k, v, keep, causal)
             out["past_keys"].append(k)
             out["past_values"].append(v)
-        return out | {"logits": self.head(self.norm(x))}
+        logits = head(self, self.norm(x))
+        return out | {"logits": logits} if keep else logits
 
 
 class Cache:
@@ -237,7 +240,9 @@ class HuggingFaceLayer(LayerParts):
 
 
 class HuggingFaceModel(nn.Module):
-    """The body under `transformer`, an additive mask made from the padding, a Cache if given."""
+    """The body under `transformer`, an additive mask made from the padding, a Cache if given: its
+    body and its forward are neither Apple's nor like them (see `remote_code` for such).
+    """
 
     class Body(CoreNetModel):
         layer = HuggingFaceLayer
@@ -266,7 +271,7 @@ class HuggingFaceModel(nn.Module):
                 use_cache=cache is not None,
                 cache_position=cache_position,
             )
-        return self.transformer.head(self.transformer.norm(x))
+        return head(self.transformer, self.transformer.norm(x))
 
 
 def corenet() -> CoreNetModel:
