@@ -109,7 +109,7 @@ def add_parser(commands: Any) -> None:
         "--decode-mode",
         type=one_of(DECODE_MODES),
         metavar="MODE",
-        help=f"of a GPU: {', '.join(DECODE_MODES)} (default: fastest)",
+        help=f"GPU: {', '.join(DECODE_MODES)} (default: fastest)",
     )
     results = how.add_mutually_exclusive_group()
     results.add_argument("--stream", action="store_true", help="print it as it comes (one prompt)")

@@ -189,7 +189,7 @@ def test_truncated(tmp_path, form, size):
         (
             "4 bits",
             {"quantization": {"group_size": 64, "bits": 4}},
-            r"shape: .*proj_1.scales must be \[64, 1\].*'group_size': 64.* got \[64, 2\]",
+            r"shape: .*qkv_proj.scales must be \[64, 1\].*'group_size': 64.* got \[64, 2\]",
         ),
         ("4 bits", {"quantization": {"group_size": 32, "bits": 3}}, "bits must be 8 or 4, got 3"),
         ("4 bits", {"quantization": {"bits": 4}}, "must have bits and group_size"),
