@@ -55,6 +55,18 @@ def test_the_json_of_a_bin_is_no_text(tmp_path):
     assert [path.name for path in found] == ["a.bin", "b.json"]
 
 
+@pytest.mark.parametrize("kind", ["device", "pipe", "link to nothing"])
+def test_what_is_no_file_would_be_read_for_ever(tmp_path, kind):
+    path = tmp_path / "texts/a.jsonl"
+    made(tmp_path, "texts/b.txt")
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "gone")
+    with pytest.raises(ValueError, match=f"a.jsonl must be a file, got a .*{kind}"):
+        sources.files("data.train", [f"{tmp_path}/texts"])
+
+
 @pytest.mark.parametrize("given", ["gone.txt", "no*where", "empty", "stdlib/nothing", ""])
 def test_paths_that_mean_nothing(tmp_path, given):
     (tmp_path / "empty").mkdir()

@@ -82,8 +82,16 @@ def _walk(folder: Path, endings: tuple[str, ...], skip: Callable[[str], bool]) -
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not skip(name)]
         wanted = [name for name in names if name.lower().endswith(endings) and not skip(name)]
-        found += [Path(root, name) for name in wanted]
+        found += [_regular(Path(root, name)) for name in wanted]
     return found
+
+
+def _regular(path: Path) -> Path:
+    """The path of a file; a pipe or a device would be read for ever."""
+    if not path.is_file():
+        got = "a pipe or a device" if path.exists() else "a link to nothing"
+        checks.fail(str(path), "a file", got)
+    return path
 
 
 def _stdlib(rest: str) -> list[Path]:
