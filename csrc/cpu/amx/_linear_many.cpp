@@ -3,8 +3,7 @@
 //
 // 32 rows of the weight at a time are a panel in the layout of the second operand (1280 columns:
 // 80 KB of L2); all rows of x pass it, 32 at a time. 2 n k operations a row of x, at 1,024 a cycle;
-// 64 bytes of tiles from L2 for each of these cycles bind first. To unpack costs about as much as
-// three rows of x do.
+// 64 bytes of tiles from L2 for each of these cycles bind first. Counted, not measured.
 #include "cpu/op.h"
 #include "cpu/simd/amx_product.h"
 #include "cpu/weights/dense.h"
