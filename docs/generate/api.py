@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import elmkernels
-from elmkernels import backends, devices, openelm, ops, testing
+from elmkernels import backends, devices, evaluation, openelm, ops, testing
 from elmkernels.bench import ops as bench
 from elmkernels.compression import conversion
 
@@ -29,6 +29,7 @@ SECTIONS: list[tuple[str, ModuleType, list[str]]] = [
     ("Ops", elmkernels, ops.__all__),
     ("What acts on models, in parts", openelm, openelm.__all__),
     ("Results", conversion, ["Conversion"]),
+    ("Evaluation", evaluation, evaluation.__all__),
     ("GGUF", openelm.gguf, ["export_gguf"]),
     ("Backends", backends, ["missing_kernels"]),
     ("Devices", devices, ["BackendChoice", "backend_choices"]),

@@ -31,6 +31,10 @@ class Score(NamedTuple):
     Attributes:
         logprob: the natural logarithm of the tokens' probability, given those before.
         greedy: whether each of them is the likeliest at its place.
+
+    Example:
+        >>> Score(-1.5, greedy=True).logprob
+        -1.5
     """
 
     logprob: float

@@ -28,6 +28,10 @@ class Request(NamedTuple):
     Attributes:
         ids: all tokens, the ones before among them.
         start: the first that is asked for, at least 1: what is before it is given.
+
+    Example:
+        >>> Request((1, 5, 7), start=2).ids[2:]
+        (7,)
     """
 
     ids: Ids
