@@ -120,7 +120,8 @@ def decode_step(
 
     Args:
         weights: a decoder, as `openelm.decoder_weights_of` gives it; its matrices may be plain,
-            `Affine` or `Packed12`.
+            `Affine` or `Packed12`. With activations="int8" those that are `Affine` meet rows that
+            are rounded to 8 bits (see `linear`); a GPU's kernel doesn't take that.
         tokens: int64 [batch], up to 8 sequences.
         positions: int64 [batch]: row b's token goes to position (and slot) positions[b] and sees
             what is before it.
@@ -150,7 +151,7 @@ def decode_step(
     if chosen is not None:
         _check_chosen(chosen, tokens)
     backend = choose("decode_step", arena.data.device.type, backend)
-    if backend == REFERENCE or tokens.shape[0] == 0:
+    if backend == REFERENCE or tokens.shape[0] == 0 or weights.activations is not None:
         check_decoder_weights(weights)
         _check_shares(arena, tuple(layer.kv_heads for layer in weights.layers))
         within("tokens", tokens, weights.embedding.shape[0], "the vocabulary")

@@ -7,6 +7,8 @@
 Row b's keys and values are written at its position in the arena, and it sees those up to there.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -29,6 +31,7 @@ def decode_step(
     """tokens, positions int64 [batch] -> logits [batch, vocab_size] in the arena's dtype; chosen
     int64 [batch], which may be tokens, receives the likeliest of each row."""
     dtype, eps = arena.data.dtype, weights.eps
+    product = partial(linear, activations=weights.activations)
     x = dense(weights.embedding, dtype)[tokens][:, None]
     place = positions[:, None]
     batch = torch.arange(tokens.shape[0], device=tokens.device)
@@ -36,7 +39,7 @@ def decode_step(
     seen = torch.arange(length, device=tokens.device) <= place
     for i, layer in enumerate(weights.layers):
         q, k, v = qk_norm_rope(
-            linear(rms_norm(x, layer.attn_norm, eps), layer.qkv_proj),
+            product(rms_norm(x, layer.attn_norm, eps), layer.qkv_proj),
             layer.q_norm,
             layer.k_norm,
             place,
@@ -48,10 +51,10 @@ def decode_step(
         k_cache, v_cache = arena.views(i, layer.kv_heads)
         k_cache[batch, positions], v_cache[batch, positions] = k[:, 0], v[:, 0]
         out = attention(q, k_cache[:, :length], v_cache[:, :length], seen)
-        x = x + linear(out.flatten(-2), layer.out_proj)
-        y = linear(rms_norm(x, layer.ffn_norm, eps), layer.proj_1)
-        x = x + linear(swiglu(y) if weights.gated else silu(y), layer.proj_2)
-    logits = linear(rms_norm(x, weights.norm, eps), weights.head)[:, 0]
+        x = x + product(out.flatten(-2), layer.out_proj)
+        y = product(rms_norm(x, layer.ffn_norm, eps), layer.proj_1)
+        x = x + product(swiglu(y) if weights.gated else silu(y), layer.proj_2)
+    logits = product(rms_norm(x, weights.norm, eps), weights.head)[:, 0]
     if chosen is not None and logits.numel():
         chosen.copy_(logits.argmax(-1))
     return logits
