@@ -19,7 +19,7 @@ OPS = set(ops.__all__)
 # The rooms from the ground up, and which of them a room may import besides itself. The longest
 # prefix of a module's name decides.
 MODEL = {"checks", "derivatives", "devices", "reference", "surgery", "text", "weights"}
-KERNELS = {"backends", "ops"} | MODEL
+KERNELS = {"backends", "ops", "processors"} | MODEL
 ACCELERATED = {"openelm", "acceleration"} | KERNELS
 GENERATING = {"generation", "compression"} | ACCELERATED
 MEASURING = {"testing", "bench"} | GENERATING
@@ -30,12 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": {"backends"},
     "checks": set(),
     "derivatives": set(),
+    "processors": set(),
     "surgery": set(),
     "weights": {"checks"},
     "reference": {"weights.formats"},
     "text": {"checks", "weights"},
     "triton": set(),
-    "ops": {"backends", "checks", "derivatives", "reference", "weights"},
+    "ops": {"backends", "checks", "derivatives", "processors", "reference", "weights"},
     "openelm": MODEL,
     "openelm.compressed": MODEL | {"ops.linear"},  # the one place where a model meets an op
     "openelm.gguf": MODEL | {"ops.linear"},
@@ -165,7 +166,7 @@ def test_the_package_holds_the_rooms_and_no_other():
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
     assert files == {
         "__init__.py", "__main__.py", "backends.py", "checks.py", "derivatives.py", "devices.py",
-        "hf.py", "interrupts.py", "libraries.py", "surgery.py",
+        "hf.py", "interrupts.py", "libraries.py", "processors.py", "surgery.py",
     }  # fmt: skip
 
 
