@@ -1,5 +1,6 @@
 """What linear and decode_step promise beyond numbers: the same bits whatever the batch, the
-threads, the tokens beside one and the form that holds a bfloat16 matrix; only what they own is written.
+threads, the tokens beside one and the form that holds a bfloat16 matrix; only what they own is
+written.
 """
 
 import dataclasses
