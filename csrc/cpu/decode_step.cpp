@@ -1,9 +1,10 @@
 // decode_step: the next tokens of each sequence through a whole decoder, in one parallel region.
 //
-// Every weight is read once, whatever the number of tokens. That is the floor, and the rest hides behind it. A
-// layer is five stages of the team: qkv_proj, attention (with QK norm, RoPE and the cache write),
-// out_proj, proj_1 with its gate, proj_2. Each thread takes blocks of the rows of each weight. It
-// normalizes the whole (short) input by itself, which is cheaper than one more stage.
+// Every weight is read once, whatever the number of tokens. That is the floor, and the rest hides
+// behind it. A layer is five stages of the team: qkv_proj, attention (with QK norm, RoPE and the
+// cache write), out_proj, proj_1 with its gate, proj_2. Each thread takes blocks of the rows of
+// each weight. It normalizes the whole (short) input by itself, which is cheaper than one more
+// stage.
 #include "cpu/attention/attend.h"
 #include "cpu/op.h"
 #include "cpu/rope.h"

@@ -44,6 +44,15 @@ def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
     return list(pairwise([*range(0, n, step), n]))
 
 
+def torch_product(x: Tensor, weight: Weight, wants: bool, special: bool, backend: str) -> Tensor:
+    """x w^T; whether a gradient is asked for, and whether by one of torch.func's transforms."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    if special:
+        return FrozenLinear.transformed(x, weight, backend)
+    return FrozenLinear.apply(x, weight, backend) if wants else dense_product(x, weight, backend)
+
+
 def dense_product(x: Tensor, weight: Weight, backend: str) -> Tensor:
     """x w^T, the compressed weight being dense one block at a time."""
     many = optional_kernel("linear_many", backend)

@@ -78,6 +78,22 @@ def _refuse_derivatives(weights: DecoderWeights, arena: Arena) -> None:
     refuse_tangents("decode_step", *tensors)
 
 
+def _by_reference(
+    weights: DecoderWeights,
+    tokens: Tensor,
+    positions: Tensor,
+    arena: Arena,
+    sequences: Tensor | None,
+    chosen: Tensor | None,
+) -> Tensor:
+    check_decoder_weights(weights)
+    check_shares_of(arena, tuple(layer.kv_heads for layer in weights.layers))
+    within("tokens", tokens, weights.embedding.shape[0], "the vocabulary")
+    within("positions", positions, weights.rope_table.shape[0], "rope_table's length")
+    within("positions", positions, arena.max_length, "the cache's max_length")
+    return reference.decode_step(weights, tokens, positions, arena, sequences, chosen)
+
+
 def decode_step(
     weights: DecoderWeights,
     tokens: Tensor,
@@ -93,16 +109,15 @@ def decode_step(
     There are no gradients: weights that require one are refused unless under torch.no_grad().
 
     Args:
-        weights: a decoder, as `openelm.decoder_weights_of` gives it; its matrices may be plain,
-            `Affine` or `Packed12`.
+        weights: a decoder, as `openelm.decoder_weights_of` gives it. With activations="int8" its
+            `Affine` matrices meet rows rounded to 8 bits (see `linear`), but not on a GPU.
         tokens: int64 [n], up to 8, of one sequence or of several.
         positions: int64 [n]: token i goes to position (and slot) positions[i] of its sequence and
             sees what is before it, tokens of this call among them.
         arena: the keys and values of the sequences, in the dtype of the norms (`KVCache.arena`).
         sequences: int64 [n], on the arena's device: to which sequence of the arena each token
-            belongs. Those of one sequence are neighbours, at ascending positions without a gap;
-            another sequence may have more of them, fewer or none. None: token i is the only one
-            of sequence i, of which the arena has n.
+            belongs. Those of one are neighbours, at ascending positions without a gap; another may
+            have more, fewer or none. None: token i is that of sequence i of n.
         chosen: int64 [n], contiguous, receives the most likely token after each one as
             torch.argmax finds it: the first of the largest, NaN being the largest. It may be
             `tokens` itself.
@@ -125,26 +140,17 @@ def decode_step(
         >>> with torch.no_grad():
         ...     logits = elmkernels.decode_step(weights, tokens, cache.lengths, cache.arena)
         >>> cache.advance(1)
-        >>> several = torch.tensor([5, 7, 2])  # the next three tokens of the only sequence
-        >>> places = cache.lengths + torch.arange(3)
-        >>> with torch.no_grad():
-        ...     logits = elmkernels.decode_step(
-        ...         weights, several, places, cache.arena, sequences=torch.zeros_like(places)
-        ...     )
-        >>> cache.advance(3)
+        >>> places, row = cache.lengths + torch.arange(3), torch.zeros(3, dtype=torch.int64)
+        >>> with torch.no_grad():  # three tokens of the only sequence
+        ...     logits = elmkernels.decode_step(weights, row, places, cache.arena, sequences=row)
     """
     _check(weights, tokens, positions, arena, sequences, chosen)
     device = arena.data.device.type
     backend = choose("decode_step", device, backend)
     if sequences is not None and (device == "cpu" or backend == REFERENCE):
         check_runs(sequences, positions, arena.batch)
-    if backend == REFERENCE or tokens.shape[0] == 0:
-        check_decoder_weights(weights)
-        check_shares_of(arena, tuple(layer.kv_heads for layer in weights.layers))
-        within("tokens", tokens, weights.embedding.shape[0], "the vocabulary")
-        within("positions", positions, weights.rope_table.shape[0], "rope_table's length")
-        within("positions", positions, arena.max_length, "the cache's max_length")
-        return reference.decode_step(weights, tokens, positions, arena, sequences, chosen)
+    if backend == REFERENCE or tokens.shape[0] == 0 or weights.activations is not None:
+        return _by_reference(weights, tokens, positions, arena, sequences, chosen)
     if unusual() or torch.is_grad_enabled():
         _refuse_derivatives(weights, arena)
     table = table_of(weights)

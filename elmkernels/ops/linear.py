@@ -11,17 +11,16 @@ at most BLOCK_BYTES is dense at once (`linear_many`: a panel). It takes no gradi
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import reference
 from ..backends import AMX, CPU, REFERENCE, Traits, choose, define, kernel, optional_kernel
 from ..checks import fail, floating, last_dim_contiguous, like, number, shape, truth
 from ..checks import weight as check_norm
-from ..derivatives import unusual
-from ..weights.checks import check_weight
+from ..derivatives import refuse, unusual
+from ..weights.checks import check_activations, check_weight
 from ..weights.formats import Parts, Weight, form_of
 from ._flops import counted, of_linear
-from ._linear_dense import BLOCK_BYTES, FrozenLinear, blocks, dense_product, dense_rows
+from ._linear_dense import BLOCK_BYTES, blocks, dense_rows, torch_product
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated
 
@@ -72,6 +71,7 @@ def linear(
     eps: float = 1e-6,
     swiglu: bool = False,
     residual: Tensor | None = None,
+    activations: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The product x weight^T with a weight in any form, and what stands before and after it.
@@ -84,6 +84,8 @@ def linear(
         eps: of that norm.
         swiglu: whether the product goes through `swiglu`: weight is [gate | up], n is even.
         residual: [..., n] in x's dtype, what the product is added to; None with swiglu.
+        activations: "int8" rounds the rows that an `Affine` weight is multiplied by to 8 bits, as
+            `reference.int8_rows`: faster, less exact, without gradients. None: as they are.
         backend: a backend by its name, which never falls back; None for the best here.
 
     Returns:
@@ -92,6 +94,7 @@ def linear(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device.
         RuntimeError: the named backend can't run here.
+        NotImplementedError: a gradient is asked for through activations="int8".
 
     Example:
         >>> x, weight = torch.randn(3, 64), torch.randn(128, 64)
@@ -100,35 +103,32 @@ def linear(
     """
     _check(x, weight, norm, swiglu, residual)
     number("eps", eps)
-    chosen = choose("linear", x.device.type, backend)
-    if chosen == REFERENCE:
-        return reference.linear(x, weight, norm, eps, swiglu, residual)
     special = unusual()
     others = [t for t in (x, norm, residual, weight) if isinstance(t, Tensor)]
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in others)
+    if activations is not None:
+        check_activations("activations", activations, weight)
+        if wants or special:
+            refuse("linear", "derivative of activations='int8'", "call it without activations")
+    if (chosen := choose("linear", x.device.type, backend)) == REFERENCE:
+        return reference.linear(x, weight, norm, eps, swiglu, residual, activations)
     rows = x.numel() // max(1, x.shape[-1])
     streamed = not (wants or special) and 0 < rows <= MAX_ROWS and x.numel() and weight.shape[0]
-    around = swiglu or norm is not None or residual is not None
+    around = activations is None and (swiglu or norm is not None or residual is not None)
     if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
         residual = None if residual is None else last_dim_contiguous(residual)
         return fused(last_dim_contiguous(x), *_parts(weight), norm, eps, swiglu, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps, backend=backend)
+    if activations is not None:
+        x = reference.int8_rows(x)
     if streamed:
         y = kernel("linear_fwd", chosen)(last_dim_contiguous(x), *_parts(weight))
     else:
-        y = _torch_product(x, weight, wants, special, chosen)
+        y = torch_product(x, weight, wants, special, chosen)
     if swiglu:
         y = gated(y, backend=backend)
     return y if residual is None else residual + y
-
-
-def _torch_product(x: Tensor, weight: Weight, wants: bool, special: bool, backend: str) -> Tensor:
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight)
-    if special:
-        return FrozenLinear.transformed(x, weight, backend)
-    return FrozenLinear.apply(x, weight, backend) if wants else dense_product(x, weight, backend)
 
 
 def _parts(weight: Weight) -> Parts:

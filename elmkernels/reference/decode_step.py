@@ -7,6 +7,8 @@
 A token's keys and values are written at its position of its sequence; it sees those up to there.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -30,6 +32,7 @@ def decode_step(
     """tokens, positions, sequences (None: 0, 1, ...) int64 [n] -> logits [n, vocab_size] in the
     arena's dtype; chosen int64 [n], which may be tokens, receives the likeliest of each row."""
     dtype, eps = arena.data.dtype, weights.eps
+    product = partial(linear, activations=weights.activations)
     x = dense(weights.embedding, dtype)[tokens][:, None]
     place = positions[:, None]
     rows = slice(None) if sequences is None else sequences
@@ -38,22 +41,17 @@ def decode_step(
     seen = torch.arange(length, device=tokens.device) <= place
     for i, layer in enumerate(weights.layers):
         q, k, v = qk_norm_rope(
-            linear(rms_norm(x, layer.attn_norm, eps), layer.qkv_proj),
-            layer.q_norm,
-            layer.k_norm,
-            place,
-            layer.q_heads,
-            layer.kv_heads,
-            weights.rope_table,
-            eps,
+            product(rms_norm(x, layer.attn_norm, eps), layer.qkv_proj),
+            *(layer.q_norm, layer.k_norm, place, layer.q_heads, layer.kv_heads),
+            *(weights.rope_table, eps),
         )
         k_cache, v_cache = arena.views(i, layer.kv_heads)
         k_cache[of, positions], v_cache[of, positions] = k[:, 0], v[:, 0]
         out = attention(q, k_cache[rows, :length], v_cache[rows, :length], seen)
-        x = x + linear(out.flatten(-2), layer.out_proj)
-        y = linear(rms_norm(x, layer.ffn_norm, eps), layer.proj_1)
-        x = x + linear(swiglu(y) if weights.gated else silu(y), layer.proj_2)
-    logits = linear(rms_norm(x, weights.norm, eps), weights.head)[:, 0]
+        x = x + product(out.flatten(-2), layer.out_proj)
+        y = product(rms_norm(x, layer.ffn_norm, eps), layer.proj_1)
+        x = x + product(swiglu(y) if weights.gated else silu(y), layer.proj_2)
+    logits = product(rms_norm(x, weights.norm, eps), weights.head)[:, 0]
     if chosen is not None and logits.numel():
         chosen.copy_(logits.argmax(-1))
     return logits

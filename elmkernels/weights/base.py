@@ -26,6 +26,7 @@ class Form(ABC):
     """A matrix [n, k] in one form."""
 
     group_size: int  # columns that share a scale; 0 if there are none
+    takes_int8: bool = False  # whether it is multiplied by activations rounded to 8 bits
 
     @property
     @abstractmethod

@@ -113,6 +113,17 @@ def check_decoder_weights(weights: DecoderWeights) -> None:
         _projection(f"weights.{name}", weight, None, dim, weights.norm)
     for i, layer in enumerate(weights.layers):
         _check_layer(f"weights.layers[{i}]", layer, weights)
+    if weights.activations is not None:
+        check_activations("weights.activations", weights.activations, *weights.weights())
+
+
+def check_activations(name: str, activations: str, *weights: Weight) -> None:
+    """What a weight is multiplied by may be rounded: one of the weights, at least, takes that."""
+    if activations != "int8":
+        fail(name, "'int8' or None", repr(activations))
+    if not any(form_of(w).takes_int8 for w in weights):
+        what = "None with weights that aren't quantized to 8 or 4 bits (Affine)"
+        fail(name, what, repr(activations))
 
 
 def check_arena(arena: Arena, weights: DecoderWeights, tokens: int | None) -> None:

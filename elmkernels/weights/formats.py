@@ -128,6 +128,8 @@ class Affine(Form):
     def takes(self, dtype: torch.dtype) -> bool:
         return True
 
+    takes_int8 = True  # no field: any of them
+
 
 @dataclass(frozen=True, eq=False)
 class Packed12(Form):
@@ -281,6 +283,8 @@ class DecoderWeights:
     head_dim: int
     gated: bool
     eps: float
+    # "int8": what meets an `Affine` matrix is rounded to 8 bits, as `ops.linear` does it.
+    activations: str | None = None
 
     @property
     def model_dim(self) -> int:
