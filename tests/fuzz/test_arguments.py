@@ -44,7 +44,7 @@ NAMES = {
         "plain_residual_rows_1",
     ],
     "linear_cross_entropy": ["none", "mean_every_option"],
-    "decode_step": ["plain_batch_1"],
+    "decode_step": ["plain_batch_1", "plain_ragged_tokens"],
 }  # fmt: skip
 PICKED = [(op, case) for op, names in NAMES.items() for case in CASES[op] if case.name in names]
 
