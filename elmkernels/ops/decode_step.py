@@ -151,13 +151,15 @@ def decode_step(
     if chosen is not None:
         _check_chosen(chosen, tokens)
     backend = choose("decode_step", arena.data.device.type, backend)
-    if backend == REFERENCE or tokens.shape[0] == 0 or weights.activations is not None:
+    if backend == REFERENCE or tokens.shape[0] == 0:
         check_decoder_weights(weights)
         _check_shares(arena, tuple(layer.kv_heads for layer in weights.layers))
         within("tokens", tokens, weights.embedding.shape[0], "the vocabulary")
         within("positions", positions, weights.rope_table.shape[0], "rope_table's length")
         within("positions", positions, arena.max_length, "the cache's max_length")
         return reference.decode_step(weights, tokens, positions, arena, chosen)
+    if weights.activations is not None and backend not in CPU:
+        fail("weights.activations", f"None with the backend {backend!r}", weights.activations)
     if unusual() or torch.is_grad_enabled():
         _refuse_derivatives(weights, arena)
     table = table_of(weights)
