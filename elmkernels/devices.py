@@ -7,6 +7,7 @@ cache is made, and by the commands that report on a machine.
 
 import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -84,6 +85,36 @@ def missing_device(device: torch.device) -> Reason | None:
         f"device {str(device)!r} is not here: {no_cuda()}; it needs a GPU, its driver and a CUDA "
         "build of torch; device 'cpu' works"
     )
+
+
+def free_memory() -> int | None:
+    """Bytes that a process may still take of this machine's memory without swapping: what the
+    system calls available, or what the process's own group has left of its limit. None if unknown.
+    """
+    free = []
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free.append(int(line.split()[1]) << 10)
+    group = next((x[3:] for x in _lines("/proc/self/cgroup") if x.startswith("0::")), None)
+    for folder in () if group is None else ("/sys/fs/cgroup", f"/sys/fs/cgroup{group}"):
+        most, used = (_number(f"{folder}/memory.{name}") for name in ("max", "current"))
+        if most is not None and used is not None:
+            cached = [x for x in _lines(f"{folder}/memory.stat") if x.startswith("inactive_file ")]
+            free.append(most - used + sum(int(x.split()[1]) for x in cached))
+    return max(0, min(free)) if free else None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+
+
+def _number(path: str) -> int | None:
+    """The number in a file; None if there is no file, or no limit."""
+    lines = _lines(path)
+    return int(lines[0]) if lines and lines[0].isdecimal() else None
 
 
 def no_cuda() -> str:

@@ -1,5 +1,5 @@
-"""Pytest's setup: a whole run takes every core; tests marked slow or ecosystem run only when `-m`
-asks for them; the golden models.
+"""Pytest's setup: a whole run takes every core; tests marked slow, ecosystem or vllm run only when
+`-m` asks for them; the golden models.
 """
 
 import os
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr:
         return
     for item in items:
-        for mark in ("slow", "ecosystem"):
+        for mark in ("slow", "ecosystem", "vllm"):
             if mark in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=f"{mark}; run with -m {mark}"))
 

@@ -19,7 +19,7 @@ OPS = set(ops.__all__)
 # The rooms from the ground up, and which of them a room may import besides itself. The longest
 # prefix of a module's name decides.
 MODEL = {"checks", "derivatives", "devices", "reference", "surgery", "text", "weights"}
-KERNELS = {"backends", "ops"} | MODEL
+KERNELS = {"backends", "ops", "processors"} | MODEL
 ACCELERATED = {"openelm", "acceleration"} | KERNELS
 GENERATING = {"generation", "compression"} | ACCELERATED
 MEASURING = {"testing", "bench"} | GENERATING
@@ -30,12 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": {"backends"},
     "checks": set(),
     "derivatives": set(),
+    "processors": set(),
     "surgery": set(),
     "weights": {"checks"},
     "reference": {"weights.formats"},
     "text": {"checks", "weights"},
     "triton": set(),
-    "ops": {"backends", "checks", "derivatives", "reference", "weights"},
+    "ops": {"backends", "checks", "derivatives", "processors", "reference", "weights"},
     "openelm": MODEL,
     "openelm.compressed": MODEL | {"ops.linear"},  # the one place where a model meets an op
     "openelm.gguf": MODEL | {"ops.linear"},
@@ -165,7 +166,7 @@ def test_the_package_holds_the_rooms_and_no_other():
     files = {p.name for p in SOURCES if p.parent == PACKAGE}
     assert files == {
         "__init__.py", "__main__.py", "backends.py", "checks.py", "derivatives.py", "devices.py",
-        "hf.py", "interrupts.py", "libraries.py", "surgery.py",
+        "hf.py", "interrupts.py", "libraries.py", "processors.py", "surgery.py",
     }  # fmt: skip
 
 
@@ -183,6 +184,10 @@ def test_the_model_stays_small():
     assert lines < 3000  # of which the public docstrings are some 300
 
 
+# Of integrations.vllm, what is imported where vLLM is; the rest is tested without it.
+OF_VLLM = {"configuration", "model", "ops", "registration"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_extras_are_imported_late(path):
     top = {name.partition(".")[0] for name in imports(path, late=False)}
@@ -191,6 +196,8 @@ def test_extras_are_imported_late(path):
         allowed |= {"triton"}
     if in_room(module_name(path), "integrations.huggingface"):  # nothing else imports it
         allowed |= {"transformers"}
+    if in_room(module_name(path), "integrations.vllm") and path.stem in OF_VLLM:
+        allowed |= {"transformers", "vllm"}
     if module_name(path) == "evaluation.lm":  # a class of lm-eval's; imported late itself
         allowed |= {"lm_eval"}
     assert top <= allowed, f"imported by loading the module: {sorted(top - allowed)}"

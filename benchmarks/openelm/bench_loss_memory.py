@@ -11,7 +11,7 @@ import multiprocessing
 import pytest
 import torch
 
-from elmkernels.bench.op_baselines import baselines
+from elmkernels.bench.baselines.of_ops import baselines
 from elmkernels.bench.timing import peak_memory
 from elmkernels.testing import bench_cases, make
 

@@ -1,9 +1,10 @@
-// decode_step: one token of each sequence through a whole decoder, in one parallel region.
+// decode_step: the next tokens of each sequence through a whole decoder, in one parallel region.
 //
-// Every weight is read once, whatever the batch. That is the floor, and the rest hides behind it. A
-// layer is five stages of the team: qkv_proj, attention (with QK norm, RoPE and the cache write),
-// out_proj, proj_1 with its gate, proj_2. Each thread takes blocks of the rows of each weight. It
-// normalizes the whole (short) input by itself, which is cheaper than one more stage.
+// Every weight is read once, whatever the number of tokens. That is the floor, and the rest hides
+// behind it. A layer is five stages of the team: qkv_proj, attention (with QK norm, RoPE and the
+// cache write), out_proj, proj_1 with its gate, proj_2. Each thread takes blocks of the rows of
+// each weight. It normalizes the whole (short) input by itself, which is cheaper than one more
+// stage.
 #include "cpu/attention/attend.h"
 #include "cpu/op.h"
 #include "cpu/rope.h"
@@ -48,15 +49,36 @@ struct Decoder {
   }
 };
 
-// What the threads of the team share: one row for each sequence.
+// The tokens of one sequence: neighbouring rows, at positions one behind the other.
+struct Run {
+  int64_t sequence, first, count, position;  // the last of the first token
+};
+
+std::vector<Run> runs_of(const int64_t* positions, const int64_t* sequences, int64_t tokens) {
+  std::vector<Run> runs;
+  for (int64_t i = 0; i < tokens; ++i) {
+    const int64_t sequence = sequences == nullptr ? i : sequences[i];
+    if (runs.empty() || runs.back().sequence != sequence)
+      runs.push_back({sequence, i, 1, positions[i]});
+    else
+      ++runs.back().count;
+  }
+  return runs;
+}
+
+// What the threads of the team share: one row for each token.
 template <class T>
 struct State {
-  int64_t batch, qkv_width, ffn, q_width = 0;  // of the widest layers
+  std::vector<Run> runs;
+  int64_t batch, qkv_width, ffn, q_width = 0;  // rows; of the widest layers
+  int64_t longest = 1;                         // run
   std::vector<T> hidden, qkv, attended, gated;
 
-  State(const Decoder<T>& decoder, int64_t batch, int64_t qkv_width, int64_t ffn)
-      : batch(batch), qkv_width(qkv_width), ffn(ffn) {
+  State(const Decoder<T>& decoder, std::vector<Run> of, int64_t batch, int64_t qkv_width,
+        int64_t ffn)
+      : runs(std::move(of)), batch(batch), qkv_width(qkv_width), ffn(ffn) {
     for (const Layer<T>& layer : decoder.layers) q_width = std::max(q_width, layer.out_proj.k);
+    for (const Run& run : runs) longest = std::max(longest, run.count);
     hidden.resize(batch * decoder.dim);
     qkv.resize(batch * qkv_width);
     attended.resize(batch * q_width);
@@ -97,7 +119,7 @@ struct Scratch {
   Activations activations;
   std::vector<T> normed, queries;
   std::vector<float> sums, more_sums, attention;
-  std::vector<Best> best;  // of its rows of the vocabulary, for each sequence
+  std::vector<Best> best;  // of its rows of the vocabulary, for each token
 
   static int64_t widest(const Decoder<T>& d, const State<T>& s) {
     return std::max({d.dim, s.q_width, s.ffn});
@@ -113,8 +135,8 @@ struct Scratch {
     int64_t group = 1;
     for (const Layer<T>& layer : decoder.layers)
       group = std::max(group, layer.q_heads / layer.kv_heads);
-    queries.resize(group * decoder.head_dim);
-    attention.resize(attend_scratch(group, decoder.head_dim));
+    queries.resize(state.longest * group * decoder.head_dim);
+    attention.resize(attend_scratch(state.longest * group, decoder.head_dim));
     // Rows that the compiled batch has too many repeat the last one.
     while (static_cast<int>(activations.rows.size()) < batch)
       activations.rows.push_back(activations.rows.back());
@@ -125,12 +147,11 @@ template <class T>
 class Step {
  public:
   Step(const Decoder<T>& decoder, State<T>& state, Scratch<T>& own, TeamThread& thread,
-       const int64_t* positions, T* logits, bool chooses)
+       T* logits, bool chooses)
       : decoder_(decoder),
         state_(state),
         own_(own),
         thread_(thread),
-        positions_(positions),
         logits_(logits),
         chooses_(chooses) {}
 
@@ -229,49 +250,51 @@ class Step {
     });
   }
 
-  // QK norm, RoPE, the cache write and attention, a key/value head at a time.
+  // QK norm, RoPE, the cache write and attention, a key/value head of a sequence at a time.
   void attend(const Layer<T>& layer) {
+    const int64_t heads = layer.kv_heads, items = static_cast<int64_t>(state_.runs.size()) * heads;
     with_half(decoder_.head_dim, [&](auto half) {
       const auto nothing = [] {};
-      thread_.stage(state_.batch * layer.kv_heads, 1, nothing, [&](int64_t i, int64_t) {
-        attend_head(layer, i / layer.kv_heads, i % layer.kv_heads, half);
+      thread_.stage(items, 1, nothing, [&](int64_t i, int64_t) {
+        attend_head(layer, state_.runs[i / heads], i % heads, half);
       });
     });
   }
 
   template <class Half>
-  void attend_head(const Layer<T>& layer, int64_t b, int64_t head, Half half) {
+  void attend_head(const Layer<T>& layer, const Run& run, int64_t head, Half half) {
     const int64_t d = decoder_.head_dim, group = layer.q_heads / layer.kv_heads;
-    const int64_t position = positions_[b];
-    const float* rotation = decoder_.rope_table + position * d;
-    const T* qkv = state_.qkv.data() + b * state_.qkv_width;
-    const int64_t cached = (b * layer.kv_heads + head) * decoder_.max_length * d;
+    const int64_t cached = (run.sequence * layer.kv_heads + head) * decoder_.max_length * d;
     T *keys = layer.keys + cached, *values = layer.values + cached;
-    head_forward(qkv + (layer.q_heads + head) * d, layer.k_norm, rotation, keys + position * d,
-                 half, decoder_.eps);
-    std::memcpy(values + position * d, qkv + (layer.q_heads + layer.kv_heads + head) * d,
-                d * sizeof(T));
     T* queries = own_.queries.data();
-    for (int64_t g = 0; g < group; ++g)
-      head_forward(qkv + (head * group + g) * d, layer.q_norm, rotation, queries + g * d, half,
-                   decoder_.eps);
-    T* out = state_.attended.data() + b * state_.q_width + head * group * d;
-    const Tile<T> tile{{queries, group, 0, d},
-                       group,
+    for (int64_t t = 0; t < run.count; ++t) {
+      const int64_t position = run.position + t;
+      const float* rotation = decoder_.rope_table + position * d;
+      const T* qkv = state_.qkv.data() + (run.first + t) * state_.qkv_width;
+      head_forward(qkv + (layer.q_heads + head) * d, layer.k_norm, rotation, keys + position * d,
+                   half, decoder_.eps);
+      std::memcpy(values + position * d, qkv + (layer.q_heads + layer.kv_heads + head) * d,
+                  d * sizeof(T));
+      for (int64_t g = 0; g < group; ++g)
+        head_forward(qkv + (head * group + g) * d, layer.q_norm, rotation,
+                     queries + (t * group + g) * d, half, decoder_.eps);
+    }
+    T* out = state_.attended.data() + run.first * state_.q_width + head * group * d;
+    const Tile<T> tile{{queries, group, group * d, d},
+                       run.count * group,
                        {keys, d, nullptr},
                        {values, d, nullptr},
-                       {position, group, nullptr},
+                       {run.position, group, nullptr},
                        d,
                        1.0f / std::sqrt(static_cast<float>(d)),
                        true};
-    attend_tile(tile, {out, group, 0, d}, {nullptr, group, 0, 0}, own_.attention.data());
+    attend_tokens(tile, {out, group, state_.q_width, d}, own_.attention.data());
   }
 
   const Decoder<T>& decoder_;
   State<T>& state_;
   Scratch<T>& own_;
   TeamThread& thread_;
-  const int64_t* positions_;
   T* logits_;
   const bool chooses_;
 };
@@ -284,9 +307,10 @@ void check_within(const char* name, const Tensor& index, int64_t limit, const ch
 }
 
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
-                       Tensor arena, const Tensor& offsets, const Tensor& rope_table,
-                       int64_t max_length, int64_t vocab_size, bool gated, double eps,
-                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim, Optional chosen) {
+                       Optional sequences, Tensor arena, const Tensor& offsets,
+                       const Tensor& rope_table, int64_t max_length, int64_t vocab_size, bool gated,
+                       double eps, int64_t model_dim, int64_t qkv_width, int64_t ffn_dim,
+                       int64_t /*batch*/, Optional chosen) {
   const int64_t batch = tokens.size(0);
   Tensor logits = output(arena, {batch, vocab_size});
   with_dtype(arena, [&](auto t) {
@@ -301,7 +325,9 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     check_within("tokens", tokens, decoder.embedding.n, "the vocabulary");
     check_within("positions", positions, rope_table.size(0), "rope_table's length");
     check_within("positions", positions, max_length, "the cache's max_length");
-    State<T> state(decoder, batch, qkv_width, ffn_dim);
+    const int64_t* of = sequences ? data<const int64_t>(*sequences) : nullptr;
+    State<T> state(decoder, runs_of(data<const int64_t>(positions), of, batch), batch, qkv_width,
+                   ffn_dim);
     for (int64_t b = 0; b < batch; ++b)
       dense_row(decoder.embedding, data<const int64_t>(tokens)[b],
                 state.hidden.data() + b * decoder.dim);
@@ -310,8 +336,8 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     scratch.reserve(threads);
     for (int i = 0; i < threads; ++i) scratch.emplace_back(decoder, state);
     with_thread_team(threads, [&](TeamThread thread, int number) {
-      Step<T>(decoder, state, scratch[number], thread, data<const int64_t>(positions),
-              data<T>(logits), chosen.has_value())
+      Step<T>(decoder, state, scratch[number], thread, data<T>(logits),
+              chosen.has_value())
           .run();
     });
     if (!chosen) return;

@@ -97,9 +97,11 @@ void launch(Step<T>& step, const Tensor& arena, cudaStream_t stream) {
 }
 
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,
-                       Tensor arena, const Tensor& offsets, const Tensor& rope_table,
-                       int64_t max_length, int64_t vocab_size, bool gated, double eps,
-                       int64_t model_dim, int64_t qkv_width, int64_t ffn_dim, Optional chosen) {
+                       Optional sequences, Tensor arena, const Tensor& offsets,
+                       const Tensor& rope_table, int64_t max_length, int64_t vocab_size, bool gated,
+                       double eps, int64_t model_dim, int64_t qkv_width, int64_t ffn_dim,
+                       int64_t /*sequences of the arena*/, Optional chosen) {
+  STD_TORCH_CHECK(!sequences, "decode_step on CUDA takes one token of each sequence");
   const int64_t batch = tokens.size(0), layers = table.size(0) - 1;
   const int64_t shape[] = {batch, vocab_size};
   Tensor logits = torch::stable::new_empty(arena, {shape, 2});

@@ -284,7 +284,8 @@ class FusedAttention(AttentionParts):
     ) -> Tensor:
         """make gives x again in the backward pass (see `recompute`)."""
         make = make if context.cache is None else None
-        return self.out_proj(self.attended(recompute.apply(self.qkv_proj, x, make), context))
+        out = self.attended(recompute.apply(self.qkv_proj, x, make), context)
+        return self.out_proj(out if context.kept is None else context.kept(out))
 
 
 class LayerParts(Fused):
@@ -330,15 +331,28 @@ class FusedDecoderLayer(LayerParts):
         backend, eps = self._fused.backend, norm.eps
         return lambda: ops.rms_norm(kept, weight, eps, backend=backend).to(dtype)
 
+    def _may_keep(self) -> bool:
+        """Whether the part after attention may run on the positions that are asked for alone: what
+        hangs on one of its modules sees them all.
+        """
+        attn, ffn = self._modules["attn"], self._modules["ffn"]
+        if not (isinstance(attn, FusedAttention) and isinstance(ffn, FusedFeedForward)):
+            return False
+        parts = attn, attn.out_proj, self.ffn_norm, ffn, ffn.proj_1, ffn.proj_2
+        return all(plain(part) for part in parts)
+
     @while_fused
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if small_batch.applies(x, self._fused.linear_backend):
             weights = small_batch.weights_of(self, x)
             if weights is not None:
                 return small_batch.forward(self, x, context, weights)
+        if context.kept is not None and not self._may_keep():
+            context = context._replace(kept=None)
         norm, attn, lean = self.attn_norm, self.attn, recompute.applies()
         if lean and isinstance(attn, FusedAttention) and plain(attn) and plain_norm(norm, x):
             delta = attn(_narrowed(norm(x)), context, self._again(x, norm))
         else:
             delta = attn(norm(x), context)
+        x = x if context.kept is None else context.kept(x)
         return add_feed_forward(self, delta, x, self._again if lean else None)

@@ -6,7 +6,8 @@ import torch
 
 from ..backends import PREFERENCE, Reason, traits
 from ..devices import BackendChoice
-from .routines import FEW_ROWS, Plan
+from ..ops.linear import MAX_ROWS
+from .routines import SEVERAL_ROWS, Plan
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Report:
         left: (path, reason) of modules that stayed as they were, or that are called where a
             shortcut would go past them.
         gemm: the routines of the projections.
-        prepacked_bytes: memory that prepacked copies of the weights may take.
+        prepacked_bytes: memory that prepacked copies of the weights may take, beside them.
         attention: what runs: its backend, the preferred one if the named one lacks it; torch's
             where the model gives every step a mask.
         loss: the same of linear_cross_entropy; empty if the model has no `loss`.
@@ -56,7 +57,8 @@ class Report:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.accelerated.items())
         backends = ", ".join(f"{op}: {name}" for op, name in self.backends.items())
         gemm = (
-            f"1 row {self.gemm.one_row}, up to {FEW_ROWS} {self.gemm.few_rows}, "
+            f"1 row {self.gemm.one_row}, up to {MAX_ROWS} {self.gemm.of_rows(MAX_ROWS)}, "
+            f"up to {SEVERAL_ROWS} {self.gemm.of_rows(SEVERAL_ROWS)}, "
             f"more {self.gemm.many_rows}, training {self.gemm.training}"
         )
         lines = [

@@ -22,9 +22,14 @@ from ..ops._flops import counts, of_linear
 from ..ops.linear import MAX_ROWS
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
+SEVERAL_ROWS = 64  # of batches that decode: up to here what a library packs at every call shows
 MARGIN = 0.85  # another routine than F.linear must take at most this share of its time
+# A prepacked copy that nobody asked for takes memory: it must take at most this share of the time
+# of the best without one.
+COPY_MARGIN = 0.95
 LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepacked"
 STREAM = "ops.linear"  # this package's kernel, up to MAX_ROWS rows
+AS_MANY = "as many_rows"
 
 # Whether a GPU multiplies up to 8 rows by a plain weight with this package's kernel instead of
 # cuBLAS's (see `small_batch`). Reasoned, not measured: both wait for the weight's bytes, but five
@@ -39,10 +44,12 @@ class Plan:
     Args:
         one_row: without gradients, for 1 row: "F.linear", "torch.mv", "oneDNN", "oneDNN
             prepacked" or "ops.linear".
-        few_rows: up to FEW_ROWS (16); "ops.linear" up to 8, the others then as many_rows.
+        few_rows: up to FEW_ROWS (16); "ops.linear", or if several_rows is named, up to 8.
         many_rows: for more; neither "torch.mv" nor "ops.linear".
         training: with gradients.
         streamed: whether a GPU multiplies up to 8 rows by this package's kernel.
+        several_rows: then up to SEVERAL_ROWS (64), as batches that decode have; "as many_rows"
+            names none.
 
     Example:
         >>> report = elmkernels.accelerate(model, plan=Plan(one_row="torch.mv"))
@@ -55,11 +62,18 @@ class Plan:
     many_rows: str = LINEAR
     training: str = LINEAR
     streamed: bool = STREAMED
+    several_rows: str = AS_MANY
+
+    @property
+    def inference(self) -> set[str]:
+        """The routines of products without gradients."""
+        counts = (1, MAX_ROWS, FEW_ROWS, SEVERAL_ROWS, SEVERAL_ROWS + 1)
+        return {self.of_rows(rows) for rows in counts}
 
     @property
     def prepacks(self) -> bool:
         """Whether a routine keeps a prepacked copy of the weights."""
-        return PREPACKED in (self.one_row, self.few_rows, self.many_rows)
+        return PREPACKED in self.inference
 
     def of_rows(self, rows: int) -> str:
         """The routine of a product without gradients.
@@ -72,8 +86,10 @@ class Plan:
         """
         if rows == 1:
             return self.one_row
-        few = rows <= (MAX_ROWS if self.few_rows == STREAM else FEW_ROWS)
-        return self.few_rows if few else self.many_rows
+        several = self.several_rows != AS_MANY
+        if rows <= (MAX_ROWS if several or self.few_rows == STREAM else FEW_ROWS):
+            return self.few_rows
+        return self.several_rows if several and rows <= SEVERAL_ROWS else self.many_rows
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -168,38 +184,50 @@ def _best_seconds(fns: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: min(s) for name, s in samples.items()}
 
 
-def _fastest(seconds: dict[str, float]) -> str:
-    best = min(seconds, key=seconds.__getitem__)
+def _fastest(seconds: dict[str, float], margin: float = 1.0) -> str:
+    """margin: the share of the best other's time that a prepacked copy may take at most."""
+    others = {name: s for name, s in seconds.items() if name != PREPACKED}
+    best = min(others, key=others.__getitem__)
+    if seconds.get(PREPACKED, float("inf")) < margin * others[best]:
+        best = PREPACKED
     return best if seconds[best] <= MARGIN * seconds[LINEAR] else LINEAR
 
 
-def measure_plan(dtype: torch.dtype, prepacked: bool = False) -> Plan:
+def measure_plan(dtype: torch.dtype, prepacked: bool | None = False) -> Plan:
     """The fastest right routine for each class of rows on this CPU, by timing a [4096, 1280]
     weight.
 
-    prepacked: also time weights in oneDNN's own layout. Takes about a second, once a process and
-    number of threads: what was fastest then is kept. A routine whose product isn't F.linear's isn't
-    timed: what does a part of the work looks fast. If oneDNN doesn't take the dtype, everything is
-    F.linear.
+    prepacked: also time weights in oneDNN's own layout; None: and take them only where they are so
+    much faster that a copy pays. Takes about a second, once a process and number of threads: what
+    was fastest then is kept. A routine whose product isn't F.linear's isn't timed: what does a part
+    of the work looks fast. If oneDNN doesn't take the dtype, everything is F.linear.
     """
     return _measured(dtype, prepacked, torch.get_num_threads())
 
 
 @cache
-def _measured(dtype: torch.dtype, prepacked: bool, threads: int) -> Plan:
+def _measured(dtype: torch.dtype, prepacked: bool | None, threads: int) -> Plan:
     if not onednn_takes(dtype):
         return Plan()
     generator = torch.Generator().manual_seed(0)
-    # Four weights in turn, so that a single row reads from memory as it does in a model.
-    weights = [torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype) for _ in range(4)]
-    prepacks = [prepacked_copy(w) for w in weights] if prepacked else []
+    # Six weights in turn, so that few rows read from memory as they do in a model.
+    first = torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype)
+    weights = [first, *(first.roll(rows, 0) for rows in range(1, 6))]
+    prepacks = [] if prepacked is False else [prepacked_copy(w) for w in weights]
     with torch.inference_mode():
-        one, few, many = (
+        one, few, several, many = (
             _best_seconds(_candidates(rows, weights, prepacks, generator), rounds)
-            for rows, rounds in ((1, 40), (8, 30), (256, 10))
+            for rows, rounds in ((1, 40), (8, 30), (16, 20), (256, 10))
         )
     training = {name: seconds for name, seconds in many.items() if name != PREPACKED}
-    return Plan(_fastest(one), _fastest(few), _fastest(many), _fastest(training))
+    margin = COPY_MARGIN if prepacked is None else 1.0
+    return Plan(
+        _fastest(one, margin),
+        _fastest(few, margin),
+        _fastest(many, margin),
+        _fastest(training),
+        several_rows=_fastest(several, margin),
+    )
 
 
 def _candidates(

@@ -7,14 +7,13 @@ is in the report. Every module stays the same object.
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import Reason, missing_kernels
-from ..devices import BackendChoice, backend_choices, never_fall_back
-from ..openelm.compressed import Compressed, weight_of
+from ..devices import BackendChoice, backend_choices, free_memory, never_fall_back
+from ..openelm.compressed import Compressed
 from ..ops.linear import MAX_ROWS
 from ..surgery import Mark, has_mark, mark_of, set_mark
 from . import fused, projections, small_batch
@@ -24,6 +23,7 @@ from .foreign import ForeignState
 from .layout import BLOCKS, NORMS, OUTPUTS, PROJECTIONS, Block, Layout, examine, wrapped_in
 from .masks import Masks
 from .models import BodyState, ModelState
+from .projections import PATIENCE
 from .report import Report, fallbacks
 from .routines import Plan, measure_plan
 from .trying import given_by, missing_likeness, sample
@@ -38,7 +38,7 @@ def accelerate(
     model: nn.Module,
     *,
     backend: str | None = None,
-    prepack: bool = False,
+    prepack: bool | None = None,
     plan: Plan | None = None,
 ) -> Report:
     """Give the modules of an OpenELM model fused classes, in place. Each stays the same object,
@@ -52,8 +52,10 @@ def accelerate(
             Apple's Hugging Face code, or what wraps one (torch.compile, PEFT, DDP, FSDP).
         backend: None for the best of each device at every call (on a GPU, of what this very one
             can run: the report names the rest), or a name, which then never falls back.
-        prepack: also let projections keep a prepacked copy of their weights if that measures
-            faster (more memory; see `acceleration.projections`).
+        prepack: whether projections may keep a prepacked copy of their weights, which takes as
+            much memory again, where that measures faster. None: where it is so much faster that
+            copies pay, and if ROOM (4) times what all of them take is free; one is then made only
+            once a weight has multiplied 128 rows (see `acceleration.projections`).
         plan: the projections' routines, as an earlier Report's `gemm` says them, instead of
             measuring which are fastest here.
 
@@ -74,6 +76,8 @@ def accelerate(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
+    if prepack is not None and not isinstance(prepack, bool):
+        raise TypeError(f"prepack must be True, False or None, got {prepack!r}")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
     layout = examine(model)
@@ -81,18 +85,57 @@ def accelerate(
     dtype = layout.norm().weight.dtype
     choices = backend_choices(device, backend)
     arguments = {"backend": backend, "prepack": prepack, "plan": plan}
+    patience, short = 0, None
     if plan is None:
-        plan = measure_plan(dtype, prepack) if device.type == "cpu" else Plan()
-    swap = _Swap(layout, choices, plan)
+        plan = Plan()
+        if device.type == "cpu":
+            plan, short = _measured_plan(layout, dtype, prepack)
+            patience = PATIENCE if prepack is None else 0
+    swap = _Swap(layout, choices, plan, patience)
     undo = _undo_of(layout)
     try:
         _clear(layout.root)
         swap.all()
         set_mark(layout.root, Mark(arguments, swap.named))
-        return _report(swap, device, backend)
+        report = _report(swap, device, backend)
+        report.notes += [] if short is None else [short]
+        return report
     except BaseException:
         undo()
         raise
+
+
+# A prepacked copy that nobody asked for is made only if this many times what all of them take is
+# free: the dense weights stay, as streams of few rows and gradients read them.
+ROOM = 4
+
+
+def _measured_plan(
+    layout: Layout, dtype: torch.dtype, prepack: bool | None
+) -> tuple[Plan, Reason | None]:
+    """The fastest routines, and why there are no prepacked copies that would pay."""
+    plan = measure_plan(dtype, prepack)
+    if prepack is not None or not plan.prepacks:
+        return plan, None
+    needed, free = _copies_bytes(layout), free_memory()
+    if free is not None and free >= ROOM * needed:
+        return plan, None
+    found = "an unknown amount" if free is None else f"{free / 2**20:.0f} MiB"
+    return measure_plan(dtype, False), (
+        f"no prepacked copies, which would take {needed / 2**20:.0f} MiB: {found} of memory is "
+        f"free, not {ROOM} times as much (prepack=True makes them all the same)"
+    )
+
+
+def _copies_bytes(layout: Layout) -> int:
+    """What prepacked copies of all plain projections take, a tied head's embedding among them."""
+    heads = layout.heads()
+    modules = [block.parts[path] for block in layout.blocks for path in PROJECTIONS]
+    modules += [heads[name] for name in OUTPUTS if name in heads]
+    if not any(name in heads for name in OUTPUTS):
+        modules.append(layout.body.token_embeddings)
+    weights = {id(w): w for m in modules if (w := m._parameters.get("weight")) is not None}
+    return sum(w.nbytes for w in weights.values())
 
 
 def _undo_of(layout: Layout) -> Callable[[], None]:
@@ -126,8 +169,10 @@ KINDS = {"": "layers", "attn": "attentions", "ffn": "feed-forwards"}
 class _Swap:
     """Gives the modules of a model that was examined their fused classes, and counts them."""
 
-    def __init__(self, layout: Layout, choices: dict[str, BackendChoice], plan: Plan) -> None:
-        self.layout, self.plan, self.choices = layout, plan, choices
+    def __init__(
+        self, layout: Layout, choices: dict[str, BackendChoice], plan: Plan, patience: int
+    ) -> None:
+        self.layout, self.plan, self.choices, self.patience = layout, plan, choices, patience
         self.named = {op: choice.named for op, choice in choices.items()}
         self.counts: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
@@ -217,7 +262,7 @@ class _Swap:
 
     def products(self) -> projections.Products:
         """The routines of a projection."""
-        return projections.Products(self.plan, self.named["linear"])
+        return projections.Products(self.plan, self.named["linear"], self.patience)
 
     def projection(self, module: nn.Module) -> None:
         if isinstance(module, Compressed):
@@ -271,18 +316,10 @@ def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
             f"with {which} weights"
         )
     if plan.prepacks:
-        report.prepacked_bytes = _projection_bytes(layout.root)
+        report.prepacked_bytes = _copies_bytes(layout)
     if device.type == "cuda":
         report.decode_modes = modes_of(layout.root, device)
     return report
-
-
-def _projection_bytes(root: Any) -> int:
-    total = sum(m.weight.nbytes for m in root.modules() if isinstance(m, projections.Linear))
-    if any(isinstance(m, projections.TiedHead) for m in root.modules()):
-        head = weight_of(root.token_embeddings)
-        total += head.nbytes if isinstance(head, Tensor) else 0
-    return total
 
 
 def restore(model: nn.Module) -> None:

@@ -1,7 +1,9 @@
 """What this machine can do at best: the ceilings that figures are compared with.
 
 A ceiling is the fastest of several routines, and of several shapes for matrix products: on a
-processor with tile instructions torch's own product of two squares is far from what oneDNN reaches.
+processor with tile instructions torch's own product of two squares is far from what oneDNN reaches;
+a read that asks for memory ahead of its use may be faster than one that leaves that to the
+processor, or slower.
 A ceiling that something else surpassed isn't one: `surpassed` says so, and no share of it is given.
 """
 
@@ -12,7 +14,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from .. import ops
 from ..acceleration import routines
+from ..backends import REFERENCE, choose
 from .timing import copies_of, interleave, synchronize
 
 Probes = dict[str, tuple[Callable[[], object], float]]  # {name: (call, the work it does)}
@@ -25,13 +29,36 @@ GPU_SHAPES = ((8192, 8192, 8192), (8192, 4096, 1280))
 
 
 def memory_probes(device: torch.device, quick: bool) -> Probes:
-    """Reads of much more than a cache holds."""
-    n = 1 << (28 if device.type == "cuda" else 25 if quick else 26)
-    x = torch.randn(n, device=device)
-    matrix, vector = x.view(-1, 4096), torch.randn(4096, device=device)
+    """Reads of much more than a cache holds: by torch, and on a CPU by this package's streams,
+    which ask for memory before they need it.
+    """
+    x = numbers(1 << (30 if device.type == "cuda" else 27 if quick else 28), device)
     (copy,) = copies_of(x.nbytes, device)
-    calls = {"sum": x.sum, "mv": lambda: torch.mv(matrix, vector), "copy": copy}
+    calls = {**reads(x), "copy": copy}
     return {name: (call, float(x.nbytes)) for name, call in calls.items()}
+
+
+def numbers(nbytes: int, device: torch.device) -> torch.Tensor:
+    """float32 to be read, which are numbers as bfloat16 too: 32 KiB over and over."""
+    block = torch.randn(1 << 14).to(torch.bfloat16).view(torch.float32)
+    return block.to(device).repeat(max(1, nbytes // block.nbytes))
+
+
+def reads(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Every routine that reads all of x, a multiple of 4096 float32, and nothing more to speak of;
+    by its name.
+    """
+    matrix, vector = x.view(-1, 4096), torch.randn(4096, device=x.device)
+    found: dict[str, Callable[[], object]] = {
+        "sum": x.sum,
+        "mv": lambda: torch.mv(matrix, vector),
+    }
+    if x.device.type == "cpu" and choose("linear", "cpu", None) != REFERENCE:
+        # The same bytes, as a matrix of bfloat16 and of float32: fewer or more instructions a byte.
+        narrow, row = x.view(torch.bfloat16).view(-1, 4096), vector.to(torch.bfloat16)[None]
+        found["stream bfloat16"] = lambda: ops.linear(row, narrow)
+        found["stream float32"] = lambda: ops.linear(vector[None], matrix)
+    return found
 
 
 def product_probes(dtype: torch.dtype, device: torch.device, quick: bool) -> Probes:

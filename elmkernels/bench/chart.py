@@ -70,7 +70,7 @@ def draw_groups(title: str, groups: dict[str, dict[str, Any]], path: Path) -> li
 
 def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: str) -> list[str]:
     """tasks: {"task", "rates": {name: units a second}, "ceiling": those at best, or None}, a panel
-    each.
+    each; "kinds" {name: ...} of what isn't named by its kind.
     """
     from matplotlib.figure import Figure
 
@@ -84,7 +84,8 @@ def draw_rates(title: str, tasks: Sequence[dict[str, Any]], path: Path, unit: st
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks, strict=False):
         names, rates = list(task["rates"]), list(task["rates"].values())
-        colors = [COLORS.get(name, "#888888") for name in names]
+        kinds = task.get("kinds", {})
+        colors = [COLORS.get(kinds.get(name, name), "#888888") for name in names]
         bars = axis.barh(range(len(names)), rates, color=colors)
         labels = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
         axis.bar_label(bars, labels, padding=3, fontsize=7)

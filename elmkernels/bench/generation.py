@@ -25,6 +25,7 @@ from . import chart
 from .baselines import llama_cpp
 from .baselines.apart import Died
 from .benchmark import COMPILED, EAGER, LLAMA, Benchmark, Report, Results, Sizes, headline
+from .ceilings import numbers, reads
 from .generation_figures import figures, own_read, text
 from .runners import LlamaRunner, Run, Runner, Task, TorchRunner, our_runner, reading
 from .timing import fingerprint
@@ -245,7 +246,7 @@ def _run_task(
             reads |= {name: read for name, read in own.items() if read is not None}
         for n in range(sizes.rounds):
             report.stage(f"{group.name}: {task.name}, round {n + 1}/{sizes.rounds}")
-            for name, why in _round(n, runs, reads, seconds, probes).items():
+            for name, why in one_round(n, runs, reads, seconds, probes).items():
                 found["missing"][f"{name}, {task.name}"] = why
     finally:
         for runner in runners:
@@ -254,7 +255,7 @@ def _run_task(
             found["tasks"].append(figures(task, runners, seconds, probes, sizes.rounds, peaks))
 
 
-def _round(
+def one_round(
     n: int,
     runs: dict[str, Run],
     probes: dict[str, tuple[Callable[[], object], int]],
@@ -293,8 +294,7 @@ def _round(
 
 
 def _probes(nbytes: int) -> dict[str, tuple[Callable[[], object], int]]:
-    x = torch.randn(nbytes // 4)
-    matrix, vector = x.view(-1, 4096), torch.randn(4096)
+    x = numbers(nbytes, CPU)
 
     def repeated(call: Callable[[], object]) -> Callable[[], None]:
         def probe() -> None:
@@ -303,8 +303,8 @@ def _probes(nbytes: int) -> dict[str, tuple[Callable[[], object], int]]:
 
         return probe
 
-    calls = {"sum": repeated(x.sum), "mv": repeated(lambda: torch.mv(matrix, vector))}
-    return {name: (call, PROBE_CALLS * nbytes) for name, call in calls.items()}
+    calls = {name: repeated(call) for name, call in reads(x).items()}
+    return {name: (call, PROBE_CALLS * x.nbytes) for name, call in calls.items()}
 
 
 def _agree(

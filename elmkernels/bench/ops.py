@@ -18,7 +18,7 @@ from ..checks import one_line
 from ..testing.cases import BENCH_ROWS, OPS, bench_cases
 from ..testing.cases.draw import Case, make
 from ..testing.parity import DTYPES, check_parity, plan
-from .op_baselines import baselines
+from .baselines.of_ops import baselines
 from .timing import Timing, copies_beyond_cache, copies_of, interleave, keep_pages
 
 QUICK_ROWS = (1, 512)

@@ -1,10 +1,11 @@
-"""`elmkernels convert`: a checkpoint in another form of weights, as a folder or a GGUF file."""
+"""`elmkernels convert`: a checkpoint in another form of weights, as a folder or a file."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from ..compression.packing import pack
+from ..compression.plain import make_plain
 from ..compression.quantization import quantize
 from ..openelm.gguf import TYPES, export_gguf
 from ..openelm.model import OpenELM
@@ -23,7 +24,7 @@ from .options import (
 
 NAME = "convert"
 _TOKENIZER = "tokenizer.model"
-FORMS = ("quantized", "packed12", "gguf")
+FORMS = ("plain", "quantized", "packed12", "gguf")
 # Options that one form alone has.
 _BELONGS = {"bits": "quantized", "group_size": "quantized", "type": "gguf", "tokenizer": "gguf"}
 
@@ -70,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     if args.tokenizer is not None and not checked(Path(args.tokenizer).is_file):
         raise WrongInput(f"--tokenizer: {args.tokenizer} is not a file")
     dtype = None if args.dtype is None else DTYPES[args.dtype]
-    model = checked(lambda: OpenELM.from_pretrained(source, config=args.config, dtype=dtype))
+    # Compressed weights may have a dtype of their own: cast are those that they are made into.
+    loaded = None if args.to == "plain" else dtype
+    model = checked(lambda: OpenELM.from_pretrained(source, config=args.config, dtype=loaded))
     work = _to_gguf if args.to == "gguf" else _to_folder
     lines = checked(work, args, model, source, out)
     if args.json:
@@ -83,6 +86,10 @@ def run(args: argparse.Namespace) -> int:
 def _to_folder(args: argparse.Namespace, model: OpenELM, _: Path, out: Path) -> list[str]:
     if args.to == "packed12":
         done = pack(model)
+    elif args.to == "plain":
+        done = make_plain(model)
+        if args.dtype is not None:
+            model.to(DTYPES[args.dtype])
     else:
         done = quantize(model, args.bits or 4, args.group_size or 64)
     model.save_pretrained(out)

@@ -12,11 +12,13 @@ import torch
 from .. import __version__
 from ..acceleration.routines import measure_plan
 from ..backends import BACKENDS, build_report, choose, defined
+from ..bench import tune
 from ..bench.machine import busy
 from ..bench.table import format_table
 from ..bench.timing import fingerprint
 from ..devices import gpus, no_cuda
-from .console import OK, WrongInput, dump
+from ..processors import KIND
+from .console import OK, Progress, WrongInput, dump
 from .options import (
     add_backends,
     add_device,
@@ -37,6 +39,11 @@ def add_parser(commands: Any) -> None:
     add_backends(parser)
     parser.add_argument(
         "--gemm", action="store_true", help="measure the routines of the projections on this CPU"
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure what this kind of processor decides: rows that hold, rows to add (a minute)",
     )
     add_dtypes(parser, "all, for --gemm")
     add_json(parser)
@@ -72,8 +79,20 @@ def run(args: argparse.Namespace) -> int:
             str(dtype).removeprefix("torch."): asdict(measure_plan(dtype))
             for dtype in dtypes_of(args, ("fp32", "bf16", "fp16"))
         }
+    if args.tune:
+        found["busy"] = found.get("busy") or busy()
+        found["processor"] = KIND
+        found["tuned"] = [finding.json() for finding in _tuned()]
     print(dump(found) if args.json else _text(found))
     return OK
+
+
+def _tuned() -> list[tune.Finding]:
+    progress = Progress(len(tune.TASKS))
+    try:
+        return list(tune.findings(note=progress))
+    finally:
+        progress.close()
 
 
 def _instruction_sets() -> list[str]:
@@ -89,6 +108,7 @@ def _text(found: dict[str, Any]) -> str:
         return f"{key:<17} {', '.join(value) if isinstance(value, list) else value}"
 
     facts = {k: v for k, v in found.items() if not isinstance(v, dict) and v is not None}
+    facts.pop("tuned", None)
     found_gpus, reason = facts.pop("gpus", None), facts.pop("busy", None)
     lines = [line(key, value) for key, value in facts.items()]
     lines.append("\nbackends")
@@ -109,7 +129,13 @@ def _text(found: dict[str, Any]) -> str:
     if "gemm" in found:
         lines.append("\nprojections (measured now)")
         rows = [{"dtype": dtype, **plan} for dtype, plan in found["gemm"].items()]
-        lines += [format_table(rows), *([reason] if reason else [])]
+        lines.append(format_table(rows))
+    if "tuned" in found:
+        lines.append(f"\nwhat a processor of the kind {found['processor']} decides (measured now)")
+        measured = [tune.Finding(**{k: v for k, v in f.items() if k != "holds"})
+                    for f in found["tuned"]]  # fmt: skip
+        lines += [format_table([f.row() for f in measured]), *tune.lines(measured)]
+    lines += [reason] if reason else []
     return "\n".join(lines)
 
 

@@ -18,9 +18,6 @@ import torch
 from .. import __version__, interrupts
 from ..checks import one_line
 from . import (
-    bench_generate,
-    bench_ops,
-    bench_train,
     check,
     convert,
     evaluate,
@@ -30,6 +27,10 @@ from . import (
     parity,
     train,
 )
+from .bench import generate as bench_generate
+from .bench import ops as bench_ops
+from .bench import paper as bench_paper
+from .bench import train as bench_train
 from .console import (
     PIPE_CLOSED,
     WRONG,
@@ -44,7 +45,7 @@ from .options import Parser
 DEFAULT = "check"
 # In the order of the help. `bench` has commands of its own.
 COMMANDS = (check, info, parity, generate, evaluate, convert, train, gpu_check)
-BENCHES = (bench_ops, bench_generate, bench_train)
+BENCHES = (bench_ops, bench_generate, bench_train, bench_paper)
 
 
 def build_parser() -> Parser:
@@ -68,10 +69,9 @@ def build_parser() -> Parser:
 def _add_bench(commands) -> None:
     text = "how fast ops, generation and training steps are, each beside its baselines"
     bench = commands.add_parser("bench", help=text, description=f"{text.capitalize()}.")
-    bench.usage = f"{bench.prog} ops|generate|train [options]"
-    benches = bench.add_subparsers(
-        title="commands", metavar="ops|generate|train", required=True, prog=bench.prog
-    )
+    names = "|".join(command.NAME for command in BENCHES)
+    bench.usage = f"{bench.prog} {names} [options]"
+    benches = bench.add_subparsers(title="commands", metavar=names, required=True, prog=bench.prog)
     for command in BENCHES:
         command.add_parser(benches)
 

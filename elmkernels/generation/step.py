@@ -1,18 +1,17 @@
 """One step of decoding, one token a row: by `ops.decode_step` if the model is accelerated (or holds
-compressed weights) and nothing hangs on its modules that the op would skip; else by the model.
-`greedy` does nothing but steps.
+compressed weights), nothing hangs on its modules that the op would skip, and the batch is one that
+it decodes faster (`groups`); else by the model. `greedy` does nothing but steps.
 """
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..acceleration.decoder_weights import Snapshot, snapshot_of
 from ..checks import integer
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
-from ..ops.decode_step import MAX_BATCH
 from ..surgery import given_backend, is_accelerated
+from . import groups
 from .sampling import check_choices, largest
 
 
@@ -51,8 +50,7 @@ def next_logits(model: OpenELM, tokens: Tensor, cache: KVCache) -> Tensor:
     if known is None:
         return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
     cache.check_room(1)
-    backend = given_backend(model, "decode_step")
-    logits = ops.decode_step(known.weights, tokens, cache.lengths, cache.arena, backend=backend)
+    logits = groups.step(known.weights, tokens, cache, given_backend(model, "decode_step"))
     cache.advance(1)
     return logits
 
@@ -64,7 +62,7 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Snapshot | N
         or tokens.device.type != "cpu"
         or cache.device.type != "cpu"
         or tokens.shape != (cache.batch,)
-        or cache.batch > MAX_BATCH
+        or cache.batch > groups.MOST
         or cache.dtype != model.activation_dtype
         or (cache.kv_heads, cache.head_dim) != (model.config.num_kv_heads, model.config.head_dim)
         or torch.is_autocast_enabled("cpu")
@@ -79,6 +77,7 @@ def _in_one_call(model: OpenELM, tokens: Tensor, cache: KVCache) -> Snapshot | N
         return None
     wanted = known.compressed or is_accelerated(model)
     fits = known.dtypes == {cache.dtype} and len(known.weights.layers) == len(cache.kv_heads)
+    fits = fits and groups.grouped(model, known.weights, cache.batch)
     return known if wanted and fits else None
 
 

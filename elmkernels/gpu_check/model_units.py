@@ -9,7 +9,8 @@ import torch
 
 from ..acceleration import decode_modes
 from ..backends import Reason
-from ..bench.baselines import olmo
+from ..bench.baselines import peers
+from ..bench.baselines.torch_baseline import TorchBaselineRunner
 from ..bench.benchmark import ACCELERATED, COMPILED, EAGER, OURS
 from ..bench.roofline import MEMORY, PRODUCTS, Measured, Work, measure_tasks
 from ..bench.runners import Runner, Task, TorchRunner
@@ -31,7 +32,6 @@ from .runners import (
     QUANTIZED,
     SDPA_GRAPH,
     DecoderRunner,
-    TorchBaselineRunner,
     with_cublas,
     with_sdpa,
 )
@@ -233,13 +233,13 @@ def compiled_units(models: Models) -> list[Unit]:
         return {COMPILED: lambda: TorchBaselineRunner(model, options)}
 
     def with_olmo(model: OpenELM) -> Makers:
-        shape = olmo.TINY if models.quick else olmo.SHAPE
         built: list[Any] = []
 
         def runner(name: str, options: dict[str, Any] | None) -> Runner:
             if not built:
-                built.append(olmo.build(shape, torch.bfloat16, models.device))
-            return olmo.OlmoRunner(name, built[0], options)
+                place = torch.bfloat16, models.device
+                built.append(peers.build(peers.OLMO, *place, tiny=models.quick))
+            return peers.PeerRunner(name, built[0], options)
 
         baselines = {OLMO: lambda: runner(OLMO, None)} | compiled(model)
         return baselines | {COMPILED_OLMO: lambda: runner(COMPILED_OLMO, options)}

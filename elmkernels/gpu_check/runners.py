@@ -1,20 +1,13 @@
-"""Runners for a GPU: torch's own operations as a baseline, and the decode modes of the accelerated
-model.
-"""
-
-from collections.abc import Callable
-from typing import Any
+"""Runners for a GPU: the decode modes of the accelerated model."""
 
 import torch
-from torch import Tensor
 
 from ..acceleration.routines import Plan
 from ..acceleration.swap import accelerate
 from ..backends import SDPA
-from ..bench.baselines.torch_baseline import TorchBaseline
-from ..bench.benchmark import ACCELERATED, COMPILED, EAGER, OURS, TORCH
+from ..bench.baselines.torch_baseline import room_for
+from ..bench.benchmark import ACCELERATED, OURS
 from ..bench.runners import Run, Runner, Task
-from ..generation.cuda_graph import BUCKET
 from ..generation.gpu_decoder import Decoder
 from ..generation.sampling import Sampler, Sampling
 from ..openelm.cache import KVCache
@@ -30,58 +23,6 @@ OTHER_FORMS = {form: f"{ONE_LAUNCH}, {form}" for form in ("int8", "int4", "packe
 QUANTIZED = (OTHER_FORMS["int8"], OTHER_FORMS["int4"])
 # Names of baselines that hold other weights: their tokens are not compared.
 OLMO, COMPILED_OLMO = "OLMo-1B eager", "OLMo-1B compiled"
-
-
-def room_for(task: Task, model: OpenELM) -> int:
-    """The slots of a static cache: a whole number of what masks are aligned to, if it fits."""
-    wanted = -(-(task.length + 1) // (BUCKET // 2)) * (BUCKET // 2)
-    return min(wanted, model.config.rope_max_length)
-
-
-class TorchBaselineRunner(Runner):
-    """`TorchBaseline`; options: those of `torch.compile`, None for eager."""
-
-    def __init__(self, model: OpenELM, options: dict[str, Any] | None = None) -> None:
-        self.model, self.options = model, options
-        self.name = TORCH if options is None else COMPILED
-        self.kind, self.facts = EAGER if options is None else COMPILED, {}
-
-    def run(self, task: Task) -> Run:
-        """Compiled for the shapes of this task alone, when it is called first."""
-        prompts, length = task.prompts, task.prompts.shape[1]
-        baseline = TorchBaseline(self.model, prompts.shape[0], room_for(task, self.model))
-        positions = torch.arange(length, device=prompts.device)
-        call = self._compiled(baseline)
-
-        @torch.inference_mode()
-        def prefill() -> list[list[int]]:
-            return call(prompts, positions).argmax(-1)[:, None].tolist()
-
-        if not task.steps:
-            return prefill
-        with torch.inference_mode():
-            first = baseline(prompts, positions).argmax(-1)
-
-        @torch.inference_mode()
-        def decode() -> list[list[int]]:
-            at, chosen = positions[-1:] + 1, [first]
-            for i in range(task.steps):
-                seen = None if self.options is not None else length + i + 1
-                chosen.append(self._next(call, chosen[-1], at, seen))
-                at += 1
-            return torch.stack(chosen, 1).tolist()
-
-        return decode
-
-    def _next(self, call: Callable, tokens: Tensor, at: Tensor, seen: int | None) -> Tensor:
-        if self.options is not None:
-            torch.compiler.cudagraph_mark_step_begin()
-        return call(tokens[:, None], at, seen).argmax(-1)
-
-    def _compiled(self, baseline: TorchBaseline) -> Callable:
-        if self.options is None:
-            return baseline
-        return torch.compile(baseline, fullgraph=True, dynamic=False, **self.options)
 
 
 def with_sdpa(model: OpenELM) -> OpenELM:

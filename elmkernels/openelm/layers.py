@@ -43,6 +43,9 @@ class Context(NamedTuple):
     cu_seqlens: Tensor | None = None  # int64 [documents + 1] over the batch * length tokens
     # (module, q, k, v) -> what attention gives: in its place, the cache's too (another project's)
     attend: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] | None = None
+    # In the last layer: x [batch, length, ...] -> its positions that anybody asks for. A layer may
+    # give those alone; attention still needs the keys and values of all.
+    kept: Callable[[Tensor], Tensor] | None = None
 
     @property
     def rope_table(self) -> Tensor:
@@ -286,6 +289,19 @@ def context_of(
     key_mask = attention_mask.bool()
     positions = (key_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
     return Context(positions, rotation, key_mask, cache, slots)
+
+
+def of_kept(
+    context: Context, layer: nn.Module, length: int, last: int, counts: list[int] | None
+) -> Context:
+    """The context of the last layer: if few of the positions are asked for, it may leave out what
+    it adds to the others. Who hangs on the layer sees all of them.
+    """
+    if not 0 < last < length or not plain(layer):
+        return context
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return context
+    return context._replace(kept=lambda x: kept(x, last, counts))
 
 
 def kept(x: Tensor, last: int, counts: list[int] | None) -> Tensor:

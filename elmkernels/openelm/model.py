@@ -31,6 +31,7 @@ from .layers import (
     check_inputs,
     context_of,
     kept,
+    of_kept,
     recomputed_layers,
 )
 from .loss import LossHead, plain_weight
@@ -372,13 +373,16 @@ class OpenELM(nn.Module):
         x = embed(input_ids)
         chosen = cache is None and torch.is_grad_enabled() and self.gradient_checkpointing
         recomputed = recomputed_layers(chosen, len(self.layers))
+        length, end = input_ids.shape[1], len(self.layers) - 1
         for i, layer in enumerate(self.layers):
+            if i == end:
+                context = of_kept(context, layer, length, logits_to_keep, counts)
             if i in recomputed:
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x = layer(x, context)
-        x = kept(x, logits_to_keep, counts)
-        return x, input_ids.shape[1] if counts is None else counts
+        x = kept(x, logits_to_keep, counts) if x.shape[1] == length else x
+        return x, length if counts is None else counts
 
     def _place_rope_table(self, device: torch.device, length: int = 0) -> None:
         """Have the table there, with rows for at least `length` positions."""

@@ -1,14 +1,18 @@
 """Which backend an attention call takes if the caller names none.
 
-On a CPU backends.PREFERENCE decides alone. On a GPU it depends on the call: torch's own attention
-has hand-written kernels, but they don't serve a call that needs a mask or the documents' lengths.
+On a CPU backends.PREFERENCE decides, but for prompts on kinds of processors where another was
+measured to be faster (`processors.ATTENTION`). On a GPU it depends on the call: torch's own
+attention has hand-written kernels, but they don't serve a call that needs a mask or the documents'
+lengths.
 """
 
+import torch
 from torch import Tensor
 
-from ..backends import SDPA, Preference, choose
-from ..checks import fail
+from ..backends import SDPA, Preference, choose, of_dtype
+from ..checks import DTYPES, fail
 from ..derivatives import refuse_tangents
+from ..processors import ATTENTION, OWN, row
 
 TRITON = "triton"
 TRITON_HEAD_DIM = 256  # the largest whose tiles fit registers and shared memory
@@ -26,6 +30,13 @@ ON_GPU: dict[str, Preference] = {
     "prompt": Preference((SDPA, TRITON), _FLASH),
 }
 
+
+# {dtype: what goes before backends.PREFERENCE for a prompt on this kind of processor}
+ON_CPU: dict[torch.dtype, tuple[str, ...]] = {
+    dtype: (found.choice,)
+    for dtype in DTYPES
+    if (found := row(ATTENTION, dtype)) is not None and found.choice != OWN
+}
 
 # Of derivatives that aren't there: torch's fast ways have them no more than kernels do.
 REMEDY = 'call it with backend="reference" under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)'
@@ -55,13 +66,17 @@ def kind_of(
     return "prompt" if lq == lk else "chunk"
 
 
-def attention_backend(device: str, named: str | None, kind: str, head_dim: int) -> str:
+def attention_backend(
+    device: str, named: str | None, kind: str, head_dim: int, dtype: torch.dtype | None = None
+) -> str:
     """The backend of a call: the named one, or the first that can run it here. Triton has no
     kernels for heads of more than TRITON_HEAD_DIM: ValueError if it is named for them.
     """
     fits = head_dim <= TRITON_HEAD_DIM
     order = ON_GPU[kind].order if device == "cuda" else ()
+    if device == "cpu" and kind == "prompt" and dtype is not None:
+        order = ON_CPU.get(dtype, ())
     chosen = choose("attention", device, named, order if fits else (SDPA,))
     if chosen == TRITON and not fits:
         fail("q", f"of a head_dim up to {TRITON_HEAD_DIM} for backend {TRITON!r}", head_dim)
-    return chosen
+    return chosen if dtype is None else of_dtype(chosen, dtype)

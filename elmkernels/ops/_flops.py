@@ -58,7 +58,7 @@ def of_losses(hidden: Tensor, weight: Tensor, products: int = 1) -> int:
     return 2 * products * hidden.numel() * weight.shape[0]
 
 
-def losses(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, dweight, _) -> int:
+def losses(hidden, weight, targets, dloss, ignore, z_loss, smoothing, dhidden, dweight, *_) -> int:
     return of_losses(hidden, weight, 1 + dhidden + dweight)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from ..backends import AMX, CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel, of_dtype
+from ..backends import AMX, CPU, PREFERENCE, REFERENCE, SDPA, Traits, define, kernel
 from ..checks import DTYPES, boundaries, fail, floating, integers, last_dim_contiguous, like, within
 from ..derivatives import Derivative, once, unusual
 from . import _flops
@@ -171,7 +171,7 @@ def attention(
     if not all(isinstance(t, Tensor) for t in (q, k, v)) or not _fits(q, k, v):
         _refuse(q, k, v)
     kind = kind_of(q.shape[1], k.shape[1], key_mask, offsets, cu_seqlens)
-    backend = of_dtype(attention_backend(q.device.type, backend, kind, q.shape[3]), q.dtype)
+    backend = attention_backend(q.device.type, backend, kind, q.shape[3], q.dtype)
     plain = key_mask is None and offsets is None and cu_seqlens is None
     if not plain or scale is not None:
         _check_sight(q, k, key_mask, offsets, cu_seqlens, scale, backend)

@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import reference
 from ..backends import CPU, REFERENCE, Traits, choose, define
 from ..derivatives import Derivative, once, unusual
-from ._chunked_loss import check_targets, joined, run
+from ._chunked_loss import run
 from ._flops import counted
-from ._linear_loss_checks import check_loss
+from ._linear_cross_entropy import check_loss, check_targets, joined
 
 define(
     "linear_cross_entropy",

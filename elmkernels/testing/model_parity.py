@@ -249,10 +249,9 @@ def _factors(plan: Plan, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """What the rule allows passes with gradients and passes without."""
     if dtype != torch.float32:
         return {WITH: FACTORS, WITHOUT: FACTORS}
-    inference = (plan.one_row, plan.few_rows, plan.many_rows)
     return {
         WITH: FACTORS if plan.training == LINEAR else OTHER_SUMS,
-        WITHOUT: FACTORS if set(inference) == {LINEAR} else OTHER_SUMS,
+        WITHOUT: FACTORS if plan.inference == {LINEAR} else OTHER_SUMS,
     }
 
 

@@ -15,6 +15,7 @@ import torch
 
 from .. import checks
 from ..acceleration.routines import (
+    AS_MANY,
     LINEAR,
     MV,
     ONEDNN,
@@ -34,6 +35,7 @@ ALLOWED = {
     "few_rows": (LINEAR, ONEDNN, PREPACKED, STREAM),
     "many_rows": (LINEAR, ONEDNN, PREPACKED),
     "training": (LINEAR, ONEDNN),
+    "several_rows": (AS_MANY, LINEAR, ONEDNN, PREPACKED),
 }
 _NAME = "engine.plan"
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..checks import fail, floating, number, positive, tensor, truth
+from ..checks import fail, floating, integers, number, positive, tensor, truth
 from ..checks import weight as check_norm
 from .formats import Arena, DecoderWeights, Layer, Weight, check_part, form_of
-from .indices import read_once
+from .indices import check_shares, read_once
 
 
 def check_weight(name: str, weight: Weight) -> None:
@@ -124,3 +124,35 @@ def check_activations(name: str, activations: str, *weights: Weight) -> None:
     if not any(form_of(w).takes_int8 for w in weights):
         what = "None with weights that aren't quantized to 8 or 4 bits (Affine)"
         fail(name, what, repr(activations))
+
+
+def check_arena(arena: Arena, weights: DecoderWeights, tokens: int | None) -> None:
+    """An arena fits a decoder, and holds as many sequences as there are tokens: None for any."""
+    if arena.data.dtype != weights.norm.dtype:
+        fail("arena", f"{weights.norm.dtype} like the norms", arena.data.dtype, TypeError)
+    if arena.data.device != weights.norm.device:
+        fail("arena", f"on {weights.norm.device} like the norms", arena.data.device)
+    if arena.data.dim() != 1 or not arena.data.is_contiguous():
+        fail("arena.data", "[elements], contiguous", list(arena.data.shape))
+    if tokens is not None and arena.batch != tokens:
+        fail("arena", f"of {tokens} sequences like tokens", arena.batch)
+    layers = len(weights.layers)
+    integers("arena.offsets", arena.offsets, torch.device("cpu"))
+    if arena.offsets.shape != (layers, 2):
+        fail("arena.offsets", [layers, 2], list(arena.offsets.shape))
+    if not arena.offsets.is_contiguous():
+        fail("arena.offsets", "contiguous", f"strides {arena.offsets.stride()}")
+    if arena.head_dim != weights.head_dim:
+        fail("arena.head_dim", weights.head_dim, arena.head_dim)
+
+
+def check_shares_of(arena: Arena, kv_heads: tuple[int, ...]) -> None:
+    """Each layer's keys and values lie within the buffer, apart from all others; read once."""
+    facts = arena.data.numel(), arena.batch, arena.max_length, arena.head_dim, kv_heads
+
+    def read() -> None:
+        positive("arena.max_length", arena.max_length)
+        sizes = [arena.batch * n * arena.max_length * arena.head_dim for n in kv_heads]
+        check_shares("arena.offsets", arena.offsets, sizes, arena.data.numel())
+
+    read_once((arena.offsets,), read, facts)

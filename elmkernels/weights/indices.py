@@ -99,3 +99,20 @@ def check_shares(name: str, offsets: Tensor, sizes: Sequence[int], elements: int
         if start < end:
             fail(which, f"at least {end}, the end of {before}'s share", start)
         end, before = stop, which
+
+
+def check_runs(sequences: Tensor, positions: Tensor, batch: int) -> None:
+    """Raise ValueError unless the tokens of each of `batch` sequences, which are told by both int64
+    [n], are neighbours at ascending positions without a gap. Reads the data, like `within`.
+    """
+    if torch.compiler.is_compiling() or any(map(_without_numbers, (sequences, positions))):
+        return
+    within("sequences", sequences, batch, "the arena's sequences")
+    rows, places = values_of(sequences).tolist(), values_of(positions).tolist()
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        if i == 0 or row != rows[i - 1]:
+            if row in rows[:i]:
+                fail("sequences", "of neighbours, all tokens of one together", rows)
+        elif place != places[i - 1] + 1:
+            expected = f"{places[i - 1] + 1} behind {places[i - 1]} of sequence {row}"
+            fail(f"positions[{i}]", expected, place)

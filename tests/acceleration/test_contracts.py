@@ -122,7 +122,7 @@ CONVERSIONS = {
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-@pytest.mark.parametrize("prepack", [False, True])
+@pytest.mark.parametrize("prepack", [None, False, True])
 @pytest.mark.parametrize("plan", [None, PLAN], ids=["measured", "given"])
 def test_a_conversion_keeps_what_accelerate_was_given(monkeypatch, conversion, plan, prepack):
     make, convert = CONVERSIONS[conversion]

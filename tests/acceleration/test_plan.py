@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from elmkernels.acceleration import projections, routines
 from elmkernels.acceleration.projections import Products
 from elmkernels.acceleration.routines import (
+    AS_MANY,
     LINEAR,
     MV,
     ONEDNN,
+    PREPACKED,
     STREAM,
     Plan,
     agrees,
@@ -166,9 +168,10 @@ def test_what_is_wrong_is_not_timed(monkeypatch, broken):
     monkeypatch.setattr(routines, "_best_seconds", all_but_linear)
     monkeypatch.setattr(routines, name, lambda x, w: x.new_empty(x.shape[0], w.shape[0]))
     plan = routines._measured.__wrapped__(torch.float32, False, torch.get_num_threads())
-    assert len(timed) == 3 and all(LINEAR in names and broken not in names for names in timed)
+    assert len(timed) == 4 and all(LINEAR in names and broken not in names for names in timed)
     if broken == ONEDNN:
-        assert replace(plan, one_row=LINEAR, few_rows=LINEAR) == Plan()
+        others = dict(one_row=LINEAR, few_rows=LINEAR, several_rows=AS_MANY)
+        assert plan.several_rows == LINEAR and replace(plan, **others) == Plan()
 
 
 def test_a_plan_is_of_one_number_of_threads(monkeypatch):
@@ -214,4 +217,33 @@ def test_the_kernel_is_a_candidate_for_few_rows_where_it_is_compiled(monkeypatch
     monkeypatch.setattr(routines, "_best_seconds", linear_alone)
     routines._measured.__wrapped__(torch.float32, False, torch.get_num_threads())
     compiled = choose("linear", "cpu", None) != REFERENCE
-    assert timed == [compiled, compiled, False]
+    assert timed == [compiled, compiled, False, False]
+
+
+SECONDS = {LINEAR: 1.0, ONEDNN: 0.8, PREPACKED: 0.75}
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "unasked"),
+    [
+        ({PREPACKED: 0.77}, PREPACKED, ONEDNN),  # 0.96 of oneDNN's: not worth as much memory again
+        ({}, PREPACKED, PREPACKED),
+        ({ONEDNN: 0.99}, PREPACKED, PREPACKED),
+        ({ONEDNN: 0.99, PREPACKED: 0.87}, LINEAR, LINEAR),
+        ({PREPACKED: 0.81}, ONEDNN, ONEDNN),
+    ],
+)
+def test_a_copy_that_nobody_asked_for_must_be_worth_its_memory(changes, asked, unasked):
+    seconds = SECONDS | changes
+    assert routines._fastest(seconds) == asked
+    assert routines._fastest(seconds, routines.COPY_MARGIN) == unasked
+
+
+def test_several_rows_have_a_routine_of_their_own():
+    streamed = Plan(STREAM, STREAM, LINEAR, several_rows=PREPACKED)
+    expected = {1: STREAM, 8: STREAM, 9: PREPACKED, 64: PREPACKED, 65: LINEAR}
+    assert {rows: streamed.of_rows(rows) for rows in expected} == expected
+    assert streamed.inference == {STREAM, PREPACKED, LINEAR} and streamed.prepacks
+    other = Plan(MV, ONEDNN, PREPACKED)
+    expected = {1: MV, 2: ONEDNN, 16: ONEDNN, 17: PREPACKED, 64: PREPACKED, 65: PREPACKED}
+    assert {rows: other.of_rows(rows) for rows in expected} == expected

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate, generate
+from elmkernels.acceleration.projections import Products
 from elmkernels.openelm import KVCache, next_logits
 from elmkernels.openelm.layers import Attention, DecoderLayer, FeedForward, RMSNorm
 from elmkernels.surgery import missing_plain, plain
@@ -284,3 +285,68 @@ def test_a_copy_of_a_hooked_model_has_the_hooks():
     for model in (eager, fast):
         forward_hook(model.layers[1].attn)
     assert_same(copy.deepcopy(fast), eager)
+
+
+LAST = f"layers.{CONFIG.num_transformer_layers - 1}"
+
+
+def last_logits(model: OpenELM, keep: int, how: str) -> Tensor:
+    """The logits of the last positions, by a prompt in one of the forms that it comes in."""
+    with torch.inference_mode():
+        if how == "alone":
+            return model(IDS, logits_to_keep=keep)
+        cache = KVCache(model.config, 2, 16)
+        if how == "counts":
+            return model(IDS, cache=cache, logits_to_keep=keep, counts=[9, 4])
+        model(IDS[:, :4], cache=cache, logits_to_keep=1)
+        return model(IDS[:, 4:], cache=cache, logits_to_keep=keep)
+
+
+@pytest.mark.parametrize("how", ["alone", "cached", "counts"])
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_the_last_layer_leaves_out_what_nobody_asks_for(monkeypatch, how, keep):
+    """What follows attention there; its keys and values are those of all positions."""
+    eager, fast = model_of(), model_of()
+    accelerate(fast)
+    rows = []
+    own = Products.__call__
+
+    def count(products: Products, x: Tensor, weight: Tensor) -> Tensor:
+        if weight is fast.get_submodule(f"{LAST}.ffn.proj_1").weight:
+            rows.append(x.shape[1])
+        return own(products, x, weight)
+
+    monkeypatch.setattr(Products, "__call__", count)
+    close(last_logits(fast, keep, how), last_logits(eager, keep, how), how)
+    length = 5 if how == "cached" else 9
+    assert rows[-1] == min(keep, length)
+    with torch.enable_grad():
+        fast(IDS, logits_to_keep=keep)
+    assert rows[-1] == 9
+
+
+@pytest.mark.parametrize("kind", ["hook", "own forward", "subclass"])
+@pytest.mark.parametrize(
+    "path", ["", ".attn", ".attn.out_proj", ".ffn", ".ffn_norm", ".ffn.proj_1", ".ffn.proj_2"]
+)
+def test_what_hangs_on_the_last_layer_sees_every_position(path, kind):
+    eager, fast = model_of(), model_of()
+    accelerate(fast)
+    seen: list[list[int]] = [[], []]
+    for model, lengths in zip((eager, fast), seen, strict=True):
+        module = model.get_submodule(LAST + path)
+        if kind == "hook":
+            module.register_forward_hook(lambda m, i, out, n=lengths: n.append(out.shape[1]))
+        elif kind == "own forward":
+            before = module.forward
+            module.forward = lambda *a, b=before, n=lengths: n.append(a[0].shape[1]) or b(*a)
+        else:
+            cls = type(module)
+
+            def forward(self, *args, cls=cls, n=lengths):
+                n.append(args[0].shape[1])
+                return cls.forward(self, *args)
+
+            module.__class__ = type("Watched", (cls,), {"forward": forward})
+    close(last_logits(fast, 1, "alone"), last_logits(eager, 1, "alone"), path)
+    assert seen[0] == seen[1] == [9]

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from elmkernels.backends import REFERENCE, choose
 from elmkernels.bench import (
     ceilings,
     end_to_end,
@@ -57,6 +58,40 @@ def test_every_routine_multiplies_alike(dtype):
 def test_the_ceiling_of_a_dtype_is_positive(monkeypatch):
     monkeypatch.setattr(ceilings, "CPU_SHAPES", ((64, 64, 64), (32, 64, 128)))
     assert ceilings.matmul_ceiling(torch.float32) > 1e6
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_memory_is_read_in_several_ways(monkeypatch, compiled):
+    """With and without asking for it ahead; each reads all of it."""
+    if not compiled:
+        monkeypatch.setattr(ceilings, "choose", lambda *_: REFERENCE)
+    elif choose("linear", "cpu", None) == REFERENCE:
+        pytest.skip("no compiled CPU backend can run here")
+    x = ceilings.numbers(1 << 17, CPU)
+    torch_own, streams = ["sum", "mv"], ["stream bfloat16", "stream float32"]
+    found = ceilings.reads(x)
+    assert list(found) == torch_own + streams * compiled
+    for name, read in found.items():
+        assert read().isfinite().all(), name
+    probes = ceilings.memory_probes(CPU, True)
+    assert list(probes) == [*found, "copy"]
+    assert {work for _, work in probes.values()} == {2.0**27}
+
+
+def test_the_fastest_read_is_the_ceiling(monkeypatch):
+    """And what is faster than that is said, not printed as a share."""
+    slow, fast = (lambda s=s: time.sleep(s) for s in (0.004, 0.002))
+    monkeypatch.setitem(
+        roofline.PROBES, roofline.MEMORY, lambda *_: {"sum": (slow, 1e6), "stream": (fast, 1e6)}
+    )
+    work = roofline.Work("generate", 1, 1e6, roofline.MEMORY, torch.float32)
+    tasks = {EAGER: lambda: time.sleep(0.02), ACCELERATED: lambda: time.sleep(0.001)}
+    found = roofline.measure_tasks(work, tasks, CPU, rounds=3, quick=True, peaks=False)
+    assert 0.4e9 < found.ceiling < 0.5e9 + 1e7
+    assert found.of_ceiling is None
+    assert "accelerated reached" in found.ceiling_missing
+    printed = end_to_end.speed_text([found])
+    assert "not usable" in printed and "%" not in printed
 
 
 def measured(seconds: float) -> roofline.Measured:

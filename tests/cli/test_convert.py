@@ -10,6 +10,8 @@ from helpers import GOLDEN
 
 from elmkernels import OpenELM, pack, quantize
 from elmkernels.cli.main import main
+from elmkernels.openelm.compressed import Compressed, weight_of
+from elmkernels.reference import dense
 
 TINY = GOLDEN / "hf_tiny"
 IDS = torch.arange(9)[None]
@@ -51,6 +53,30 @@ def test_to_packed_with_what_stands_beside(capsys, tmp_path):
     assert pack(loaded).matrices == 0
 
 
+FORMS = {"packed12": pack, "quantized": lambda model: quantize(model, 4, 32), "plain": None}
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+@pytest.mark.parametrize("form", FORMS)
+def test_to_plain(capsys, tmp_path, form, dtype):
+    """Of any form, with the very weights that it stands for."""
+    model = OpenELM.from_pretrained(TINY, dtype=torch.bfloat16)
+    if FORMS[form] is not None:
+        FORMS[form](model)
+    model.save_pretrained(tmp_path / "source")
+    argv = ["--checkpoint", str(tmp_path / "source"), "--to", "plain", "--out", str(tmp_path / "o")]
+    assert main(["convert", *argv, *([] if dtype is None else ["--dtype", dtype])]) == 0
+    count = 0 if form == "plain" else 13
+    assert capsys.readouterr().out.startswith(f"made plain {count} matrices: ")
+    made = OpenELM.from_pretrained(tmp_path / "o")
+    assert not any(isinstance(module, Compressed) for module in made.modules())
+    for name, module in made.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None:
+            held = dense(weight_of(model.get_submodule(name)), torch.bfloat16)
+            assert torch.equal(weight, held.to(torch.float32 if dtype else torch.bfloat16)), name
+
+
 def test_to_gguf(capsys, tmp_path):
     pytest.importorskip("gguf")
     argv = ["--checkpoint", str(TINY), "--to", "gguf", "--out", str(tmp_path / "m.gguf")]
@@ -66,7 +92,7 @@ def test_wrong_input(capsys, tmp_path, monkeypatch):
         ([*source, "--to", "packed12"], "arguments are required: --out"),
         (["--to", "packed12", *out], "arguments are required: --checkpoint"),
         ([*source, *out], "--to"),
-        ([*source, *out, "--to", "gptq"], "one of quantized, packed12, gguf, got 'gptq'"),
+        ([*source, *out, "--to", "gptq"], "one of plain, quantized, packed12, gguf, got 'gptq'"),
         ([*source, *out, "--to", "gguf", "--type", "q6_k"], "q8_0, q4_0, got 'q6_k'"),
         ([*source, *out, "--to", "quantized", "--bits", "3"], "invalid choice: 3"),
         ([*source, *out, "--to", "packed12", "--bits", "4"], "--bits belongs to --to quantized"),

@@ -33,7 +33,7 @@ def test_who_asks_for_the_reference_knows(capsys, more):
 @pytest.mark.parametrize("command", ["generate", "train"])
 def test_benchmarks(capsys, monkeypatch, command):
     monkeypatch.setattr("elmkernels.cli.options.missing_kernels", lambda device: MISSING)
-    monkeypatch.setattr(f"elmkernels.cli.bench_{command}.carry_out", lambda *_: 0)
+    monkeypatch.setattr(f"elmkernels.cli.bench.{command}.carry_out", lambda *_: 0)
     argv = ["bench", command, "--quick"]
     argv += ["--checkpoint", str(TINY)] if command == "generate" else ["--device", "cpu"]
     assert main(argv) == 0

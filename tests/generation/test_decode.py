@@ -7,7 +7,10 @@ import torch
 from helpers.checkpoints import CONFIG as SMALL
 from helpers.golden import load_hf_tiny
 
-from elmkernels import OpenELM, accelerate, generate, pack, quantize
+from elmkernels import OpenELM, Plan, accelerate, generate, ops, pack, processors, quantize
+from elmkernels.acceleration.decoder_weights import decoder_weights_of
+from elmkernels.acceleration.routines import PREPACKED
+from elmkernels.generation import groups
 from elmkernels.openelm import KVCache, OpenELMConfig, greedy, next_logits
 from elmkernels.testing.parity import compare, runnable
 
@@ -81,3 +84,69 @@ def test_greedy_raises_for_nan(steps):
         model.layers[1].attn.out_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="logits must be numbers to choose a token, got NaN"):
         greedy(model, torch.tensor([[1, 2, 3]]), steps)
+
+
+@pytest.mark.parametrize("batch", [9, 16, 17])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", ["groups", "layers"])
+def test_more_rows_than_a_step_takes(way, form, batch, monkeypatch):
+    """By groups of rows or by the layers: ragged rows, by the project's rule."""
+    monkeypatch.setattr(groups, "grouped", lambda model, weights, rows: way == "groups")
+    model = model_in(form)
+    plain, wide = copy.deepcopy(model), copy.deepcopy(model).to(torch.float64)
+    accelerate(model)
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(CONFIG.vocab_size, (batch, 12), generator=generator)
+    counts = [1 + row % 6 for row in range(batch)]
+    collected: list[list[torch.Tensor]] = [[], [], []]
+    steps = []
+    one = ops.decode_step
+    monkeypatch.setattr(ops, "decode_step", lambda *a, **k: steps.append(len(a[1])) or one(*a, **k))
+    with torch.inference_mode():
+        for m, logits in zip((wide, plain, model), collected, strict=True):
+            cache = KVCache(m.config, batch, 16, dtype=m.activation_dtype)
+            m(ids[:, :6], cache=cache, counts=counts)
+            for i in range(6, 12):
+                step = ids[:, i]
+                if m is model:
+                    logits.append(next_logits(m, step, cache))
+                else:
+                    logits.append(m(step[:, None], cache=cache)[:, -1])
+            assert cache.rows == [count + 6 for count in counts]
+    of_step = [8, *([8] if batch >= 16 else []), batch % 8][: -(-batch // 8)]
+    assert steps == (of_step * 6 if way == "groups" else [])
+    found = compare(*(torch.stack(logits) for logits in collected), what=f"logits, {form}")
+    assert found.ok, found.reason
+
+
+def test_groups_follow_a_cache_that_changes_its_dtype():
+    cache = KVCache(CONFIG, 11, 8)
+    before = groups.arenas_of(cache)
+    assert [a.batch for a in before] == [8, 3] and groups.arenas_of(cache) is before
+    cache.take_dtype(torch.bfloat16)
+    after = groups.arenas_of(cache)
+    assert after is not before and all(a.data is cache.arena.data for a in after)
+    for layer, heads in enumerate(cache.kv_heads):
+        for arena, begin in zip(after, (0, 8), strict=True):
+            k, v = arena.views(layer, heads)
+            for own, whole in ((k, cache.k[layer]), (v, cache.v[layer])):
+                assert own.data_ptr() == whole[begin:].data_ptr()
+                assert own.shape == whole[begin : begin + arena.batch].shape
+                assert own.stride() == whole.stride()
+
+
+@pytest.mark.parametrize("bits", [0, 12, 8, 4])
+def test_which_batches_go_in_groups(bits):
+    """Up to the row of the table; of plain weights none that a prepacked copy multiplies."""
+    form = {0: "bfloat16", 12: "packed12", 8: "8 bits", 4: "4 bits"}[bits]
+    model = OpenELM(CONFIG, seed=2, dtype=torch.bfloat16)
+    FORMS[form][1](model)
+    accelerate(model, plan=Plan())
+    weights = decoder_weights_of(model)
+    most = processors.row(processors.GROUPED, bits, torch.bfloat16).choice
+    assert 8 < most <= groups.MOST
+    found = [groups.grouped(model, weights, batch) for batch in (1, 8, 9, most, most + 1)]
+    assert found == [True, True, True, True, False]
+    if not bits:
+        accelerate(model, plan=Plan(several_rows=PREPACKED))
+        assert [groups.grouped(model, weights, batch) for batch in (8, 9)] == [True, False]

@@ -1,9 +1,11 @@
-"""What linear and decode_step promise beyond numbers: the same bits whatever the batch, the threads
-and the form that holds a bfloat16 matrix; only what they own is written.
+"""What linear and decode_step promise beyond numbers: the same bits whatever the batch, the
+threads, the tokens beside one and the form that holds a bfloat16 matrix; only what they own is
+written.
 """
 
 import dataclasses
 import gc
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -94,6 +96,132 @@ def test_decode_step_has_the_same_bits_in_any_batch_by_any_threads(backend, form
         assert torch.equal(again.data, kept.data)
 
 
+# Positions and sequences of tokens of one pass: 1 to 8 of one sequence, on both sides of a block of
+# keys' end; several sequences, in any order; from an empty cache on.
+ARRANGED = [
+    *((list(range(124, 124 + n)), [2] * n) for n in range(1, 9)),
+    (list(range(8)), [0] * 8),
+    ([0, 1, 150, 60, 61, 62, 63, 64], [2, 2, 3, 0, 0, 0, 0, 0]),
+    ([127, 128, 5, 6, 7, 126, 127, 128], [1, 1, 0, 0, 0, 2, 2, 2]),
+    ([9, 130, 131], [3, 1, 1]),
+]
+
+
+def both_ways(step, weights, cache, positions, sequences, seed=0):
+    """(logits and cache) of one pass, and of tokens one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, weights.vocab_size, (len(positions),), generator=generator)
+    call = [tokens, torch.tensor(positions), torch.tensor(sequences)]
+    kept, own = fresh(cache), fresh(cache)
+    logits = step(weights, *call[:2], kept, sequences=call[2])
+    rows = [[x[i : i + 1] for x in call] for i in range(len(positions))]
+    alone = [step(weights, *row[:2], own, sequences=row[2]) for row in rows]
+    return (logits, kept.data), (torch.cat(alone), own.data)
+
+
+OTHER_HEADS = {
+    "groups_of_8": {"heads": ((8, 1), (16, 2))},
+    "no_groups": {"heads": ((3, 3), (5, 5))},
+    "head_dim_20": {"head_dim": 20},
+    "head_dim_128": {"head_dim": 128},
+}
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("form", "dtype", "heads"),
+    [
+        *((form, dtype, "") for form in FORMS for dtype in dtypes_of(form)),
+        *(("plain", dtype, heads) for heads in OTHER_HEADS for dtype in dtypes_of("plain")),
+    ],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_tokens_of_a_sequence_have_the_bits_of_one_by_one(backend, form, dtype, heads):
+    d = draw(dtype)
+    weights = decoder(d, form, **OTHER_HEADS.get(heads, {}))
+    cache = arena(d, weights, 4, 160)
+    step = partial(decode_step, backend=backend)
+    for positions, sequences in ARRANGED:
+        one_pass, alone = both_ways(step, weights, cache, positions, sequences)
+        assert all(map(torch.equal, one_pass, alone)), (positions, sequences)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_of_a_sequence_have_the_bits_of_one_by_one_over_a_long_cache(backend, dtype):
+    d = draw(dtype)
+    weights = decoder(d, table_length=2100)
+    cache = arena(d, weights, 2, 2100)
+    step = partial(decode_step, backend=backend)
+    for first in (2000, 2047, 2090):
+        for threads in (1, 3):
+            places = list(range(first, first + 8))
+            one_pass, alone = of_threads(
+                threads, lambda at=places: both_ways(step, weights, cache, at, [1] * 8)
+            )
+            assert all(map(torch.equal, one_pass, alone))
+
+
+@every_backend
+@every_form
+def test_of_several_tokens_the_likeliest_are_those_of_argmax(backend, form, dtype):
+    weights, _, _, cache = decoding(form, dtype, 4)
+    for positions, sequences in ARRANGED[3::3]:
+        tokens = torch.arange(len(positions))
+        call = (weights, tokens, torch.tensor(positions), cache)
+        logits = decode_step(
+            *call, sequences=torch.tensor(sequences), chosen=tokens, backend=backend
+        )
+        assert torch.equal(tokens, logits.argmax(-1))
+
+
+@every_backend
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_knows_nothing_of_the_ones_behind_it(backend, value, dtype):
+    """Even if their keys and values are no numbers."""
+    weights, _, _, cache = decoding("plain", dtype, 4)
+    embedding = weights.embedding.clone()
+    embedding[5] = value
+    weights = dataclasses.replace(weights, embedding=embedding)
+    for first in (0, 60, 126, 127):
+        call = torch.tensor([7, 9, 5, 8]), torch.arange(first, first + 4)
+        rows = torch.full((4,), 1)
+        got = decode_step(weights, *call, fresh(cache), sequences=rows, backend=backend)
+        alone = fresh(cache)
+        for i in range(2):
+            at = slice(i, i + 1)
+            expected = decode_step(
+                weights, *(x[at] for x in call), alone, sequences=rows[at], backend=backend
+            )
+            assert expected.isfinite().all()
+            assert torch.equal(got[at], expected)
+        assert not got[2:].isfinite().any()
+
+
+@every_backend
+@every_form
+def test_of_several_tokens_only_their_places_are_written_and_seen(backend, form, dtype):
+    weights, _, _, cache = decoding(form, dtype, 4)
+    positions, sequences = (torch.tensor(x) for x in ARRANGED[-2])
+    tokens = torch.arange(len(positions))
+    poisoned = fresh(cache)
+    poisoned.data.fill_(torch.nan)
+    for i, layer in enumerate(weights.layers):
+        pairs = zip(poisoned.views(i, layer.kv_heads), cache.views(i, layer.kv_heads), strict=True)
+        for bad, good in pairs:
+            for row in sequences.unique().tolist():
+                before = int(positions[sequences == row].min())
+                bad[row, :before] = good[row, :before]
+    unwritten = poisoned.data.isnan().sum()
+    call = (weights, tokens, positions)
+    expected = decode_step(*call, fresh(cache), sequences=sequences, backend=backend)
+    got = decode_step(*call, poisoned, sequences=sequences, backend=backend)
+    assert torch.equal(got, expected)
+    width = sum(2 * layer.kv_heads for layer in weights.layers) * weights.head_dim
+    assert unwritten - poisoned.data.isnan().sum() == width * len(tokens)
+
+
 @every_backend
 @pytest.mark.parametrize("k", [1, 7, 31, 64, 127, 128, 129, 200, 1000])
 def test_packed_is_plain_bit_for_bit(backend, k):
@@ -162,11 +290,11 @@ def test_what_lies_beyond_the_positions_is_neither_read_nor_written(backend, for
 
 
 @every_backend
-@pytest.mark.parametrize("call", ["tokens", "positions"])
+@pytest.mark.parametrize("call", ["tokens", "positions", "sequences"])
 def test_strided_indices_are_inputs(backend, call):
     weights, tokens, positions, cache = decoding("plain", torch.float32, 3)
     expected = decode_step(weights, tokens, positions, fresh(cache), backend=backend)
-    wide = {"tokens": tokens, "positions": positions}
+    wide = {"tokens": tokens, "positions": positions, "sequences": torch.arange(3)}
     wide[call] = torch.stack((wide[call], wide[call] * 0 - 1), dim=1)[:, 0]
     assert torch.equal(decode_step(weights, **wide, arena=fresh(cache), backend=backend), expected)
 

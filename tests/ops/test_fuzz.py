@@ -34,9 +34,6 @@ WIDTHS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 127, 128, 130, 255, 30
 # torch's own kernel, on documents of two and three tokens with heads of one number: 1.2 times what
 # the rule allows of one gradient's rms error.
 TORCH_S_OWN = {("attention", 307, "sdpa")}
-# Six results, of which the evaluations of the yardstick round all alike: the luck of one is that of
-# eight. The kernels' rms error is 1.2 times what the rule allows.
-FEW_RESULTS = {("linear", 377)}
 COTANGENTS = ("contiguous", "broadcast", "strided")
 
 
@@ -179,7 +176,7 @@ def finite(expected):
 def check(op, seed):
     """One random call by each backend; returns how many there were."""
     expected = drawn(op, seed)
-    if (op, seed) in FEW_RESULTS or not finite(expected):
+    if not finite(expected):
         return 0
     backends = [b for b in runnable(op) if b != "triton" and (op, seed, b) not in TORCH_S_OWN]
     for backend in backends:

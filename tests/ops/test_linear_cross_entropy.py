@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from elmkernels import linear_cross_entropy
 from elmkernels.backends import kernel, optional_kernel
-from elmkernels.ops import _chunked_loss
+from elmkernels.ops import _chunked_loss, _linear_cross_entropy
 from elmkernels.testing import CASES, assert_parity, compare, runnable
 
 BACKENDS = runnable("linear_cross_entropy")
@@ -49,7 +49,7 @@ def small_chunks(monkeypatch, rows, v, itemsize, part_rows=None, d=24):
     monkeypatch.setitem(_chunked_loss.CHUNK_BYTES, "cpu", rows * v * itemsize)
     monkeypatch.setitem(_chunked_loss.BLOCK_BYTES, "cpu", 50 * d * itemsize)
     if part_rows:
-        monkeypatch.setattr(_chunked_loss, "PART_BYTES", part_rows * d * 4)
+        monkeypatch.setattr(_linear_cross_entropy, "PART_BYTES", part_rows * d * 4)
 
 
 @every_backend
@@ -59,7 +59,7 @@ def test_chunks_are_parity_too(backend, name, rows, monkeypatch):
     """With blocks and parts of weight whose ends meet those of nothing else."""
     for dtype in (torch.float32, half(backend)):
         v = 1003 if "every" in name else 131
-        monkeypatch.setattr(_chunked_loss, "PART_BYTES", 90 * 96 * 4)
+        monkeypatch.setattr(_linear_cross_entropy, "PART_BYTES", 90 * 96 * 4)
         monkeypatch.setitem(_chunked_loss.BLOCK_BYTES, "cpu", 64 * 96 * dtype.itemsize)
         monkeypatch.setitem(_chunked_loss.CHUNK_BYTES, "cpu", rows * v * dtype.itemsize)
         assert_parity("linear_cross_entropy", CASE[name], dtype, backend)
@@ -343,8 +343,9 @@ def test_raw_kernel_and_chunks_pass_opcheck(backend, dtype):
     for grad, given in itertools.product((False, True), (None, dloss)):
         logits = torch.randn(len(targets), 131).to(dtype)
         torch.library.opcheck(rows, (logits, targets, given, -100, 0.1, 0.1, grad))
-        args = (hidden, weight, targets, given, -100, 0.1, 0.1, grad, grad, backend)
-        torch.library.opcheck(_chunked_loss.run, args)
+        args = (hidden, weight, targets, given, -100, 0.1, 0.1, grad, grad)
+        for narrow in (False, True):
+            torch.library.opcheck(_chunked_loss.op, (*args, narrow, backend))
     add = kernel("linear_cross_entropy_add", backend)
     for scale, fresh in itertools.product((None, torch.tensor(0.5)), (False, True)):
         torch.library.opcheck(add, (torch.randn(3, 24), weight[:3], scale, fresh))

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from elmkernels import linear_cross_entropy
 from elmkernels.backends import BACKENDS as ALL_BACKENDS
 from elmkernels.backends import kernel, optional_kernel
+from elmkernels.ops import _chunked_loss
 from elmkernels.testing import runnable
 
 BACKENDS = runnable("linear_cross_entropy")
@@ -56,3 +58,34 @@ def test_a_backend_may_do_without_a_kernel():
     assert optional_kernel("linear_cross_entropy_add", "triton") is None
     with pytest.raises(KeyError):
         kernel("linear_cross_entropy_add", "triton")
+
+
+@pytest.mark.parametrize("backend", ADDING)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ignored", [0.0, 0.2])
+def test_one_chunk_of_bfloat16_is_not_summed_in_float32(backend, reduction, ignored, monkeypatch):
+    """Nothing is added to its dweight: the same bits, without a float32 copy of them."""
+    generator, made = torch.Generator().manual_seed(0), []
+    hidden, weight = (
+        torch.randn(n, 24, generator=generator).bfloat16().requires_grad_() for n in (37, 131)
+    )
+    targets = torch.randint(131, (37,), generator=generator)
+    targets[torch.rand(37, generator=generator) < ignored] = -100
+
+    def run() -> tuple[torch.Tensor, ...]:
+        how = {"reduction": reduction, "backend": backend}
+        loss = linear_cross_entropy(hidden, weight, targets, **how)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.7))
+
+    one, all_parts = _chunked_loss.sum_dtype, _chunked_loss.parts_of
+    monkeypatch.setattr(
+        _chunked_loss, "parts_of", lambda *a, **k: made.append(a[2]) or all_parts(*a, **k)
+    )
+    found = run()
+    monkeypatch.setattr(_chunked_loss, "sum_dtype", lambda h, w, alone: one(h, w, False))
+    expected = run()
+    monkeypatch.setattr(_chunked_loss, "sum_dtype", one)
+    monkeypatch.setitem(_chunked_loss.CHUNK_BYTES, "cpu", 8 * 131 * 2)
+    run()
+    assert made == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(map(torch.equal, found, expected))

@@ -34,6 +34,12 @@ def step(weights=WEIGHTS, tokens=TOKENS, positions=TOKENS, arena=ARENA, **k):
     return decode_step(weights, tokens, positions, arena, **k)
 
 
+def several(sequences, positions):
+    """Tokens of two sequences: sequences and positions of each."""
+    tokens, positions = torch.tensor([1, 2, 3]), torch.tensor(positions)
+    return step(tokens=tokens, positions=positions, sequences=torch.tensor(sequences))
+
+
 def with_layer(**parts):
     return step(replace(WEIGHTS, layers=(WEIGHTS.layers[0], WEIGHTS.layers[1]._replace(**parts))))
 
@@ -142,10 +148,10 @@ WRONG = {
         TypeError, "positions must be a tensor, got list"),
     "decode_step: tokens are two-dimensional": (
         lambda: step(tokens=TOKENS[:, None]),
-        ValueError, "tokens must be [batch] of at most 8, got [2, 1]"),
+        ValueError, "tokens must be [n] of at most 8, got [2, 1]"),
     "decode_step: nine sequences": (
         lambda: step(tokens=torch.arange(9)),
-        ValueError, "tokens must be [batch] of at most 8, got [9]"),
+        ValueError, "tokens must be [n] of at most 8, got [9]"),
     "decode_step: one position": (
         lambda: step(positions=TOKENS[:1]),
         ValueError, "positions must be [2] like tokens, got [1]"),
@@ -173,6 +179,36 @@ WRONG = {
     "decode_step: another head_dim": (
         lambda: with_arena(head_dim=32),
         ValueError, "arena.head_dim must be 64, got 32"),
+    "decode_step: sequences are a list": (
+        lambda: step(sequences=[0, 1]),
+        TypeError, "sequences must be a tensor, got list"),
+    "decode_step: sequences are int32": (
+        lambda: step(sequences=TOKENS.int()),
+        TypeError, "sequences must be torch.int64, got torch.int32"),
+    "decode_step: one sequence": (
+        lambda: step(sequences=TOKENS[:1]),
+        ValueError, "sequences must be [2] like tokens, got [1]"),
+    "decode_step: sequences are elsewhere": (
+        lambda: step(sequences=TOKENS.to("meta")),
+        ValueError, "sequences must be on cpu, got meta"),
+    "decode_step: a third sequence of two": (
+        lambda: step(sequences=TOKENS),
+        ValueError, "sequences must be in [0, 2) (the arena's sequences), got 2"),
+    "decode_step: a sequence below 0": (
+        lambda: step(sequences=TOKENS - 2),
+        ValueError, "sequences must be in [0, 2) (the arena's sequences), got -1"),
+    "decode_step: tokens of a sequence apart": (
+        lambda: several([0, 1, 0], [1, 1, 2]),
+        ValueError, "sequences must be of neighbours, all tokens of one together, got [0, 1, 0]"),
+    "decode_step: a position is left out": (
+        lambda: several([1, 1, 1], [1, 2, 4]),
+        ValueError, "positions[2] must be 3 behind 2 of sequence 1, got 4"),
+    "decode_step: a position comes twice": (
+        lambda: several([1, 0, 0], [1, 2, 2]),
+        ValueError, "positions[2] must be 3 behind 2 of sequence 0, got 2"),
+    "decode_step: positions fall": (
+        lambda: several([0, 0, 1], [2, 1, 0]),
+        ValueError, "positions[1] must be 3 behind 2 of sequence 0, got 1"),
     "decode_step: chosen is a list": (
         lambda: step(chosen=[1, 2]),
         TypeError, "chosen must be a tensor, got list"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elmkernels.bench.op_baselines import baselines
+from elmkernels.bench.baselines.of_ops import baselines
 from elmkernels.bench.ops import run_bench
 from elmkernels.bench.table import format_table
 from elmkernels.bench.timing import copies_beyond_cache, fingerprint, interleave, summary

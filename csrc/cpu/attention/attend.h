@@ -47,6 +47,16 @@ struct AttendScratch {
     std::fill(sums, sums + rows * Vec::size, 0.0f);
     std::fill(tops, tops + rows, kNothing);
   }
+
+  // That of the rows from the r-th on.
+  AttendScratch from(int64_t r) const {
+    AttendScratch rest = *this;
+    rest.queries = queries.from(r, 0);
+    rest.total = total.from(r, 0);
+    rest.sums += r * Vec::size;
+    rest.tops += r;
+    return rest;
+  }
 };
 
 // One row of scores, of which it sees the first `seen`, to probabilities 2^(c s - top) in
@@ -95,7 +105,7 @@ inline void attend_block(const Tile<T>& tile, const AttendScratch<T>& s, int64_t
     const int64_t count = filled<T>(seen);
     if constexpr (Operand<T>::per == 1)
       if (few)
-        few_scores<T>({s.queries.data, s.queries.stride}, keys, s.scores.data, rows, seen,
+        few_scores<T>({s.queries.row(r), s.queries.stride}, keys, s.scores.data, rows, seen,
                       tile.head_dim);
     if (!few) product(s.queries.from(r, 0), s.keys, s.scores, rows, count, s.depth, false);
     for (int64_t i = 0; i < rows; ++i) {
@@ -108,9 +118,35 @@ inline void attend_block(const Tile<T>& tile, const AttendScratch<T>& s, int64_t
           store(row + d, load(row + d, Full{}) * shrink, Full{});
     }
     if constexpr (Operand<T>::per == 1)
-      if (few) few_totals<T>(s.weights.data, values, s.total, rows, seen);
+      if (few) few_totals<T>(s.weights.data, values, s.total.from(r, 0), rows, seen);
     if (!few)
       product(s.weights, s.values, s.total.from(r, 0), rows, s.width, lanes_of<T>(seen), true);
+  }
+}
+
+// Of few rows, whose heads lie apart: without this the processor sees 16 streams, and prefetches
+// none.
+template <class T>
+inline void prefetch_block(const Tile<T>& tile, int64_t first, int64_t end) {
+  for (int64_t j = first; j < std::min(first + kKeyBlock, end); ++j) {
+    prefetch(tile.k(j), tile.head_dim);
+    prefetch(tile.v(j), tile.head_dim);
+  }
+}
+
+// What the rows have summed, over the sum of their probabilities. lse: as of attend_tile.
+template <class T>
+inline void finish_rows(const Tile<T>& tile, const AttendScratch<T>& s, TileRows<T> out,
+                        TileRows<float> lse) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const float weight = sum(load(s.sums + r * Vec::size, Full{}));
+    const bool none = tile.limit(r) <= 0;
+    const Vec share = vec(none ? 0.0f : 1.0f / weight);
+    T* to = out(r);
+    sweep(tile.head_dim, [&](int64_t d, auto part) {
+      store(to + d, load(s.total.row(r) + d, part) * share, part);
+    });
+    if (lse.first != nullptr) *lse(r) = none ? kNothing : s.tops[r] + std::log2(weight);
   }
 }
 
@@ -124,22 +160,33 @@ inline void attend_tile(const Tile<T>& tile, TileRows<T> out, TileRows<float> ls
   const bool few = tile.whole && few_rows<T>(tile.rows, tile.head_dim);
   const int64_t end = tile.limit(tile.rows - 1);
   for (int64_t first = 0; first < end; first += kKeyBlock) {
-    // Rows of one head lie apart: without this the processor sees 16 streams, and prefetches none.
-    for (int64_t j = first + kKeyBlock; tile.rows <= 16 && j < std::min(first + 2 * kKeyBlock, end);
-         ++j) {
-      prefetch(tile.k(j), tile.head_dim);
-      prefetch(tile.v(j), tile.head_dim);
-    }
+    if (tile.rows <= 16) prefetch_block(tile, first + kKeyBlock, end);
     attend_block(tile, s, first, std::min(kKeyBlock, end - first), few);
   }
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const float weight = sum(load(s.sums + r * Vec::size, Full{}));
-    const bool none = tile.limit(r) <= 0;
-    const Vec share = vec(none ? 0.0f : 1.0f / weight);
-    T* to = out(r);
-    sweep(tile.head_dim, [&](int64_t d, auto part) {
-      store(to + d, load(s.total.row(r) + d, part) * share, part);
-    });
-    if (lse.first != nullptr) *lse(r) = none ? kNothing : s.tops[r] + std::log2(weight);
+  finish_rows(tile, s, out, lse);
+}
+
+// The rows of each token as attend_tile would have them alone, bit for bit. Blocks of keys that all
+// tokens see are gathered once for them. From the first new token's block on each token has what it
+// sees itself: a later token's value times a probability of 0 is a NaN if it isn't finite.
+template <class T>
+inline void attend_tokens(const Tile<T>& tile, TileRows<T> out, float* memory) {
+  const Amx amx;
+  const AttendScratch<T> s(tile.rows, tile.head_dim, memory);
+  gather_rows<T>(tile.q, tile.rows, tile.head_dim, s.queries.data, s.queries.stride);
+  const int64_t group = tile.limit.group, end = tile.limit(tile.rows - 1);
+  const int64_t common = tile.limit(0) / kKeyBlock * kKeyBlock;
+  const bool few = few_rows<T>(group, tile.head_dim);
+  for (int64_t first = 0; first < common; first += kKeyBlock) {
+    prefetch_block(tile, first + kKeyBlock, end);
+    attend_block(tile, s, first, kKeyBlock, few);
   }
+  for (int64_t r = 0; r < tile.rows; r += group) {
+    Tile<T> own = tile;
+    own.rows = group;
+    own.limit = {tile.limit.before + r / group, group, nullptr};
+    for (int64_t first = common, last = tile.limit(r); first < last; first += kKeyBlock)
+      attend_block(own, s.from(r), first, std::min(kKeyBlock, last - first), few);
+  }
+  finish_rows(tile, s, out, {nullptr, group, 0, 0});
 }

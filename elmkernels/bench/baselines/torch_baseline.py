@@ -5,12 +5,18 @@ heads, and a preallocated cache of rotated keys: what suits eager PyTorch, and `
 which shapes and addresses are fixed. It rounds where those operations do, not where OpenELM does.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...generation.cuda_graph import BUCKET
 from ...openelm.model import OpenELM
 from ...testing.cases.qk_norm_rope import rotate
+from ..benchmark import COMPILED, EAGER, TORCH
+from ..runners import Run, Runner, Task
 
 
 class TorchBaseline(nn.Module):
@@ -82,3 +88,56 @@ class TorchBaseline(nn.Module):
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+
+def room_for(task: Task, model: OpenELM) -> int:
+    """The slots of a static cache: a whole number of what masks are aligned to, if it fits."""
+    wanted = -(-(task.length + 1) // (BUCKET // 2)) * (BUCKET // 2)
+    return min(wanted, model.config.rope_max_length)
+
+
+class TorchBaselineRunner(Runner):
+    """`TorchBaseline`; options: those of `torch.compile`, None for eager."""
+
+    def __init__(self, model: OpenELM, options: dict[str, Any] | None = None) -> None:
+        self.model, self.options = model, options
+        self.name = TORCH if options is None else COMPILED
+        self.kind, self.facts = EAGER if options is None else COMPILED, {}
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+
+    def run(self, task: Task) -> Run:
+        """Compiled for the shapes of this task alone, when it is called first."""
+        prompts, length = task.prompts, task.prompts.shape[1]
+        baseline = TorchBaseline(self.model, prompts.shape[0], room_for(task, self.model))
+        positions = torch.arange(length, device=prompts.device)
+        call = self._compiled(baseline)
+
+        @torch.inference_mode()
+        def prefill() -> list[list[int]]:
+            return call(prompts, positions).argmax(-1)[:, None].tolist()
+
+        if not task.steps:
+            return prefill
+        with torch.inference_mode():
+            first = baseline(prompts, positions).argmax(-1)
+
+        @torch.inference_mode()
+        def decode() -> list[list[int]]:
+            at, chosen = positions[-1:] + 1, [first]
+            for i in range(task.steps):
+                seen = None if self.options is not None else length + i + 1
+                chosen.append(self._next(call, chosen[-1], at, seen))
+                at += 1
+            return torch.stack(chosen, 1).tolist()
+
+        return decode
+
+    def _next(self, call: Callable, tokens: Tensor, at: Tensor, seen: int | None) -> Tensor:
+        if self.options is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+        return call(tokens[:, None], at, seen).argmax(-1)
+
+    def _compiled(self, baseline: TorchBaseline) -> Callable:
+        if self.options is None:
+            return baseline
+        return torch.compile(baseline, fullgraph=True, dynamic=False, **self.options)

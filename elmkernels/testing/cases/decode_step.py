@@ -82,9 +82,11 @@ def decoder(
 
 def _decode_case(
     name: str, form: str = "plain", positions: tuple[int, ...] = (9,), max_length: int = 0,
-    dtypes: tuple[torch.dtype, ...] | None = None, **sizes,
+    dtypes: tuple[torch.dtype, ...] | None = None, sequences: tuple[int, ...] | None = None,
+    batch: int = 0, **sizes,
 ) -> Case:  # fmt: skip
-    """positions: of each sequence's new token. max_length: of the cache, 0: as short as can be."""
+    """positions, sequences: of each token. max_length, batch: of the cache, 0: as small as can
+    be."""
 
     def build(d: Draw) -> Inputs:
         weights = decoder(d, form, **sizes)
@@ -93,9 +95,29 @@ def _decode_case(
         tokens = torch.randint(0, weights.embedding.shape[0], shape, **options)
         place = torch.tensor(positions, dtype=torch.int64, device=d.device)
         longest = max_length or max(positions, default=0) + 1
-        return (weights, tokens, place, arena(d, weights, len(positions), longest)), {}
+        if sequences is None:
+            return (weights, tokens, place, arena(d, weights, len(positions), longest)), {}
+        rows = torch.tensor(sequences, dtype=torch.int64, device=d.device)
+        cache = arena(d, weights, batch or max(sequences) + 1, longest)
+        return (weights, tokens, place, cache), {"sequences": rows}
 
     return Case("decode_step", name, build, dtypes=dtypes or dtypes_of(form))
+
+
+def several_tokens() -> dict[str, dict]:
+    """Several tokens of a sequence: within a block of keys and across its end, ragged, from an
+    empty cache on, in any order of sequences, of which some have none."""
+    return {
+        "tokens_2": {"positions": (70, 71), "sequences": (0, 0)},
+        "tokens_4": {"positions": (126, 127, 128, 129), "sequences": (0,) * 4},
+        "tokens_8": {"positions": tuple(range(60, 68)), "sequences": (0,) * 8},
+        "first_tokens": {"positions": (0, 1, 2, 3, 4), "sequences": (0,) * 5},
+        "ragged_tokens": {
+            "positions": (30, 31, 32, 150, 0, 1, 63, 64),
+            "sequences": (3, 3, 3, 0, 4, 4, 1, 1),
+            "batch": 6,
+        },
+    }
 
 
 def cases() -> list[Case]:
@@ -116,6 +138,8 @@ def cases() -> list[Case]:
             rounded = {"activations": "int8", "dtypes": HALF}
             found.append(_decode_case(f"{form}_int8", form, several, **rounded))
             found.append(_decode_case(f"{form}_int8_untied", form, several, tied=False, **rounded))
+        for which, tokens in several_tokens().items():
+            found.append(_decode_case(f"{form}_{which}", form, **tokens))
     for name, config in models().items():
         found.append(_decode_case(f"{name}_layers", **_narrow(config)))
     return found + [
@@ -181,12 +205,17 @@ def bench_cases(model: str, rows: tuple[int, ...], layer: int) -> list[Case]:
     ]
 
 
+def rows_of(positions: Tensor, sequences: Tensor | None) -> Tensor:
+    """The sequence of each token."""
+    return torch.arange(len(positions), device=positions.device) if sequences is None else sequences
+
+
 def with_written(decode_step: Callable) -> Callable:
     """decode_step that also returns what it wrote: keys and values, layer after layer."""
 
     def run(weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Arena, **kwargs):
         logits = decode_step(weights, tokens, positions, arena, **kwargs)
-        rows = torch.arange(arena.batch, device=positions.device)
+        rows = rows_of(positions, kwargs.get("sequences"))
         views = [
             v for i, layer in enumerate(weights.layers) for v in arena.views(i, layer.kv_heads)
         ]
@@ -208,7 +237,12 @@ def least_bytes(args: tuple, kwargs: dict, outputs: tuple[Tensor, ...], backward
     norms = [x for layer in weights.layers for x in layer if isinstance(x, Tensor) and x.dim() == 1]
     embedded = weights.embedding.nbytes // weights.embedding.shape[0] * tokens.numel()
     token = 2 * sum(layer.kv_heads for layer in weights.layers) * weights.head_dim
-    cached = token * arena.data.element_size() * int((positions + 1).sum())
+    ends: dict[int, int] = {}  # of the sequences, whose keys are read once
+    for row, place in zip(
+        rows_of(positions, kwargs.get("sequences")).tolist(), positions.tolist(), strict=True
+    ):
+        ends[row] = max(ends.get(row, 0), place + 1)
+    cached = token * arena.data.element_size() * sum(ends.values())
     read = sum(w.nbytes for w in _matrices(weights)) + total_bytes(*norms) + embedded + cached
     return read + total_bytes(*outputs)
 
@@ -225,7 +259,12 @@ class _Rounding(Dense):
 
 
 def reordered(
-    orders: Orders, weights: DecoderWeights, tokens: Tensor, positions: Tensor, arena: Arena
+    orders: Orders,
+    weights: DecoderWeights,
+    tokens: Tensor,
+    positions: Tensor,
+    arena: Arena,
+    sequences: Tensor | None = None,
 ) -> Tensor:
     """The columns of the hidden numbers, of a head (pairs of queries' and keys', any of values')
     and of the feed-forward network, and the heads of a group."""
@@ -286,10 +325,10 @@ def reordered(
     for mine, theirs, order in caches:
         mine.copy_(take(theirs, None, None, None, order))
     other = DecoderWeights(**{**vars(weights), **changed})
-    logits = reference.decode_step(other, tokens, positions, own)
-    batch = torch.arange(len(tokens), device=tokens.device)
+    logits = reference.decode_step(other, tokens, positions, own, sequences)
+    rows = rows_of(positions, sequences)
     for mine, theirs, order in caches:
-        theirs[batch, positions] = put_back(mine[batch, positions], None, None, order)
+        theirs[rows, positions] = put_back(mine[rows, positions], None, None, order)
     return logits
 
 

@@ -220,6 +220,18 @@ def operations(args: tuple, kwargs: dict, backward: bool) -> int:
     return of_linear(*args)
 
 
+def _of_exact_weight(
+    x: Tensor, w: Tensor, norm: Tensor | None, eps: float, swiglu: bool, residual: Tensor | None
+) -> Tensor:
+    """The reference with a weight in float32, each result rounded to x's dtype as ever."""
+    if norm is not None:
+        x = reference.rms_norm(x, norm, eps)
+    y = F.linear(x.float(), w).to(x.dtype)
+    if swiglu:
+        y = reference.swiglu(y)
+    return y if residual is None else residual + y
+
+
 def reordered(
     orders: Orders, x: Tensor, weight: Weight, norm: Tensor | None = None, eps: float = 1e-6,
     swiglu: bool = False, residual: Tensor | None = None, activations: str | None = None,
@@ -230,11 +242,14 @@ def reordered(
     if activations is not None:
         x = reference.int8_rows(x if norm is None else reference.rms_norm(x, norm, eps))
         norm = None
-    w = reference.dense(weight, x.dtype)
+    # What a compressed weight stands for is rounded on its way into a dense product, and isn't in
+    # one that reads it as it is stored: both are right, and of few results one may be so by luck.
+    exact = not isinstance(weight, Tensor) and x.dtype.itemsize < 4 and orders.coin()
+    w = reference.dense(weight, torch.float32 if exact else x.dtype)
     rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
     outputs = orders.pairs(len(w)) if swiglu else orders(len(w))
     n = len(w) // 2 if swiglu else len(w)
-    y = reference.linear(
+    y = (_of_exact_weight if exact else reference.linear)(
         take(flat_rows(x), rows, columns),
         take(w, outputs, columns),
         None if norm is None else take(norm, columns),

@@ -1,7 +1,8 @@
-"""A model of OLMo-1B's shape, from transformers: what OpenELM's paper compares its speed with.
+"""Models of other families' shapes, from transformers: what OpenELM's paper compares its speed
+with (OLMo), and what is run most (Llama).
 
-Random weights: speed doesn't depend on them. OLMo's norms have no weights, its heads are not
-shared, its feed-forward is gated. transformers is imported late and is no dependency.
+Random weights: speed doesn't depend on them. OLMo's norms have no weights and its heads are not
+shared; both have a gated feed-forward. transformers is imported late and is no dependency.
 """
 
 import importlib.util
@@ -14,21 +15,42 @@ from torch import Tensor
 from ..benchmark import COMPILED, EAGER
 from ..runners import Run, Runner, Task
 
-SHAPE = {
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 4096,  # its own 2048 would leave no room after a prompt of 2048
-    "tie_word_embeddings": True,
+OLMO, LLAMA = "OLMo-1.2B", "Llama-1B"
+# {a shape's name: (transformers' family, its configuration)}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    OLMO: (
+        "Olmo",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 4096,  # its 2048 leave no room after a prompt of 2048
+            "tie_word_embeddings": True,
+        },
+    ),
+    LLAMA: (
+        "Llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
-TINY = SHAPE | {
+_TINY = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }
 
 
@@ -39,18 +61,24 @@ def missing() -> str | None:
     return None
 
 
-def build(shape: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """OlmoForCausalLM with random weights. Raises ImportError without transformers."""
+def build(name: str, dtype: torch.dtype, device: torch.device, tiny: bool = False) -> Any:
+    """A model of a shape of SHAPES with random weights; tiny: of its family, but of the least
+    size. Raises ImportError without transformers.
+    """
     if why := missing():
         raise ImportError(why)
-    from transformers import OlmoConfig, OlmoForCausalLM
+    import transformers
 
+    family, shape = SHAPES[name]
+    config = getattr(transformers, f"{family}Config")(
+        **(shape | _TINY if tiny else shape), pad_token_id=0, bos_token_id=1, eos_token_id=None
+    )
     with torch.device(device):
-        model = OlmoForCausalLM(OlmoConfig(**shape, pad_token_id=0, eos_token_id=None))
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
     return model.to(dtype).eval()
 
 
-class OlmoRunner(Runner):
+class PeerRunner(Runner):
     """Greedy tokens by the model's own forward and transformers' static cache; options: those of
     `torch.compile`, None for eager.
     """
@@ -60,18 +88,27 @@ class OlmoRunner(Runner):
         self.kind, self.facts = EAGER if options is None else COMPILED, {}
         config, weight = model.config, model.get_input_embeddings().weight
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
-        layer_bytes = 2 * config.hidden_size * weight.itemsize
+        shared = config.hidden_size // config.num_attention_heads
+        layer_bytes = 2 * shared * config.num_key_value_heads * weight.itemsize
         self.cache_token_bytes = config.num_hidden_layers * layer_bytes
 
     def run(self, task: Task) -> Run:
-        """The decoding of a task, after its prompt."""
+        """The pass over a task's prompt, or the decoding after it."""
         from transformers import StaticCache
 
         length, steps = task.prompts.shape[1], task.steps
         prompts = task.prompts % self.model.config.vocab_size
         cache = StaticCache(config=self.model.config, max_cache_len=task.length + 1)
-        first = self._logits(self.model, prompts, cache, torch.arange(length)).argmax(-1)
-        call = self._compiled()
+        places, call = torch.arange(length), self._compiled()
+
+        @torch.inference_mode()
+        def prefill() -> list[list[int]]:
+            rewind(cache, 0)
+            return self._logits(call, prompts, cache, places).argmax(-1)[:, None].tolist()
+
+        first = self._logits(self.model, prompts, cache, places).argmax(-1)
+        if not steps:
+            return prefill
         start = torch.tensor([length], device=prompts.device)
 
         @torch.inference_mode()

@@ -3,10 +3,10 @@
 import argparse
 from typing import Any
 
-from ..bench.training_step import PRECISIONS, StepSizes, TrainingStep
-from ..openelm.config import OpenELMConfig
-from .console import WrongInput, carry_out
-from .options import (
+from ...bench.training_step import PRECISIONS, StepSizes, TrainingStep
+from ...openelm.config import OpenELMConfig
+from ..console import WrongInput, carry_out
+from ..options import (
     DEFAULT_MODEL,
     add_backend,
     add_device,

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from .. import reference
-from ..testing.cases import OPS
+from ... import reference
+from ...testing.cases import OPS
 
 
 def baselines(

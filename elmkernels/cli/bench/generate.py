@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..bench.generation import FORMATS, Generation, GenerationSizes
-from .console import WrongInput, carry_out
-from .options import (
+from ...bench.generation import FORMATS, Generation, GenerationSizes
+from ..console import WrongInput, carry_out
+from ..options import (
     DEFAULT_MODEL,
     add_backend,
     add_json,

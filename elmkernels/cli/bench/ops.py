@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ..bench.ops import run_bench
-from .ops import Keep, add_options, run_records
-from .options import add_quick, dtypes_of, new_command
+from ...bench.ops import run_bench
+from ..ops import Keep, add_options, run_records
+from ..options import add_quick, dtypes_of, new_command
 
 NAME = "ops"
 DTYPES = ("fp32", "bf16")

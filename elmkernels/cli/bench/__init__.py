@@ -1,0 +1,1 @@
+"""The commands of `elmkernels bench`, one file each."""

@@ -1,0 +1,75 @@
+"""What the kind of processor decides, as tables: every row says what it was measured on.
+
+A kind is what changes which routine is fast: tile instructions, bfloat16 products, wide vectors. It
+is found once, at import, as dispatch only reads. A kind without a row of its own takes that of
+KIND_MEASURED_MOST. `elmkernels info --tune` measures a machine against these rows, and says which
+hold and which to add.
+
+Not here: the matrix products' routines, which every process measures for itself
+(`acceleration.routines`), and distances of prefetch, which are constants of each instruction set
+(csrc/cpu).
+"""
+
+import platform
+from typing import Any, NamedTuple
+
+import torch
+
+TILES, BF16, AVX512, AVX2, OTHER = "tiles", "avx512_bf16", "avx512", "avx2", "other"
+# {kind: torch.cpu's function that knows}, the first that says so.
+_PROBES = {
+    TILES: "_is_amx_tile_supported",
+    BF16: "_is_avx512_bf16_supported",
+    AVX512: "_is_avx512_supported",
+    AVX2: "_is_avx2_supported",
+}
+KIND_MEASURED_MOST = BF16
+
+
+def _kind() -> str:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return OTHER
+    return next((k for k, n in _PROBES.items() if getattr(torch.cpu, n, lambda: False)()), OTHER)
+
+
+KIND = _kind()
+
+
+class Row(NamedTuple):
+    """choice: what is taken; where: what it was measured on, and what that gave."""
+
+    choice: Any
+    where: str
+
+
+_ZEN4 = "AMD EPYC (Zen 4), 2 cores"
+_XEON = "Intel Xeon with tiles (Emerald Rapids), 2 cores of a virtual machine"
+
+# The backend of attention over a prompt without masks, if none is named: "ours" for the first of
+# backends.PREFERENCE, or a name that goes before it.
+OWN = "ours"
+ATTENTION: dict[tuple[str, torch.dtype], Row] = {
+    (TILES, torch.bfloat16): Row("sdpa", f"{_XEON}: torch's takes tiles, ours by default doesn't, "
+                                 "and takes 2.3 to 3.3 times as long at 128 to 4096 tokens"),
+    (TILES, torch.float32): Row(OWN, f"{_XEON}: 1.1 to 1.9 times as fast as torch's"),
+    (BF16, torch.bfloat16): Row(OWN, f"{_ZEN4}: 4.1 times as fast as torch's at 512 tokens"),
+    (BF16, torch.float32): Row(OWN, f"{_ZEN4}: 2.3 times as fast as torch's at 512 tokens"),
+}  # fmt: skip
+
+# The most rows of a batch that are decoded in groups of those that `ops.decode_step` takes, if its
+# projections have no prepacked copies: {kind, bits of the weights (0: plain), activations' dtype}.
+_DECODED = f"{_ZEN4}: OpenELM-270M, 16, 24, 32 and 64 rows after 128 tokens"
+GROUPED: dict[tuple[str, int, torch.dtype], Row] = {
+    (BF16, 0, torch.bfloat16): Row(16, _DECODED),
+    (BF16, 12, torch.bfloat16): Row(24, _DECODED),
+    (BF16, 8, torch.bfloat16): Row(24, _DECODED),
+    (BF16, 4, torch.bfloat16): Row(48, _DECODED),
+    (BF16, 0, torch.float32): Row(8, _DECODED),
+}
+
+
+def row(table: dict[Any, Row], *key: Any) -> Row | None:
+    """The row of this kind of processor, or of the one that was measured most; None if neither has
+    one.
+    """
+    return table.get((KIND, *key), table.get((KIND_MEASURED_MOST, *key)))
