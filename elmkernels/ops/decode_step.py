@@ -150,8 +150,10 @@ def decode_step(
     backend = choose("decode_step", device, backend)
     if sequences is not None and (device == "cpu" or backend == REFERENCE):
         check_runs(sequences, positions, arena.batch)
-    if backend == REFERENCE or tokens.shape[0] == 0 or weights.activations is not None:
+    if backend == REFERENCE or tokens.shape[0] == 0:
         return _by_reference(weights, tokens, positions, arena, sequences, chosen)
+    if weights.activations is not None and backend not in CPU:
+        fail("weights.activations", f"None with the backend {backend!r}", weights.activations)
     if unusual() or torch.is_grad_enabled():
         _refuse_derivatives(weights, arena)
     table = table_of(weights)
