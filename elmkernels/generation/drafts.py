@@ -44,8 +44,10 @@ class Draft(Protocol):
     """
 
     name: str
-    model: OpenELM | None
     whole: bool
+
+    @property
+    def model(self) -> OpenELM | None: ...
 
     def begin(self) -> None:
         """A generation begins: what was told of rows before may be no part of them."""
@@ -77,7 +79,8 @@ class Lookup:
     then the latest. A guess that reaches the row's end goes on with itself.
     """
 
-    name, model = LOOKUP, None
+    name = LOOKUP
+    model: OpenELM | None = None
     SHORTEST, LONGEST, CANDIDATES = 2, 16, 16
 
     def __init__(self, batch: int) -> None:

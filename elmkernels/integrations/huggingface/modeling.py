@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ...checks import fail
+from ...checks import fail, is_integer
 from ...generation.step import MOST_TOKENS, in_one_call, next_logits, several_logits
 from ...openelm import OpenELM
 from ...openelm.compressed import Compressed
@@ -292,7 +292,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         cache, n = call.cache, call.length
         if not call.native or input_ids is None or cache is None or cache.kv is None:
             return None
-        if n > 1 and (keep != 0 or call.batch * n > MOST_TOKENS):
+        if n > 1 and (not is_integer(keep) or call.batch * n > MOST_TOKENS):
             return None
         if not is_next(cache, call.real, position_ids, n):
             return None
@@ -303,7 +303,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             return None
         else:
             logits = several_logits(self.transformer, input_ids.tolist(), kv)
-            logits = logits.unflatten(0, (call.batch, n))
+            logits = logits.unflatten(0, (call.batch, n))[:, -keep:]
         cache.note(n)
         return logits
 
