@@ -23,7 +23,7 @@ from .step import MOST_TOKENS
 CREDIT, SHARE = 0.75, 0.01
 GAIN = 4.0  # passes of the model that may be lost again after they were won
 SAMPLES = 9  # of a time, whose median counts
-FIRST = 3  # plain passes before anything is guessed, of which the first warms up
+FIRST = 2  # plain passes before anything is guessed, after one that warms up
 AGAIN = 64  # checks after which a plain pass is measured again
 MEMORY = 0.95  # what an earlier guess counts beside the one after it
 PRIOR, WEIGHT = 0.7, 1.5  # the acceptance before anything is known, and the guesses that it counts
