@@ -142,6 +142,64 @@ def test_assisted_decoding(assistant, ours, theirs):
     assert said(ours, ids(1, 9), assistant_model=small) == expected
 
 
+@pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_guesses_are_checked_in_one_call(way, dtype, monkeypatch):
+    """By `decode_step`, so that tokens are those of plain decoding in bfloat16 too."""
+    model, same = wrapped("auto", dtype), wrapped("auto", dtype)
+    prompt = ids(1, 9).repeat(1, 2)
+    plain = said(model, prompt)
+    options = {"prompt_lookup_num_tokens": 4} if way == "prompt lookup" else {}
+    if way == "assistant":
+        same.generation_config.num_assistant_tokens = 4
+        same.generation_config.num_assistant_tokens_schedule = "constant"
+        same.generation_config.assistant_confidence_threshold = 0.0
+        options = {"assistant_model": same}
+    called = []
+    decode_step = step.ops.decode_step
+
+    def noted(weights, tokens, *args, **kwargs):
+        called.append(len(tokens))
+        return decode_step(weights, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(step.ops, "decode_step", noted)
+    assert said(model, prompt, **options) == plain
+    assert max(called) > 1, called
+    if way == "assistant":  # all that it guesses is kept
+        assert called.count(5) >= 2
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "words"),
+    [
+        (
+            {},
+            {"num_beams": 2},
+            "assistant_model must be None with beams .num_beams 2., .* got Open",
+        ),
+        (None, {"num_beams": 2}, "prompt_lookup_num_tokens must be None with beams .* got 3"),
+        (
+            {"vocab_size": 300},
+            {},
+            "assistant_model must be of .* vocabulary of 320 tokens .* got 300",
+        ),
+        (
+            {"rope_max_length": 16, "max_context_length": 16},
+            {},
+            f"assistant_model must be of at least {9 + NEW} positions .* got 16",
+        ),
+    ],
+)
+def test_assistants_that_do_not_fit(values, options, words):
+    model = wrapped("auto")
+    guessing = {"prompt_lookup_num_tokens": 3}
+    if values is not None:
+        guessing = {"assistant_model": wrapped("auto", **values)}
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
+    with pytest.raises(ValueError, match=words):
+        said(model, ids(1, 9), **guessing, **options)
+
+
 def test_embeddings_instead_of_ids(ours, theirs):
     embedded = ours.get_input_embeddings()(ids(2, 9)).detach()
     got = ours.generate(inputs_embeds=embedded, max_new_tokens=NEW, do_sample=False)

@@ -2,6 +2,7 @@
 
 from typing import Any, NoReturn
 
+from ...checks import fail
 from .attention import NAME
 from .cache import OpenELMCache
 from .versions import cache_name
@@ -29,6 +30,39 @@ class Generates:
             return None
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        assistant = generation_mode_kwargs.get("assistant_model")
+        guessing = {
+            "assistant_model": type(assistant).__name__ if assistant is not None else None,
+            "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens,
+        }
+        beams = generation_config.num_beams or 1
+        for name, value in guessing.items():
+            if value is not None and beams > 1:
+                fail(name, f"None with beams (num_beams {beams}), which aren't guessed", value)
+        if assistant is not None and not generation_mode_kwargs.get("assistant_tokenizer"):
+            ours, its = self.config.vocab_size, assistant.config.get_text_config().vocab_size
+            if its != ours:
+                what = f"of the model's vocabulary of {ours} tokens (or both tokenizers be given)"
+                fail("assistant_model", what, its)
+        super()._validate_generation_mode(
+            generation_mode, generation_config, generation_mode_kwargs
+        )
+
+    def _get_candidate_generator(
+        self, generation_config: Any, *args: Any, assistant_model: Any = None, **kwargs: Any
+    ) -> Any:
+        limit = getattr(getattr(assistant_model, "config", None), "rope_max_length", None)
+        length = generation_config.max_length
+        if limit is not None and limit < length:
+            what = f"of at least {length} positions (rope_max_length), which rows may have"
+            fail("assistant_model", what, limit)
+        return super()._get_candidate_generator(
+            generation_config, *args, assistant_model=assistant_model, **kwargs
         )
 
     def takes_own_cache(self) -> bool:
