@@ -218,7 +218,7 @@ def reordered(
     """Columns of x and the weight, which the product and the norm sum; rows of x, which the
     weight's gradient sums, and of the weight, which that of x does."""
     # What a compressed weight stands for is rounded on its way into a dense product, and isn't in
-    # one that reads it as it is stored: both are right, and of few results one may be right by luck.
+    # one that reads it as it is stored. Both are right, and of few results one may be so by luck.
     exact = not isinstance(weight, Tensor) and x.dtype.itemsize < 4 and orders.coin()
     w = reference.dense(weight, torch.float32 if exact else x.dtype)
     rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
