@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..acceleration.decoder_weights import Snapshot, snapshot_of
 from ..checks import integer
 from ..openelm.cache import KVCache

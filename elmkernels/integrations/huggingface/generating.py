@@ -1,8 +1,10 @@
 """What `generate` needs to know of the model."""
 
+from functools import partial
 from typing import Any, NoReturn
 
 from ...checks import fail
+from . import contrastive
 from .attention import NAME
 from .cache import OpenELMCache
 from .versions import cache_name
@@ -12,6 +14,35 @@ CACHE = cache_name()
 
 class Generates:
     """An `OpenELMForCausalLM` in transformers' generation: its own cache by default."""
+
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, *args: Any,
+        custom_generate: Any = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """Tokens after a prompt, as transformers' `generate` gives them.
+
+        Contrastive search (penalty_alpha and top_k) is `contrastive_search`, for which transformers
+        itself would fetch code from the Hub.
+
+        Args:
+            inputs, generation_config, args, custom_generate, options: of transformers' generate.
+
+        Returns:
+            int64 [rows, tokens], the prompt first, or what return_dict_in_generate asks for.
+
+        Raises:
+            TypeError, ValueError: as transformers' generate does.
+
+        Example:
+            >>> ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20)
+        """
+        own = getattr(self, "generation_config", None)
+        if custom_generate is None and contrastive.wanted(generation_config, own, options):
+            streamer = options.get("streamer")
+            custom_generate = partial(contrastive.contrastive_search, streamer=streamer)
+        return super().generate(
+            inputs, generation_config, *args, custom_generate=custom_generate, **options
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
