@@ -139,9 +139,13 @@ class ModelDraft:
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self._starts = [0] * batch  # the token of a row that is in the cache's first place
         self._sure = [0] * batch  # tokens of `ids` that were compared with what is certain
+        self._dtype = model.activation_dtype
         self.whole = True
 
     def begin(self) -> None:
+        if (dtype := self.model.activation_dtype) != self._dtype:  # autocast began or ended
+            self.cache.reset()
+        self._dtype = dtype
         self._sure = [0] * len(self._sure)
 
     def missed(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> int:
