@@ -245,7 +245,7 @@ def self_draft(model: OpenELM, bits: int = SELF_BITS) -> OpenELM:
 
     Example:
         >>> draft = self_draft(model)
-        >>> rows = elmkernels.generate(model, prompts, 100, draft=draft)
+        >>> rows = elmkernels.generate(model, [[1, 2, 3]], 20, draft=draft)
     """
     tensors = [*model.parameters(), *model.buffers()]
     written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -108,7 +108,7 @@ def test_stop_strings_and_pieces_are_the_same_with_a_draft(tokenizer, draft, sto
     guessing = written(tokenizer, *texts)[0] if draft == "model" else draft
     run = stream(model, prompts, 60, draft=guessing, draft_tokens=5, **how)
     assert list(run.text()) == pieces and run.rows == plain
-    assert run.speculation.accepted > 5
+    assert run.speculation.accepted > 0
 
 
 def test_the_first_of_several_stop_strings_counts(tokenizer):
