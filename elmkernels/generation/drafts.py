@@ -145,8 +145,10 @@ class ModelDraft:
     def begin(self) -> None:
         if (dtype := self.model.activation_dtype) != self._dtype:  # autocast began or ended
             self.cache.reset()
-        self._dtype = dtype
-        self._sure = [0] * len(self._sure)
+        self._dtype, self.whole = dtype, True
+        held = zip(self.cache.rows, self._starts, strict=True)
+        self.cache.truncate([0 if start else n for n, start in held])
+        self._starts, self._sure = [0] * len(self._starts), [0] * len(self._sure)
 
     def missed(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> int:
         return sum(len(ids[b]) - 1 - self._starts[b] - self._kept(b, ids[b]) for b in rows)
