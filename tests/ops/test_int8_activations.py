@@ -23,7 +23,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).remo
 
 
 def draw(dtype=torch.float32, seed=0) -> Draw:
-    return Draw(torch.Generator().manual_seed(seed), dtype, torch.device("cpu"))
+    return Draw(dtype, torch.device("cpu"), torch.Generator().manual_seed(seed))
 
 
 def readout(k: int, bits: int, group: int) -> Affine:
