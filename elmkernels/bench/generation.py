@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.swap import accelerate
 from ..checks import one_line
+from ..generation.drafts import LOOKUP, SELF
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from . import chart
@@ -27,7 +29,7 @@ from .baselines.apart import Died
 from .benchmark import COMPILED, EAGER, LLAMA, Benchmark, Report, Results, Sizes, headline
 from .ceilings import numbers, reads
 from .generation_figures import figures, own_read, text
-from .runners import LlamaRunner, Run, Runner, Task, TorchRunner, our_runner, reading
+from .runners import DraftRunner, LlamaRunner, Run, Runner, Task, TorchRunner, our_runner, reading
 from .timing import fingerprint
 
 CPU = torch.device("cpu")
@@ -83,12 +85,15 @@ class GenerationSizes(Sizes):
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Benchmark):
-    """load: the model in a dtype; weights: where they come from, in words."""
+    """load: the model in a dtype; weights: where they come from, in words; drafts: by name, each
+    beside every format.
+    """
 
     load: Callable[[torch.dtype], OpenELM]
     name: str
     weights: str
     formats: tuple[str, ...] = FORMATS
+    drafts: tuple[str, ...] = ()
     sizes: GenerationSizes = GenerationSizes()
     compiled: bool = True
     backend: str | None = None
@@ -106,7 +111,8 @@ class Generation(Benchmark):
     @property
     def stages(self) -> int:
         tasks = 2 + (self.sizes.batch > 1)
-        runners = [1 + g.compiled + len(g.formats) + len(g.types) for g in self.groups]
+        ours = 1 + len(self.drafts)
+        runners = [1 + g.compiled + ours * len(g.formats) + len(g.types) for g in self.groups]
         return sum(1 + n + tasks * (n + self.sizes.rounds) for n in runners)
 
     def describe(self) -> Results:
@@ -195,11 +201,23 @@ def _makers(
             return TorchRunner(name, COMPILED, model)
 
         yield name, make_compiled
+    made: dict[str, TorchRunner] = {}
     for format in group.formats:
         yield (
             f"ours {format}",
-            lambda format=format: our_runner(format, model, folder, prompt, todo.backend),
+            lambda format=format: made.setdefault(
+                format, our_runner(format, model, folder, prompt, todo.backend)
+            ),
         )
+        for draft in todo.drafts:
+            name = f"ours {format}, {draft}"
+
+            def make_draft(format: str = format, name: str = name, draft: str = draft) -> Runner:
+                if format not in made:
+                    raise ValueError(f"ours {format} can't run")
+                return DraftRunner(name, made[format].model, _draft(todo, draft, group.dtype))
+
+            yield name, make_draft
     for type in group.types:
 
         def make_llama(type: str = type) -> Runner:
@@ -208,6 +226,14 @@ def _makers(
             return LlamaRunner(model, type, folder)
 
         yield f"llama.cpp {type.upper()}", make_llama
+
+
+def _draft(todo: Generation, name: str, dtype: torch.dtype) -> str | OpenELM:
+    if name in (LOOKUP, SELF):
+        return name
+    draft = OpenELM.from_pretrained(name, dtype=dtype).eval()
+    accelerate(draft, backend=todo.backend)
+    return draft
 
 
 def _run_task(

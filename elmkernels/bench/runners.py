@@ -20,6 +20,7 @@ from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
 from ..compression.quantization import quantize
+from ..generation.session import Session
 from ..generation.step import greedy, next_logits
 from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
@@ -155,6 +156,37 @@ class TorchRunner(Runner):
     def close(self) -> None:
         self.end()
         del self.model
+
+
+class DraftRunner(TorchRunner):
+    """An accelerated model that checks what a draft guesses. A token doesn't read all weights, so
+    weight_bytes is 0. facts: what was guessed and kept, of each task's last run.
+    """
+
+    def __init__(self, name: str, model: OpenELM, draft: str | OpenELM) -> None:
+        super().__init__(name, OURS, model)
+        self.draft, self.weight_bytes = draft, 0
+        self.facts["speculation"] = {}
+
+    def run(self, task: Task) -> Run:
+        if not task.steps:
+            return super().run(task)
+        room = min(task.length + 1, self.model.config.rope_max_length)
+        session = Session(self.model, len(task.prompts), room, draft=self.draft)
+        first = session.generate(task.prompts, 1, stop_tokens=())
+        chosen = [row.tokens[0] for row in first]
+        # The session holds the prompts: the one token that isn't there is the first step.
+        prompts = [[*p, t] for p, t in zip(task.prompts.tolist(), chosen, strict=True)]
+
+        def decode() -> list[list[int]]:
+            stream = session.stream(prompts, task.steps, stop_tokens=())
+            for _ in stream:
+                pass
+            if stream.speculation is not None:
+                self.facts["speculation"][task.name] = stream.speculation.results()
+            return [[t, *row.tokens] for t, row in zip(chosen, stream.rows, strict=True)]
+
+        return decode
 
 
 class LlamaRunner(Runner):
@@ -306,7 +338,7 @@ def _weight_bytes(model: OpenELM) -> int:
 
 def reading(runner: Runner) -> tuple[Callable[[], object], int] | None:
     """torch's own read of the very bytes that a runner of ours reads, and how many."""
-    if runner.kind != OURS:
+    if runner.kind != OURS or not runner.weight_bytes:
         return None
     known = decoder_weights_of(runner.model)
     weights = [w for layer in known.layers for w in layer[:8] if w is not None] + [known.head]

@@ -56,8 +56,9 @@ def _check(
     integers("tokens", tokens, arena.data.device)
     if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:
         fail("tokens", f"[n] of at most {MAX_BATCH}", list(tokens.shape))
+    integers("positions", positions, arena.data.device)
     for name, x in (("positions", positions), ("sequences", sequences), ("chosen", chosen)):
-        if x is None and name != "positions":
+        if x is None:
             continue
         integers(name, x, arena.data.device)
         if x.shape != tokens.shape:

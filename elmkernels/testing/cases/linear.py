@@ -242,8 +242,8 @@ def reordered(
     if activations is not None:
         x = reference.int8_rows(x if norm is None else reference.rms_norm(x, norm, eps))
         norm = None
-    # What a compressed weight stands for is rounded on its way into a dense product, and isn't in
-    # one that reads it as it is stored: both are right, and of few results one may be so by luck.
+    # A compressed weight is rounded on its way into a dense product, and isn't in one that reads it
+    # as it is stored: both are right, and of few results one may be right by luck.
     exact = not isinstance(weight, Tensor) and x.dtype.itemsize < 4 and orders.coin()
     w = reference.dense(weight, torch.float32 if exact else x.dtype)
     rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
