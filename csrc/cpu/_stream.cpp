@@ -6,24 +6,9 @@
 // Packed12 sums in the order of BFloat16, so that both give the same bits.
 #include "cpu/weights/stream.h"
 
+#include "cpu/weights/ahead.h"
+
 namespace {
-
-// Into L2, 4 KB ahead: the processor's own prefetching stops at a page's end. Nibbles gain most,
-// bfloat16 gains a little. Segments of packed12 were slower with it and go without.
-template <class T>
-inline void prefetch_ahead(const T* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p) + 4096, _MM_HINT_T1);
-}
-
-// Scales and biases of a few rows ahead, into L1: they are two more streams, of a line every other
-// row, which the processor follows too late. Of int8 and int4 that was a sixth of the time.
-template <class S>
-inline void prefetch_scales(const S* scales, const S* biases, int64_t groups) {
-  for (int64_t i = 0; i < groups; i += 64 / sizeof(S)) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales + i) + 512, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(biases + i) + 512, _MM_HINT_T0);
-  }
-}
 
 // Loops over a batch must unroll whatever their length: their sums live in registers.
 #define UNROLL _Pragma("GCC unroll 8")
@@ -48,8 +33,8 @@ void stream_dense(const Weight& w, const Activation* x, int64_t begin, int64_t e
     Sums<Batch> sums;
     int64_t c = 0;
     for (; c + step <= w.k; c += step) {
-      prefetch_ahead(row + c);
-      prefetch_ahead(row + c + Vec::size);
+      prefetch_weights(row + c);
+      prefetch_weights(row + c + Vec::size);
       const Vec first = load(row + c, Full{}), second = load(row + c + Vec::size, Full{});
       UNROLL for (int b = 0; b < Batch; ++b) {
         sums.even[b] = fma(first, load(x[b].values + c, Full{}), sums.even[b]);
@@ -82,8 +67,8 @@ void stream_bf16(const Weight& w, const Activation* x, int64_t begin, int64_t en
     };
     int64_t c = 0;
     for (; c + step <= w.k; c += step) {
-      prefetch_ahead(row + 2 * c);
-      prefetch_ahead(row + 2 * (c + Bf16Pairs::size));
+      prefetch_weights(row + 2 * c);
+      prefetch_weights(row + 2 * (c + Bf16Pairs::size));
       add(c, load_pairs(row + 2 * c, Full{}), load_pairs(row + 2 * (c + Bf16Pairs::size), Full{}));
     }
     if (c < w.k) {
@@ -228,7 +213,7 @@ inline void stream_codes(const Weight& w, const Activation* x, int64_t begin, in
       const int32_t* lanes = spread.lanes[0];
       const int32_t* last = lanes + (count - a_block) * Vec::size;
       for (; lanes <= last; lanes += a_block * Vec::size, c += block) {
-        prefetch_ahead(row + c * Bits / 8);
+        prefetch_weights(row + c * Bits / 8);
         add(row + c * Bits / 8, Full{}, permuted(scale, lanes), c, sums);
       }
       if (count % a_block)
