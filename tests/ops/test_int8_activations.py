@@ -90,7 +90,9 @@ def test_kernels_round_as_the_reference(bits, group, backend):
         x = torch.zeros(len(groups), 6, INT8_GROUP, dtype=dtype)
         x[:, place] = groups.clamp(-6e4, 6e4).to(dtype)
         x = x.flatten(1)
-        got = linear(x, w, activations="int8", backend=backend).float()
+        # Few rows at a time: of many x itself is rounded.
+        parts = [linear(p, w, activations="int8", backend=backend) for p in x.split(5)]
+        got = torch.cat(parts).float()
         expected, step = int8_rows(x.float()), x.float().abs().amax(-1, keepdim=True) / 127
         room = 0.02 * step + torch.finfo(dtype).eps * expected.abs()
         assert ((got - expected).abs() <= room).all(), (place, dtype)
