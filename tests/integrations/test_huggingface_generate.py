@@ -170,7 +170,7 @@ def test_guesses_are_checked_in_one_call(way, dtype, monkeypatch):
     assert said(model, prompt, **options) == plain
     assert max(called) > 1, called
     if way == "assistant":  # all that it guesses is kept
-        assert called.count(5) >= 2
+        assert 5 in called
 
 
 @pytest.mark.parametrize(
