@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..acceleration.decoder_weights import decoder_weights_of
 from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
 from ..compression.quantization import quantize
+from ..generation.session import generate
 from ..generation.step import greedy, next_logits
 from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
@@ -258,6 +260,41 @@ def compress(format: str, model: OpenELM, progress: bool = True) -> OpenELM:
     elif format in ("int8", "int4"):
         quantize(ours, int(format[3:]), 64, progress=progress)
     return ours
+
+
+ROUNDED = ("int8", "int4")  # formats whose activations may be rounded
+
+
+@torch.inference_mode()
+def rounding_loss(rounded: OpenELM, tokens: int) -> dict[str, float]:
+    """What a model loses by activations that are rounded: by how much its logits differ, relative
+    to their rms, and its perplexity, beside what it is without, of a text that it draws without.
+    """
+    exact = twin(rounded)
+    accelerate(exact)
+    (row,) = generate(exact, [[1]], tokens, temperature=1.0, seed=0, stop_tokens=())
+    ids = torch.tensor([[1, *row.tokens]])
+    found, truth = (m(ids)[0].float() for m in (rounded, exact))
+    difference = found - truth
+
+    def perplexity(logits: Tensor) -> float:
+        return float(F.cross_entropy(logits[:-1], ids[0, 1:]).exp())
+
+    return {
+        "logits_rms": float(difference.square().mean().sqrt() / truth.square().mean().sqrt()),
+        "logits_max": float(difference.abs().max() / truth.square().mean().sqrt()),
+        "perplexity": perplexity(found),
+        "perplexity_without": perplexity(truth),
+    }
+
+
+def rounded_runner(format: str, model: OpenELM, tokens: int, backend: str | None) -> TorchRunner:
+    """Accelerated, with activations that are rounded to 8 bits, and what that loses."""
+    ours = compress(format, model, progress=False)
+    accelerate(ours, backend=backend, activations="int8")
+    runner = TorchRunner(f"ours {format}, int8 activations", OURS, ours)
+    runner.facts["rounding"] = rounding_loss(ours, tokens)
+    return runner
 
 
 def our_runner(

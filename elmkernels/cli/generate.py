@@ -34,6 +34,7 @@ from .console import (
 from .options import (
     DTYPES,
     accelerated,
+    add_activations,
     add_backend,
     add_device,
     add_dtype,
@@ -105,6 +106,7 @@ def add_parser(commands: Any) -> None:
     form.add_argument("--packed12", action="store_true", help="bfloat16 in 12 bits, without loss")
     add = how.add_argument
     add("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale, by --bits")
+    add_activations(how)
     add(
         "--decode-mode",
         type=one_of(DECODE_MODES),
@@ -156,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     model = checked(load, dtype).eval()
     checked(_compress, args, model)
     if not args.eager:
-        accelerated(model, args.backend)
+        accelerated(model, args.backend, args.activations)
     options |= {"stop_tokens": stops, "stop_strings": args.stop_string}
     options |= {"decode_mode": args.decode_mode}
     if args.chat:
@@ -187,6 +189,8 @@ def _refuse_what_does_nothing(args: argparse.Namespace, sampling: Sampling) -> N
             raise WrongInput(f"--chat takes its turns from stdin: give it without {idle[0]}")
     elif not args.prompts:
         raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3, or --chat")
+    if args.activations is not None and args.eager:
+        raise WrongInput("--activations has no effect with --eager, which rounds nothing")
     if args.group_size is not None and args.bits is None:
         raise WrongInput("--group-size belongs to --bits, which is missing")
     if sampling.temperature == 0:
