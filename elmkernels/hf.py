@@ -5,6 +5,9 @@ from .integrations.huggingface import (
     OpenELMCache,
     OpenELMConfig,
     OpenELMForCausalLM,
+    contrastive_search,
 )
 
-__all__ = ["CHAT_TEMPLATE", "OpenELMCache", "OpenELMConfig", "OpenELMForCausalLM"]
+__all__ = [
+    "CHAT_TEMPLATE", "OpenELMCache", "OpenELMConfig", "OpenELMForCausalLM", "contrastive_search",
+]  # fmt: skip

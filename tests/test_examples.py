@@ -18,6 +18,7 @@ SAYS = {
     "generate_text": "accelerated (elmkernels model): 2 layers",
     "one_op": "documents stay apart: True",
     "quantize_and_compare": "packed12 logits move by 0.00%, the likeliest token stays for 100%",
+    "speculative_decoding": "tokens equal",
     "train_tiny": "step 4: loss",
 }
 
@@ -52,6 +53,7 @@ def test_example(name, tmp_path):
     done = run(name, tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     assert SAYS[name] in done.stdout.decode("utf-8", "replace")
+    assert b"other tokens" not in done.stdout
     assert not any(tmp_path.iterdir())  # nothing is left behind
 
 

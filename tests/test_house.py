@@ -21,7 +21,8 @@ OPS = set(ops.__all__)
 MODEL = {"checks", "derivatives", "devices", "reference", "surgery", "text", "weights"}
 KERNELS = {"backends", "ops", "processors"} | MODEL
 ACCELERATED = {"openelm", "acceleration"} | KERNELS
-GENERATING = {"generation", "compression"} | ACCELERATED
+COMPRESSING = {"compression"} | ACCELERATED
+GENERATING = {"generation"} | COMPRESSING
 MEASURING = {"testing", "bench"} | GENERATING
 MAY_IMPORT: dict[str, set[str]] = {
     "interrupts": set(),
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "openelm.compressed": MODEL | {"ops.linear"},  # the one place where a model meets an op
     "openelm.gguf": MODEL | {"ops.linear"},
     "acceleration": ACCELERATED,
-    "generation": ACCELERATED,
+    "generation": COMPRESSING,
     "compression": ACCELERATED,
     "evaluation": GENERATING,
     "integrations": GENERATING,

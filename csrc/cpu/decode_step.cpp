@@ -7,6 +7,7 @@
 // stage.
 #include "cpu/attention/attend.h"
 #include "cpu/op.h"
+#include "cpu/refuse.h"
 #include "cpu/rope.h"
 #include "cpu/thread_team.h"
 #include "cpu/weights/dense.h"
@@ -302,8 +303,8 @@ class Step {
 void check_within(const char* name, const Tensor& index, int64_t limit, const char* what) {
   const int64_t* at = data<const int64_t>(index);
   for (int64_t i = 0; i < index.numel(); ++i)
-    STD_TORCH_CHECK(at[i] >= 0 && at[i] < limit, name, " must be in [0, ", limit, ") (", what,
-                    "), got ", at[i]);
+    if (at[i] < 0 || at[i] >= limit)
+      refuse(name, " must be in [0, ", limit, ") (", what, "), got ", at[i]);
 }
 
 Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& positions,

@@ -1,6 +1,7 @@
 // qk_norm_rope: forward moves the q and k columns of qkv once in and once out (and v, with a
 // cache); backward reads qkv, dq, dk, dv and writes dqkv. A token's heads share its rotation.
 #include "cpu/op.h"
+#include "cpu/refuse.h"
 #include "cpu/rope.h"
 
 namespace {
@@ -48,8 +49,8 @@ struct LayerInputs {
                                    const char* what) {
   const Tokens<const int64_t> at(index);
   for (int64_t i = 0, n = index.numel(); i < n; ++i)
-    STD_TORCH_CHECK(*at[i] >= 0 && *at[i] < limit, name, " must be in [0, ", limit, ") (", what,
-                    "), got ", *at[i]);
+    if (*at[i] < 0 || *at[i] >= limit)
+      refuse(name, " must be in [0, ", limit, ") (", what, "), got ", *at[i]);
 }
 
 // A head in the backward, or the first of some that follow each other in x and dx.

@@ -1,7 +1,7 @@
-// decode_step on CUDA: one token of each sequence through a whole decoder, in one cooperative
+// decode_step on CUDA: the next tokens of each sequence through a whole decoder, in one cooperative
 // launch of a block a multiprocessor. Not measured on a GPU.
 //
-// The floor is the bytes: every weight once a token for up to four sequences, and the keys and
+// The floor is the bytes: every weight once for up to four tokens, and the keys and
 // values so far. In bfloat16 (271.5M and 1079.9M weights) that is 0.54 GB for 270M, 162 us at an
 // H100's 3.35 TB/s and 113 us at an H200's 4.8; for 1_1B 2.16 GB, 645 and 450 us, which is 1,551
 // and 2,222 tokens/s. The cache adds 33 MB (270M) or 78 MB (1_1B) a sequence of 2048.
@@ -77,7 +77,7 @@ void launch(Step<T>& step, int64_t shared, cudaStream_t stream) {
         "launching decode_step");
 }
 
-// The most sequences, up to kMaxRows, that share a pass over the weights in the shared memory.
+// The most tokens, up to kMaxRows, that share a pass over the weights in the shared memory.
 template <class T>
 void launch(Step<T>& step, const Tensor& arena, cudaStream_t stream) {
   constexpr int64_t kStatic = 128;  // more than the kernel has beside its dynamic memory
@@ -100,8 +100,7 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
                        Optional sequences, Tensor arena, const Tensor& offsets,
                        const Tensor& rope_table, int64_t max_length, int64_t vocab_size, bool gated,
                        double eps, int64_t model_dim, int64_t qkv_width, int64_t ffn_dim,
-                       int64_t /*sequences of the arena*/, Optional chosen) {
-  STD_TORCH_CHECK(!sequences, "decode_step on CUDA takes one token of each sequence");
+                       int64_t arena_batch, Optional chosen) {
   const int64_t batch = tokens.size(0), layers = table.size(0) - 1;
   const int64_t shape[] = {batch, vocab_size};
   Tensor logits = torch::stable::new_empty(arena, {shape, 2});
@@ -124,6 +123,8 @@ Tensor decode_step_fwd(const Tensor& table, const Tensor& tokens, const Tensor& 
     step.table = data<const int64_t>(table);
     step.tokens = data<const int64_t>(tokens);
     step.positions = data<const int64_t>(positions);
+    step.sequences = sequences ? data<const int64_t>(*sequences) : nullptr;
+    step.arena_batch = arena_batch;
     step.arena = data<T>(arena);
     step.rope_table = data<const float>(rope_table);
     step.logits = data<T>(logits);

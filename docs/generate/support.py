@@ -131,7 +131,8 @@ between them (a weight made dense block by block, the gradient of a row of logit
 
 {_wrapped(forms, "  ")}
 {_wrapped(tiles, "  ")}
-- `decode_step` takes up to {MAX_ROWS} sequences, the same forms of weights, and has no backward.
+- `decode_step` takes up to {MAX_ROWS} tokens, of one sequence or of several, the same forms of
+  weights, and has no backward.
 - `attention` by `triton` takes heads of up to {TRITON_HEAD_DIM}.
 - No op has a derivative of a derivative, or forward-mode derivatives.
 - GPUs need compute capability 8.0 or newer. What has run on a GPU and what has not:

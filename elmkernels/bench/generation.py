@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.swap import accelerate
 from ..checks import one_line
+from ..generation.drafts import LOOKUP, SELF
 from ..openelm.config import OpenELMConfig
 from ..openelm.model import OpenELM
 from . import chart
@@ -29,6 +31,7 @@ from .ceilings import numbers, reads
 from .generation_figures import figures, own_read, text
 from .runners import (
     ROUNDED,
+    DraftRunner,
     LlamaRunner,
     Run,
     Runner,
@@ -93,14 +96,16 @@ class GenerationSizes(Sizes):
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Benchmark):
-    """load: the model in a dtype; weights: where they come from, in words; activations: "int8" runs
-    quantized formats a second time, with what they are multiplied by rounded.
+    """load: the model in a dtype; weights: where they come from, in words; drafts: by name, each
+    beside every format; activations: "int8" runs quantized formats a second time, with what they
+    are multiplied by rounded.
     """
 
     load: Callable[[torch.dtype], OpenELM]
     name: str
     weights: str
     formats: tuple[str, ...] = FORMATS
+    drafts: tuple[str, ...] = ()
     sizes: GenerationSizes = GenerationSizes()
     compiled: bool = True
     backend: str | None = None
@@ -119,8 +124,9 @@ class Generation(Benchmark):
     @property
     def stages(self) -> int:
         tasks = 2 + (self.sizes.batch > 1)
+        ours = 1 + len(self.drafts)
         runners = [
-            1 + g.compiled + len(g.formats) + len(self.rounded(g)) + len(g.types)
+            1 + g.compiled + ours * len(g.formats) + len(self.rounded(g)) + len(g.types)
             for g in self.groups
         ]
         return sum(1 + n + tasks * (n + self.sizes.rounds) for n in runners)
@@ -216,11 +222,23 @@ def _makers(
             return TorchRunner(name, COMPILED, model)
 
         yield name, make_compiled
+    made: dict[str, TorchRunner] = {}
     for format in group.formats:
         yield (
             f"ours {format}",
-            lambda format=format: our_runner(format, model, folder, prompt, todo.backend),
+            lambda format=format: made.setdefault(
+                format, our_runner(format, model, folder, prompt, todo.backend)
+            ),
         )
+        for draft in todo.drafts:
+            name = f"ours {format}, {draft}"
+
+            def make_draft(format: str = format, name: str = name, draft: str = draft) -> Runner:
+                if format not in made:
+                    raise ValueError(f"ours {format} can't run")
+                return DraftRunner(name, made[format].model, _draft(todo, draft, group.dtype))
+
+            yield name, make_draft
     for format in todo.rounded(group):
         yield (
             f"ours {format}, int8 activations",
@@ -236,6 +254,14 @@ def _makers(
             return LlamaRunner(model, type, folder)
 
         yield f"llama.cpp {type.upper()}", make_llama
+
+
+def _draft(todo: Generation, name: str, dtype: torch.dtype) -> str | OpenELM:
+    if name in (LOOKUP, SELF):
+        return name
+    draft = OpenELM.from_pretrained(name, dtype=dtype).eval()
+    accelerate(draft, backend=todo.backend)
+    return draft
 
 
 def _run_task(

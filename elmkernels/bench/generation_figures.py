@@ -48,7 +48,7 @@ def figures(
             "ms_per_token": t.median / task.tokens * 1e3,
             "peak_bytes": peaks.get(name),
         }
-        if task.steps:
+        if task.steps and runner.weight_bytes:
             past = batch * (length + task.steps / 2)
             nbytes = runner.weight_bytes + runner.cache_token_bytes * past
             speeds = [task.steps * nbytes / s for s in samples]
@@ -153,6 +153,10 @@ def _rows(task: dict[str, Any], runners: dict[str, Any], ours: list[str]) -> lis
             "of its weights": share(f[OWN]) if OWN in f else None,
             "peak MiB": None if peak_bytes is None else round(peak_bytes / 2**20),
         }
+        said = runners[name]["facts"].get("speculation", {}).get(task["task"])
+        if any("speculation" in about["facts"] for about in runners.values()):
+            kept = said and said["acceptance"]
+            row["guesses kept"] = None if kept is None else f"{kept:.0%} of {said['guessed']}"
         for mine in ours:
             ratio = task["ratios"].get(mine, {}).get(name)
             row[f"{mine} is"] = None if ratio is None else f"{ratio:.2f}x"

@@ -14,20 +14,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..acceleration.decoder_weights import decoder_weights_of
 from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
 from ..compression.quantization import quantize
-from ..generation.session import generate
+from ..generation.session import Session
 from ..generation.step import greedy, next_logits
 from ..openelm.cache import KVCache
 from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
 from ..surgery import is_accelerated, twin
+from ..testing.rounding import rounding_loss
 from .baselines import llama_cpp
 from .baselines.apart import Apart, Died
 from .benchmark import COMPILED, LLAMA, OURS
@@ -159,6 +159,37 @@ class TorchRunner(Runner):
         del self.model
 
 
+class DraftRunner(TorchRunner):
+    """An accelerated model that checks what a draft guesses. A token doesn't read all weights, so
+    weight_bytes is 0. facts: what was guessed and kept, of each task's last run.
+    """
+
+    def __init__(self, name: str, model: OpenELM, draft: str | OpenELM) -> None:
+        super().__init__(name, OURS, model)
+        self.draft, self.weight_bytes = draft, 0
+        self.facts["speculation"] = {}
+
+    def run(self, task: Task) -> Run:
+        if not task.steps:
+            return super().run(task)
+        room = min(task.length + 1, self.model.config.rope_max_length)
+        session = Session(self.model, len(task.prompts), room, draft=self.draft)
+        first = session.generate(task.prompts, 1, stop_tokens=())
+        chosen = [row.tokens[0] for row in first]
+        # The session holds the prompts: the one token that isn't there is the first step.
+        prompts = [[*p, t] for p, t in zip(task.prompts.tolist(), chosen, strict=True)]
+
+        def decode() -> list[list[int]]:
+            stream = session.stream(prompts, task.steps, stop_tokens=())
+            for _ in stream:
+                pass
+            if stream.speculation is not None:
+                self.facts["speculation"][task.name] = stream.speculation.results()
+            return [[t, *row.tokens] for t, row in zip(chosen, stream.rows, strict=True)]
+
+        return decode
+
+
 class LlamaRunner(Runner):
     """llama.cpp on a file of one type, in a process of its own, with the faster of its two
     attentions for each task.
@@ -265,29 +296,6 @@ def compress(format: str, model: OpenELM, progress: bool = True) -> OpenELM:
 ROUNDED = ("int8", "int4")  # formats whose activations may be rounded
 
 
-@torch.inference_mode()
-def rounding_loss(rounded: OpenELM, tokens: int) -> dict[str, float]:
-    """What a model loses by activations that are rounded: by how much its logits differ, relative
-    to their rms, and its perplexity, beside what it is without, of a text that it draws without.
-    """
-    exact = twin(rounded)
-    accelerate(exact)
-    (row,) = generate(exact, [[1]], tokens, temperature=1.0, seed=0, stop_tokens=())
-    ids = torch.tensor([[1, *row.tokens]])
-    found, truth = (m(ids)[0].float() for m in (rounded, exact))
-    difference = found - truth
-
-    def perplexity(logits: Tensor) -> float:
-        return float(F.cross_entropy(logits[:-1], ids[0, 1:]).exp())
-
-    return {
-        "logits_rms": float(difference.square().mean().sqrt() / truth.square().mean().sqrt()),
-        "logits_max": float(difference.abs().max() / truth.square().mean().sqrt()),
-        "perplexity": perplexity(found),
-        "perplexity_without": perplexity(truth),
-    }
-
-
 def rounded_runner(format: str, model: OpenELM, tokens: int, backend: str | None) -> TorchRunner:
     """Accelerated, with activations that are rounded to 8 bits, and what that loses."""
     ours = compress(format, model, progress=False)
@@ -343,7 +351,7 @@ def _weight_bytes(model: OpenELM) -> int:
 
 def reading(runner: Runner) -> tuple[Callable[[], object], int] | None:
     """torch's own read of the very bytes that a runner of ours reads, and how many."""
-    if runner.kind != OURS:
+    if runner.kind != OURS or not runner.weight_bytes:
         return None
     known = decoder_weights_of(runner.model)
     weights = [w for layer in known.layers for w in layer[:8] if w is not None] + [known.head]

@@ -37,10 +37,12 @@ from .options import (
     add_activations,
     add_backend,
     add_device,
+    add_draft,
     add_dtype,
     add_json,
     add_model,
     check_backend,
+    chosen_draft,
     chosen_model,
     find_device,
     new_command,
@@ -113,6 +115,7 @@ def add_parser(commands: Any) -> None:
         metavar="MODE",
         help=f"GPU: {', '.join(DECODE_MODES)} (default: fastest)",
     )
+    add_draft(how)
     results = how.add_mutually_exclusive_group()
     results.add_argument("--stream", action="store_true", help="print it as it comes (one prompt)")
     add_json(results)
@@ -160,7 +163,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.eager:
         accelerated(model, args.backend, args.activations)
     options |= {"stop_tokens": stops, "stop_strings": args.stop_string}
-    options |= {"decode_mode": args.decode_mode}
+    options |= {"decode_mode": args.decode_mode, "draft_tokens": args.draft_tokens}
+    options["draft"] = draft = chosen_draft(args.draft, dtype, device)
+    if isinstance(draft, OpenELM) and not args.eager:
+        accelerated(draft, args.backend)
     if args.chat:
         return _chat(args, model, tokenizer, options)
     writing = checked(
@@ -191,6 +197,8 @@ def _refuse_what_does_nothing(args: argparse.Namespace, sampling: Sampling) -> N
         raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3, or --chat")
     if args.activations is not None and args.eager:
         raise WrongInput("--activations has no effect with --eager, which rounds nothing")
+    if args.draft_tokens is not None and args.draft is None:
+        raise WrongInput("--draft-tokens belongs to --draft, which is missing")
     if args.group_size is not None and args.bits is None:
         raise WrongInput("--group-size belongs to --bits, which is missing")
     if sampling.temperature == 0:
@@ -353,6 +361,7 @@ def _results(
     return {
         "rows": rows,
         "decode_mode": writing.decode_mode,
+        "speculation": None if writing.speculation is None else writing.speculation.results(),
         "prompt_tokens": tokens,
         "prompt_seconds": seconds[0],
         "prompt_tokens_per_second": tokens / seconds[0] if seconds[0] else None,
@@ -376,6 +385,8 @@ def _summary(found: dict[str, Any]) -> str:
         return "" if per_second is None else f" ({per_second:.1f} tokens/s)"
 
     mode = "" if found["decode_mode"] == CALLS else f", decoded by {found['decode_mode']}"
+    if guesses := found.get("speculation"):
+        mode += f", {guesses['accepted']} of {guesses['guessed']} guesses kept"
     return (
         f"prompt: {found['prompt_tokens']} tokens{rate(found['prompt_tokens_per_second'])}, "
         f"generated: {found['generated_tokens']} tokens{rate(found['tokens_per_second'])}{mode}"

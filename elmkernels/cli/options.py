@@ -11,6 +11,7 @@ from ..acceleration.swap import accelerate
 from ..backends import BACKENDS, PREFERENCE, missing_kernels
 from ..bench import end_to_end
 from ..devices import backend_choices, missing_device, whole_model_backends
+from ..generation.drafts import LOOKUP, SELF
 from ..openelm.config import VARIANTS, variant_name
 from ..openelm.model import OpenELM
 from ..text.hub import local_path
@@ -88,6 +89,30 @@ def positive(text: str) -> int:
 
 def add_json(to: Any) -> None:
     to.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
+
+
+def add_draft(to: Any) -> None:
+    to.add_argument(
+        "--draft",
+        metavar="WHAT",
+        help=f"guesses tokens, of which several are checked at once: {LOOKUP}, {SELF} or PATH",
+    )
+    to.add_argument(
+        "--draft-tokens", type=positive, metavar="N", help="always guess N (default: what pays)"
+    )
+
+
+def chosen_draft(
+    name: str | None, dtype: torch.dtype, device: torch.device
+) -> str | OpenELM | None:
+    """What --draft means, of models the model itself."""
+    if name in (None, LOOKUP, SELF):
+        return name
+    try:
+        path = checked(local_path, name)
+        return checked(lambda: OpenELM.from_pretrained(path, dtype=dtype, device=device)).eval()
+    except WrongInput as error:
+        raise WrongInput(f"--draft must be {LOOKUP}, {SELF} or a checkpoint: {error}") from error
 
 
 def add_device(to: Any) -> None:

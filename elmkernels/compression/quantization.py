@@ -1,12 +1,20 @@
 """Quantizing the weights of a model, to 8 or 4 bits: see `weights.affine`."""
 
+import torch
 from torch import nn
 
+from ..acceleration.decoder_weights import decoder_weights_of
+from ..acceleration.layout import PROJECTIONS
+from ..acceleration.swap import accelerate
+from ..checks import fail
 from ..openelm.compressed import Compressed, Quantized, quantized_module, weight_of
+from ..openelm.layers import RMSNorm
 from ..openelm.model import OpenELM
+from ..ops.linear import dense_rows
+from ..surgery import mark_of, set_module
 from ..weights.affine import DTYPES, check_scheme, quantize_weight
 from ..weights.formats import GROUP_SIZES
-from .conversion import Conversion, convert, dense_weight
+from .conversion import Conversion, convert, dense_weight, matrices
 
 
 def quantize(
@@ -74,3 +82,56 @@ def quantize(
         return quantized_module(name, affine)
 
     return convert(model, embeddings, f"quantized to {bits} bits", check, make, progress)
+
+
+@torch.inference_mode(False)  # it lives on outside of that mode
+@torch.no_grad()
+def quantized_copy(model: OpenELM, bits: int = 4, group_size: int | None = None) -> OpenELM:
+    """A copy of a model with quantized matrices, accelerated as the model is, which stays as it is.
+
+    No dense copy is made on the way: memory grows by what the copy takes.
+
+    Args:
+        model: an `elmkernels.OpenELM`; its norms and rotary table are shared.
+        bits: of a weight: 8 or 4.
+        group_size: columns that share a scale and a bias; None for the largest that fits all.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        ValueError: bits or group_size is out of its range or doesn't fit, or the model computes
+            more than its weights say (adapters, hooks).
+
+    Example:
+        >>> draft = quantized_copy(model, bits=4)
+    """
+    weights = decoder_weights_of(model)
+    found = {"token_embeddings": weights.embedding}
+    if model.classifier is not None:
+        found["classifier"] = weights.head
+    for i, layer in enumerate(weights.layers):
+        for path in PROJECTIONS:
+            found[f"layers.{i}.{path}"] = getattr(layer, path.rpartition(".")[2])
+    columns = {weight.shape[1] for weight in found.values()}
+    if group_size is None:
+        fits = (g for g in sorted(GROUP_SIZES, reverse=True) if not any(k % g for k in columns))
+        group_size = next(fits, min(GROUP_SIZES))
+    check_scheme(bits, group_size)
+    if wrong := sorted(k for k in columns if k % group_size):
+        fail("model", f"of columns that are a multiple of {group_size} to be quantized", wrong[0])
+    copy = OpenELM(model.config, device="meta")
+    for name in matrices(copy, embeddings=True):
+        weight = found[name]
+        dense = dense_rows(weight, weight.dtype, 0, weight.shape[0]).detach()
+        set_module(copy, name, quantized_module(name, quantize_weight(dense, bits, group_size)))
+    own = dict(model.named_modules())
+    for name, module in copy.named_modules():
+        if isinstance(module, RMSNorm):
+            module.weight = nn.Parameter(own[name].weight.detach(), requires_grad=False)
+            module.eps = own[name].eps
+    copy.rope_table = model.rope_table
+    mark = mark_of(model)
+    if mark is not None:
+        accelerate(copy, **mark.arguments)
+    return copy.eval()

@@ -133,6 +133,7 @@ class Chat:
         tokenizer: of its texts.
         template: how turns become one text; None for TEMPLATE.
         max_new_tokens: of a reply.
+        decode_mode, draft, draft_tokens: see `Session`.
         options: of `generate` (temperature, seed, ...).
 
     Attributes:
@@ -152,9 +153,12 @@ class Chat:
         *,
         max_new_tokens: int,
         decode_mode: str | None = None,
+        draft: str | OpenELM | None = None,
+        draft_tokens: int | None = None,
         **options: Any,
     ) -> None:
-        self.session = Session(model, decode_mode=decode_mode)
+        how: dict[str, Any] = {"draft": draft, "draft_tokens": draft_tokens}
+        self.session = Session(model, decode_mode=decode_mode, **how)
         self.tokenizer, self._bare = tokenizer, Tokenizer(tokenizer.path, None)
         self.template = Template(TEMPLATE) if template is None else template
         self.max_new_tokens, self.options = max_new_tokens, options

@@ -159,18 +159,44 @@ class Sampler:
         """logits [rows, vocab_size] of any floating dtype -> tokens, int64 [rows]: -1 if one of the
         row's logits is NaN.
         """
-        s = self.sampling
-        if self.seen is not None:
-            logits = penalize(logits.float(), self.seen, s.repetition_penalty)
-        if self.uniforms is None:
-            tokens = largest(logits)
-        else:
-            warped = warp(logits, s.temperature, s.top_k, s.top_p)
-            tokens = draw(warped, self.uniforms.index_select(0, self.count)[0])
+        uniforms = None
+        if self.uniforms is not None:
+            uniforms = self.uniforms.index_select(0, self.count)[0]
+        tokens = self._chosen(logits, self.seen, uniforms)
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         self.count.add_(1)
         return tokens
+
+    def at(self, logits: Tensor, choices: Sequence[tuple[int, int]], after: Sequence) -> Tensor:
+        """What would be chosen, without going on.
+
+        logits: [n, vocab_size]. choices: of each, (row, which of its choices it is). after: tokens
+        that the row holds by then beside those that were told (`hold`) -> tokens, int64 [n].
+        """
+        if self.greedy:
+            return largest(logits)
+        rows, steps = torch.tensor(choices, device=logits.device).unbind(1)
+        uniforms = None if self.uniforms is None else self.uniforms[steps, rows]
+        seen = None
+        if self.seen is not None:
+            seen = self.seen[rows]
+            for i, tokens in enumerate(after):
+                seen[i, list(tokens)] = True
+        return self._chosen(logits, seen, uniforms)
+
+    def hold(self, row: int, tokens: Sequence[int]) -> None:
+        """The row holds these tokens too."""
+        if self.seen is not None:
+            self.seen[row, list(tokens)] = True
+
+    def _chosen(self, logits: Tensor, seen: Tensor | None, uniforms: Tensor | None) -> Tensor:
+        s = self.sampling
+        if seen is not None:
+            logits = penalize(logits.float(), seen, s.repetition_penalty)
+        if uniforms is None:
+            return largest(logits)
+        return draw(warp(logits, s.temperature, s.top_k, s.top_p), uniforms)
 
 
 def largest(logits: Tensor) -> Tensor:

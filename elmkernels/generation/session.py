@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from ..acceleration.decode_modes import CALLS, wanted
+from ..checks import fail
 from ..openelm.model import OpenELM
 from ..openelm.tokenizer import Tokenizer
+from .drafts import Draft, check_draft, made_draft
 from .gpu_decoder import Decoder
+from .pace import Pace
 from .prompts import Prompts, check_lengths, check_tokenizer, prompt_ids
 from .row import Row
-from .step import new_cache, next_logits
+from .step import new_cache, prefill
 from .streaming import CHUNK, Stream
 
 
@@ -41,9 +44,11 @@ class Session:
         decode_mode: how a GPU decodes a token: "one-launch" (one kernel runs all layers), "graph"
             (the model's kernels, replayed as a CUDA graph) or "calls" (the model is called); None
             for the fastest that is possible. A CPU has "calls" alone.
+        draft, draft_tokens: see `generate`; with a draft the mode is "calls".
 
     Raises:
-        ValueError: batch, max_length or decode_mode is out of its range.
+        TypeError, ValueError: batch, max_length, decode_mode, draft or draft_tokens is out of its
+            range.
         MemoryError: the cache doesn't fit.
         RuntimeError: the model can't be decoded in the named mode here, with the reason.
 
@@ -60,8 +65,18 @@ class Session:
         max_length: int | None = None,
         *,
         decode_mode: str | None = None,
+        draft: str | OpenELM | None = None,
+        draft_tokens: int | None = None,
     ) -> None:
+        length = model.config.rope_max_length if max_length is None else max_length
+        check_draft(draft, draft_tokens, model, length)
+        if draft is not None:
+            if decode_mode not in (None, CALLS):
+                fail("decode_mode", f"None or {CALLS!r} with a draft", repr(decode_mode))
+            decode_mode = CALLS
         self.model, self.decode_mode = model, decode_mode
+        self._wanted = draft, draft_tokens
+        self._drafting: tuple[Draft, Pace] | None = None
         self.cache = new_cache(model, batch, max_length)
         self._dtype = model.activation_dtype
         # Always at least what the cache holds: ids are added before they are written, so that no
@@ -86,6 +101,19 @@ class Session:
             self._decoder = Decoder(self.model, self.cache)
         return self._decoder
 
+    def drafting(self) -> tuple[Draft, Pace] | None:
+        """What guesses tokens for its rows and how many are asked for, made at the first call.
+
+        Returns:
+            Both, or None without a draft.
+        """
+        draft, tokens = self._wanted
+        if self._drafting is None and draft is not None:
+            cache = self.cache
+            made = made_draft(draft, self.model, cache.batch, cache.max_length, CHUNK)
+            self._drafting = made, Pace(tokens)
+        return self._drafting
+
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of the cache (see `KVCache.nbytes`) and of what was captured, on a GPU."""
@@ -94,7 +122,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything; a stream that has not ended can't go on."""
-        self.current = None
+        self.current = self._drafting = None
         self.cache.reset()
         self.ids = [[] for _ in self.ids]
 
@@ -155,33 +183,7 @@ class Session:
         Returns:
             The logits after each row's last, [batch, vocab_size].
         """
-        logits: Tensor | None = None
-        cache, device, decoder = self.cache, self.cache.device, self.decoder()
-        while True:
-            rows = cache.rows
-            missing = [len(ids) - held for ids, held in zip(self.ids, rows, strict=True)]
-            # Rows are padded to one width, which must fit after each of them.
-            width = min(chunk, max(missing), cache.max_length - max(rows))
-            counts = [min(n, width) for n in missing]
-            padded = None if decoder is None else decoder.width_for(width)
-            parts = [
-                ids[held : held + n] + [0] * ((padded or width) - n)
-                for ids, held, n in zip(self.ids, rows, counts, strict=True)
-            ]
-            ids = torch.tensor(parts, dtype=torch.int64, device=device)
-            if decoder is not None and padded is not None:
-                last = decoder.prefill(ids, counts)
-                cache.advance(counts)
-            elif width == 1 and min(counts) == 1:
-                last = next_logits(self.model, ids[:, 0], cache)
-            else:
-                last = self.model(ids, cache=cache, logits_to_keep=1, counts=counts)[:, -1]
-            if logits is not None and min(counts) == 0:
-                going = torch.tensor([n > 0 for n in counts], device=device)
-                last = torch.where(going[:, None], last, logits)
-            if width == max(missing):
-                return last
-            logits = last
+        return prefill(self.model, self.ids, self.cache, chunk, self.decoder())
 
 
 def stream(
@@ -190,12 +192,14 @@ def stream(
     max_new_tokens: int,
     *,
     decode_mode: str | None = None,
+    draft: str | OpenELM | None = None,
+    draft_tokens: int | None = None,
     **options: Any,
 ) -> Stream:
     """`generate` step by step.
 
     Args:
-        model, prompts, max_new_tokens, decode_mode: as `generate` takes them.
+        model, prompts, max_new_tokens, decode_mode, draft, draft_tokens: as `generate` takes them.
         options: the other arguments of `generate`.
 
     Returns:
@@ -215,7 +219,9 @@ def stream(
     limit = model.config.rope_max_length
     steps = check_lengths(ids, max_new_tokens, limit, "rope_max_length")
     room = min(limit, max(map(len, ids)) + steps)
-    session = Session(model, len(ids), room, decode_mode=decode_mode)
+    session = Session(
+        model, len(ids), room, decode_mode=decode_mode, draft=draft, draft_tokens=draft_tokens
+    )
     return session.stream(ids, max_new_tokens, **options)
 
 
@@ -234,6 +240,8 @@ def generate(
     tokenizer: Tokenizer | None = None,
     chunk: int = CHUNK,
     decode_mode: str | None = None,
+    draft: str | OpenELM | None = None,
+    draft_tokens: int | None = None,
 ) -> list[Row]:
     """Tokens after each of some prompts. An interruption (Ctrl-C) returns what there is by then.
 
@@ -255,6 +263,11 @@ def generate(
         tokenizer: what makes rows have a text (`Tokenizer.from_pretrained`).
         chunk: tokens of a prompt that go through the model in one pass.
         decode_mode: see `Session`.
+        draft: what guesses tokens, of which the model checks several in one pass: "lookup" (what
+            followed before in the row), "self" (a 4-bit copy of the model, 0.28 of its bfloat16
+            bytes more) or a model of the same vocabulary. Text and seeds stay the same.
+        draft_tokens: always guess so many; None for as many as pay by the times and the acceptance
+            that are measured on the way, none if none do.
 
     Returns:
         A Row for each prompt: its tokens, its text with a tokenizer, and why it ended.
@@ -272,6 +285,7 @@ def generate(
         model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens,
         stop_strings=stop_strings, tokenizer=tokenizer, chunk=chunk, decode_mode=decode_mode,
+        draft=draft, draft_tokens=draft_tokens,
     )  # fmt: skip
     for _ in run:
         pass

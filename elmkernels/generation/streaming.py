@@ -1,5 +1,6 @@
 """The steps of one generation."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,10 +12,13 @@ from ..checks import fail, integer, is_integer
 from ..openelm.cache import KVCache
 from ..openelm.model import OpenELM
 from ..openelm.tokenizer import Tokenizer
+from .drafts import Draft
 from .gpu_decoder import Decoder
+from .pace import Pace
 from .prompts import Prompts, check_lengths, check_tokenizer, prompt_ids, stop_set, stop_texts
 from .row import Row
 from .sampling import Sampler, Sampling, check_choices
+from .speculation import Counts, Speculation
 from .step import next_logits
 from .text import RowText
 
@@ -35,9 +39,12 @@ class Holder(Protocol):
 
     def decoder(self) -> Decoder | None: ...
 
+    def drafting(self) -> tuple[Draft, Pace] | None: ...
+
 
 class Stream(Iterator[list[int | None]]):
-    """The steps of one generation: each gives a token a row, None for a row that has ended.
+    """The steps of one generation: each gives a token a row, None for a row that has ended. With a
+    draft too: tokens of a row that got more than others wait, and are in `rows` once given.
 
     Args:
         session, prompts, max_new_tokens, stop_tokens, stop_strings, tokenizer, chunk, sampling: as
@@ -84,6 +91,7 @@ class Stream(Iterator[list[int | None]]):
         self.reused = session.begin(ids)
         self._prompts = [len(prompt) for prompt in ids]
         self._last: Tensor | None = None  # the tokens of the last step, not in the cache yet
+        self._speculation: Speculation | None = None  # what goes on after it with a draft
         self._decoder: Decoder | None = None  # what goes on after the prompt, if not calls
         if not steps:
             self._end("length")
@@ -146,6 +154,11 @@ class Stream(Iterator[list[int | None]]):
             return CALLS
         return ", ".join(sorted(set(self._decoder.taken.values()))) or CALLS
 
+    @property
+    def speculation(self) -> Counts | None:
+        """What the draft came to so far; None without one."""
+        return None if self._speculation is None else self._speculation.counts
+
     def interrupt(self) -> None:
         """End here, as a KeyboardInterrupt during a step does."""
         self.interrupted = True
@@ -153,12 +166,15 @@ class Stream(Iterator[list[int | None]]):
 
     @torch.inference_mode()
     def _step(self) -> list[int | None]:
-        session, chosen = self.session, self._choices()
-        check_choices(chosen, [b for b, row in enumerate(self.rows) if not row.finish_reason])
+        session = self.session
+        going = [b for b, row in enumerate(self.rows) if not row.finish_reason]
+        chosen = self._choices(going)
+        check_choices(chosen, going)
         given: list[int | None] = list(chosen)
         for b, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
-            # A row that has ended runs along, so that rows of equal length stay so.
-            session.ids[b].append(max(token, 0))
+            if self._speculation is None:
+                # A row that has ended runs along, so that rows of equal length stay so.
+                session.ids[b].append(max(token, 0))
             if row.finish_reason:
                 given[b] = None
             elif token in self.stops:
@@ -189,15 +205,26 @@ class Stream(Iterator[list[int | None]]):
             self._texts[b].end()
             row.text = self._texts[b].text
 
-    def _choices(self) -> list[int]:
-        """The next token of each row, -1 if its logits were NaN."""
+    def _choices(self, going: list[int]) -> list[int]:
+        """The next token of each row, -1 if its logits were NaN. going: rows that go on."""
+        if self._speculation is not None:
+            return self._speculation.next_tokens(going)
         if self._decoder is not None:
             return self._decoder.next_tokens()
         session = self.session
         if self._last is not None:
             logits = next_logits(session.model, self._last, session.cache)
         else:
+            new = sum(self._prompts) - sum(self.reused)
+            start = time.perf_counter()
             logits = session.prefill(self.chunk)
+            if drafting := session.drafting():
+                self._speculation = Speculation(
+                    session.model, session.cache, session.ids, *drafting, self.sampler,
+                    logits=logits, steps=self.steps_left, stops=self.stops,
+                    reading=(time.perf_counter() - start) / new,
+                )  # fmt: skip
+                return self._speculation.next_tokens(going)
             if decoder := session.decoder():
                 decoder.begin(logits, self.sampler, self.steps_left)
                 self._decoder = decoder

@@ -28,6 +28,7 @@ _ELSEWHERE = {
     "pack": "compression.packing",
     "quantize": "compression.quantization",
     "restore": "acceleration.swap",
+    "self_draft": "generation.drafts",
     "decoder_weights_of": "acceleration.decoder_weights",
     "stream": "generation.session",
     "unpack": "compression.packing",

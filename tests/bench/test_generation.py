@@ -53,6 +53,25 @@ def measured(**options) -> tuple[dict, list[str]]:
     return results, report.texts
 
 
+def test_drafts_are_measured_beside_their_format(without_llama):
+    results, texts = measured(formats=("bf16", "int4"), drafts=("lookup", "self"))
+    for group, form in (("16-bit", "bf16"), ("int4", "int4")):
+        found = results["groups"][group]
+        for draft in ("lookup", "self"):
+            name = f"ours {form}, {draft}"
+            about = found["runners"][name]
+            assert about["agree"] == found["runners"][f"ours {form}"]["agree"]
+            said = about["facts"]["speculation"]
+            assert set(said) == {task["task"] for task in found["tasks"] if task["steps"]}
+            for task in found["tasks"]:
+                assert task["runners"][name]["tokens_per_second"]["median"] > 0
+                assert "step_bytes" not in task["runners"][name]
+                assert name in task["ratios"]
+            assert all(s["draft"] == draft and s["passes"] > 0 for s in said.values())
+    assert any("guesses kept" in text for text in texts)
+    assert json.loads(json.dumps(results)) == results
+
+
 def test_every_group_has_every_figure(without_llama):
     results, texts = measured()
     assert results["complete"] is True

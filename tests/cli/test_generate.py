@@ -74,6 +74,30 @@ def test_sampling_options_reach_the_model(capsys):
     assert found["rows"][0]["tokens"] != GOLDEN[9:21]
 
 
+@pytest.mark.parametrize("draft", ["lookup", "self", str(TINY)])
+def test_a_draft_changes_nothing_but_what_is_said(capsys, draft):
+    argv = [*HERE, "--ids", PROMPT, "--ids", "1,2", "--stop", "none", "--max-new-tokens", "16"]
+    plain = run_json(capsys, *argv)
+    found = run_json(capsys, *argv, "--draft", draft, "--draft-tokens", "3")
+    assert found["rows"] == plain["rows"] and plain["speculation"] is None
+    said = found["speculation"]
+    assert said["draft"] == (draft if draft in ("lookup", "self") else "draft")
+    assert 0 <= said["accepted"] <= said["guessed"] and said["passes"] > 0
+    assert (said["acceptance"] == 1) == (draft == str(TINY))
+    assert main([*argv, "--draft", draft, "--draft-tokens", "3"]) == 0
+    assert f"{said['accepted']} of {said['guessed']} guesses kept" in capsys.readouterr().err
+    drawn = [*argv[:-2], "--temperature", "1", "--seed", "4", "--max-new-tokens", "9"]
+    assert run_json(capsys, *drawn, "--draft", draft)["rows"] == run_json(capsys, *drawn)["rows"]
+
+
+def test_drafts_that_are_none(capsys, tmp_path):
+    argv = [*HERE, "--ids", "1"]
+    said = refusal(capsys, *argv, "--draft", str(tmp_path / "nothing"))
+    assert "--draft must be lookup, self or a checkpoint" in said and "nothing" in said
+    assert "--draft-tokens belongs to --draft" in refusal(capsys, *argv, "--draft-tokens", "2")
+    assert "--draft-tokens" in refusal(capsys, *argv, "--draft", "self", "--draft-tokens", "0")
+
+
 def test_stop_tokens(capsys):
     assert main([*HERE, "--ids", PROMPT, "--stop", f"319,{GOLDEN[14]}"]) == 0
     first = GOLDEN.index(GOLDEN[14], 9)

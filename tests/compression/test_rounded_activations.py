@@ -21,11 +21,12 @@ from elmkernels import (
     restore,
 )
 from elmkernels.acceleration.decoder_weights import decoder_weights_of
-from elmkernels.bench.runners import ROUNDED, compress, rounded_runner, rounding_loss
+from elmkernels.bench.runners import ROUNDED, compress, rounded_runner
 from elmkernels.compression.plain import make_plain
 from elmkernels.openelm import KVCache, next_logits
 from elmkernels.openelm.compressed import Quantized
 from elmkernels.surgery import is_accelerated, mark_of
+from elmkernels.testing.rounding import rounding_loss
 
 IDS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(4))
 UNTIED = OpenELMConfig.from_hf_dict(GROUPED.to_hf_dict() | {"share_input_output_layers": False})

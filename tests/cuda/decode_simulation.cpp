@@ -12,11 +12,11 @@ using namespace decode;
 
 // What a call is about; the fields are those of Call in test_decode_simulation.py.
 struct Call {
-  const int64_t *table, *tokens, *positions, *offsets;
+  const int64_t *table, *tokens, *positions, *sequences, *offsets;
   void *arena, *logits;
   const float* rope_table;
   int64_t* chosen;
-  int64_t layers, batch, rope_length, max_length, vocab_size, dim, head_dim, qkv_width, ffn_dim;
+  int64_t layers, batch, arena_batch, rope_length, max_length, vocab_size, dim, head_dim, qkv_width, ffn_dim;
   int64_t dtype, gated, grid, rows, order, seed;
   int64_t missing;  // the barrier that isn't there; -1: none
   double eps;
@@ -36,6 +36,8 @@ int run(const Call& c) {
   s.table = c.table;
   s.tokens = c.tokens;
   s.positions = c.positions;
+  s.sequences = c.sequences;
+  s.arena_batch = c.arena_batch;
   s.arena = static_cast<T*>(c.arena);
   s.rope_table = c.rope_table;
   s.logits = static_cast<T*>(c.logits);

@@ -5,125 +5,25 @@ after the other in any order, scratch and shared memory begin as NaN, and a barr
 away must show.
 """
 
-import ctypes
-import functools
-
 import pytest
 import torch
-from helpers.on_host import DTYPES, compiled
+from helpers.decode_simulation import (
+    ORDERS,
+    POSITIONS,
+    assert_parity,
+    comparisons,
+    decoding,
+    draw,
+    simulated,
+)
 from torch import Tensor
 
 from elmkernels.testing import CASES
-from elmkernels.testing.cases.decode_step import arena, decoder, with_written
-from elmkernels.testing.cases.draw import Draw, make, models
+from elmkernels.testing.cases.decode_step import arena
+from elmkernels.testing.cases.draw import make, models
 from elmkernels.testing.cases.weights import FORMS, dtypes_of
-from elmkernels.testing.parity import EVALUATIONS, compare, specification
 from elmkernels.weights.affine import quantize_weight
-from elmkernels.weights.formats import Affine, Arena, DecoderWeights
-from elmkernels.weights.table import table_of
-
-ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
-POSITIONS = (3, 200, 0, 131)
-FAULTS = (
-    "", "written beyond shared memory", "written beyond scratch", "counts are left",
-    "not aligned to what is loaded",
-)  # fmt: skip
-POINTERS = (
-    "table", "tokens", "positions", "offsets", "arena", "logits", "rope_table", "chosen",
-)  # fmt: skip
-NUMBERS = (
-    "layers", "batch", "rope_length", "max_length", "vocab_size", "dim", "head_dim", "qkv_width",
-    "ffn_dim", "dtype", "gated", "grid", "rows", "order", "seed", "missing",
-)  # fmt: skip
-
-
-class Call(ctypes.Structure):
-    """What decode_simulation.cpp takes."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_int64) for name in NUMBERS),
-        ("eps", ctypes.c_double),
-    ]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    found = compiled("decode_simulation", tmp_path_factory.mktemp("simulation"))
-    found.count_barriers.argtypes = [ctypes.c_int64]
-    found.count_shared_bytes.argtypes = [ctypes.c_int64] * 5
-    found.rank.argtypes, found.rank.restype = [ctypes.c_float, ctypes.c_int64], ctypes.c_uint64
-    found.count_barriers.restype = found.count_shared_bytes.restype = ctypes.c_int64
-    return found
-
-
-def simulated(library, grid=5, rows=4, order="forward", seed=0, missing=-1, shift=0):
-    """decode_step by the CUDA sources on `grid` blocks, `rows` sequences to a pass over a weight.
-    missing: the barrier that is left out. shift: of where the last layer's values begin."""
-
-    def step(
-        weights: DecoderWeights,
-        tokens: Tensor,
-        positions: Tensor,
-        cache: Arena,
-        chosen: Tensor | None = None,
-    ) -> Tensor:
-        table, offsets = table_of(weights), cache.offsets.clone()
-        if len(offsets):
-            offsets[-1, 1] += shift
-        logits = cache.data.new_full((len(tokens), weights.vocab_size), torch.nan)
-        tensors = (
-            table.rows, tokens, positions, offsets, cache.data, logits, weights.rope_table,
-        )  # fmt: skip
-        call = Call(
-            *(t.data_ptr() for t in tensors),
-            None if chosen is None else chosen.data_ptr(),
-            len(weights.layers), len(tokens), len(weights.rope_table), cache.max_length,
-            weights.vocab_size, weights.model_dim, weights.head_dim, table.qkv_width, table.ffn_dim,
-            DTYPES[cache.data.dtype], weights.gated, grid, rows, ORDERS[order], seed, missing,
-            weights.eps,
-        )  # fmt: skip
-        found = library.simulate(ctypes.byref(call))
-        assert found == 0, FAULTS[found]
-        return logits
-
-    return step
-
-
-def comparisons(step, weights, tokens, positions, cache):
-    """Logits, and the keys and values written, beside truth and yardstick."""
-
-    def of(dtype):
-        return cache._replace(data=cache.data.to(dtype, copy=True))
-
-    @functools.cache
-    def evaluation(i):
-        return specification("decode_step", i)(*call, of(cache.data.dtype))
-
-    call = (weights, tokens, positions)
-    truth = specification("decode_step")(*call, of(torch.float64))
-    got = with_written(step)(*call, of(cache.data.dtype))
-    return [
-        compare(truth[i], (evaluation(n)[i] for n in range(EVALUATIONS)), got[i], what)
-        for i, what in enumerate(("logits", "keys and values"))
-    ]
-
-
-def assert_parity(step, *call):
-    for found in comparisons(step, *call):
-        assert found.ok, f"{found.what}: {found.reason}"
-
-
-def draw(dtype, seed=0):
-    return Draw(dtype, torch.device("cpu"), torch.Generator().manual_seed(seed))
-
-
-def decoding(form, dtype, positions=POSITIONS, **sizes):
-    d = draw(dtype)
-    weights = decoder(d, form, **sizes)
-    tokens = torch.randint(0, weights.vocab_size, (len(positions),), generator=d.generator)
-    return weights, tokens, torch.tensor(positions), arena(d, weights, len(positions), 210)
-
+from elmkernels.weights.formats import Affine, DecoderWeights
 
 # The op answers a batch of none by itself.
 SOME = [case for case in CASES["decode_step"] if case.name != "no_batch"]
@@ -135,8 +35,8 @@ PARITY_CASES = [(case, dtype) for case in SOME for dtype in case.dtypes]
 )
 def test_every_case_has_parity(library, case, dtype):
     """Those of the CPU kernels; the number of blocks is none that divides anything."""
-    (weights, tokens, positions, cache), _ = make(case, dtype, "cpu", 0)
-    assert_parity(simulated(library, 13, order="shuffled"), weights, tokens, positions, cache)
+    args, kwargs = make(case, dtype, "cpu", 0)
+    assert_parity(simulated(library, 13, order="shuffled"), *args, **kwargs)
 
 
 every_form = pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Every argument of every op, given something else: an error that names it, or a result."""
 
 import inspect
-import re
 from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
@@ -44,7 +43,7 @@ NAMES = {
         "plain_residual_rows_1",
     ],
     "linear_cross_entropy": ["none", "mean_every_option"],
-    "decode_step": ["plain_batch_1"],
+    "decode_step": ["plain_batch_1", "plain_ragged_tokens"],
 }  # fmt: skip
 PICKED = [(op, case) for op, names in NAMES.items() for case in CASES[op] if case.name in names]
 
@@ -71,8 +70,7 @@ def garbage_for(value):
                 yield f"{field} = {name}", value._replace(**{field: thing})
 
 
-# What a kernel itself looks at, and torch's own words on tensors that aren't strided.
-IN_KERNELS = r"must be (rising|in \[0, )"
+# torch's own words on tensors that aren't strided.
 OF_TORCH = ("sparse", "nested")
 
 
@@ -90,9 +88,7 @@ def clean(op, fn, given, name, what):
         said = str(error)
         assert "elmkernels_" not in said or what.endswith(OF_TORCH), f"{op}({name}={what}): {said}"
     except RuntimeError as error:
-        assert re.search(IN_KERNELS, str(error)) or what.endswith(OF_TORCH) or "meta" in what, (
-            f"{op}({name}={what}): unclean {error}"
-        )
+        assert what.endswith(OF_TORCH) or "meta" in what, f"{op}({name}={what}): unclean {error}"
 
 
 @pytest.mark.parametrize(("op", "case"), PICKED, ids=str)

@@ -2,6 +2,8 @@
 tokens that transformers' eager attention with its own cache gives, in float32.
 """
 
+import inspect
+
 import pytest
 import torch
 from helpers.golden import load_hf_tiny
@@ -11,6 +13,7 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
     set_seed,
@@ -44,7 +47,8 @@ WAYS = {
 
 def said(model, prompt, seed=7, **options):
     set_seed(seed)
-    return model.generate(prompt, max_new_tokens=NEW, **({"do_sample": False} | options)).tolist()
+    options = {"do_sample": False, "max_new_tokens": NEW} | options
+    return model.generate(prompt, **options).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,64 @@ def test_assisted_decoding(assistant, ours, theirs):
     small = wrapped("auto", seed=5) if assistant == "ours" else eager(seed=5)
     expected = said(theirs, ids(1, 9))
     assert said(ours, ids(1, 9), assistant_model=small) == expected
+
+
+@pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_guesses_are_checked_in_one_call(way, dtype, monkeypatch):
+    """By `decode_step`, so that tokens are those of plain decoding in bfloat16 too."""
+    model, same = wrapped("auto", dtype), wrapped("auto", dtype)
+    prompt = ids(1, 9).repeat(1, 2)
+    plain = said(model, prompt)
+    options = {"prompt_lookup_num_tokens": 4} if way == "prompt lookup" else {}
+    if way == "assistant":
+        same.generation_config.num_assistant_tokens = 4
+        same.generation_config.num_assistant_tokens_schedule = "constant"
+        same.generation_config.assistant_confidence_threshold = 0.0
+        options = {"assistant_model": same}
+    called = []
+    decode_step = step.ops.decode_step
+
+    def noted(weights, tokens, *args, **kwargs):
+        called.append(len(tokens))
+        return decode_step(weights, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(step.ops, "decode_step", noted)
+    assert said(model, prompt, **options) == plain
+    assert max(called) > 1, called
+    if way == "assistant":  # all that it guesses is kept
+        assert called.count(5) >= 2
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "words"),
+    [
+        (
+            {},
+            {"num_beams": 2},
+            "assistant_model must be None with beams .num_beams 2., .* got Open",
+        ),
+        (None, {"num_beams": 2}, "prompt_lookup_num_tokens must be None with beams .* got 3"),
+        (
+            {"vocab_size": 300},
+            {},
+            "assistant_model must be of .* vocabulary of 320 tokens .* got 300",
+        ),
+        (
+            {"rope_max_length": 16, "max_context_length": 16},
+            {},
+            f"assistant_model must be of at least {9 + NEW} positions .* got 16",
+        ),
+    ],
+)
+def test_assistants_that_do_not_fit(values, options, words):
+    model = wrapped("auto")
+    guessing = {"prompt_lookup_num_tokens": 3}
+    if values is not None:
+        guessing = {"assistant_model": wrapped("auto", **values)}
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
+    with pytest.raises(ValueError, match=words):
+        said(model, ids(1, 9), **guessing, **options)
 
 
 def test_embeddings_instead_of_ids(ours, theirs):
@@ -242,37 +304,80 @@ def test_several_sequences_of_padded_prompts(rows, ours, theirs):
         assert said(ours, prompt, **given) == said(theirs, prompt, **given)
 
 
-def contrastive(model, input_ids, generation_config, **kwargs):
-    """The best of some tokens by chance and by unlikeness to all states before."""
-    penalty, top_k = generation_config.penalty_alpha, generation_config.top_k
-    rows = torch.arange(len(input_ids))
-    out = model(input_ids, use_cache=True, output_hidden_states=True)
-    context, cache, logits = out.hidden_states[-1], out.cache, out.logits[:, -1]
-    for _ in range(NEW):
-        chances, tokens = logits.softmax(-1).topk(top_k, dim=-1)
-        cache.batch_repeat_interleave(top_k)
-        out = model(tokens.view(-1, 1), cache=cache, use_cache=True, output_hidden_states=True)
-        new = out.hidden_states[-1].view(len(rows), top_k, -1)
-        likeness = torch.cosine_similarity(new[:, :, None], context[:, None], dim=-1).amax(-1)
-        best = ((1 - penalty) * chances - penalty * likeness).argmax(-1)
-        cache.batch_select_indices(rows * top_k + best)
-        logits = out.logits[rows * top_k + best, -1]
-        context = torch.cat((context, new[rows, best][:, None]), dim=1)
-        input_ids = torch.cat((input_ids, tokens[rows, best][:, None]), dim=1)
+def one_by_one(model, prompt, penalty, top_k, new):
+    """Contrastive search of a row by its formula: each candidate in a pass of its own, no cache."""
+    row = prompt.tolist()
+    for _ in range(new):
+        out = model(torch.tensor([row]), output_hidden_states=True, use_cache=False)
+        before = out.hidden_states[-1][0]
+        chances, tokens = out.logits[0, -1].softmax(-1).topk(top_k)
+        scores = []
+        for chance, token in zip(chances, tokens.tolist(), strict=True):
+            there = torch.tensor([[*row, token]])
+            now = model(there, output_hidden_states=True, use_cache=False).hidden_states[-1][0, -1]
+            likeness = torch.cosine_similarity(now[None], before).max()
+            scores.append((1 - penalty) * chance - penalty * likeness)
+        row.append(tokens[torch.stack(scores).argmax()].item())
+    return row
+
+
+CONTRASTIVE = {"penalty_alpha": 0.6, "top_k": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "dynamic"}])
+def test_contrastive_search(rows, cache, ours, theirs):
+    expected = [one_by_one(theirs, row, 0.6, 4, NEW) for row in ids(rows, 9)]
+    for model in (ours, theirs):
+        assert said(model, ids(rows, 9), **CONTRASTIVE, **cache) == expected
+    config = GenerationConfig(**CONTRASTIVE, max_new_tokens=NEW, pad_token_id=0)
+    assert ours.generate(ids(rows, 9), config).tolist() == expected
+    assert expected != said(ours, ids(rows, 9))
+
+
+@torch.no_grad()
+def test_contrastive_search_of_padded_rows_that_end(ours, theirs):
+    prompt, mask = left_padded([4, 9, 7])
+    given = CONTRASTIVE | {"attention_mask": mask}
+    expected = [one_by_one(theirs, p[p > 0], 0.6, 4, NEW)[-NEW:] for p in prompt]
+    got = [said(model, prompt, **given) for model in (ours, theirs)]
+    assert [row[9:] for row in got[0]] == expected and got[0] == got[1]
+    end = expected[0][2]
+    ended = said(ours, prompt, **given, eos_token_id=[end], repetition_penalty=1.0)
+    assert ended[0][9:] == expected[0][:3] + [0] * (len(ended[0]) - 12)
+    streamer = Collected()
+    out = ours.generate(
+        prompt[1:2], **CONTRASTIVE, max_new_tokens=NEW, streamer=streamer, output_scores=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert streamer.tokens == out.sequences[0].tolist() and streamer.ended
+    assert len(out.scores) == NEW and out.sequences[0, 9:].tolist() == expected[1]
+    with pytest.raises(ValueError, match="use_cache must be True for contrastive search"):
+        said(ours, prompt, **given, use_cache=False)
+
+
+def by_hand(model, input_ids, **kwargs):
+    """Twice the likeliest token."""
+    for _ in range(2):
+        out = model(input_ids, use_cache=False)
+        input_ids = torch.cat((input_ids, out.logits[:, -1:].argmax(-1)), dim=1)
     return input_ids
 
 
 @torch.no_grad()
-def test_contrastive_search_is_code_that_is_given(ours, theirs):
-    """transformers 5 has none of its own, and names where it would fetch some. What is given
-    repeats the cache's rows and picks from them.
-    """
-    options = {"penalty_alpha": 0.6, "top_k": 4}
-    with pytest.raises(ValueError, match="requires .trust_remote_code=True"):
-        said(ours, ids(2, 9), **options)
-    given = options | {"custom_generate": contrastive}
-    found = said(ours, ids(2, 9), **given)
-    assert found == said(theirs, ids(2, 9), **given) and len(found[0]) == 9 + NEW
+def test_a_loop_of_ones_own(ours, theirs, tmp_path):
+    """A function, or a folder that holds one."""
+    expected = said(theirs, ids(2, 9), max_new_tokens=2)
+    assert said(ours, ids(2, 9), custom_generate=by_hand) == expected
+    code = ["import torch", inspect.getsource(by_hand).replace("by_hand", "generate")]
+    folder = tmp_path / "loop"
+    (folder / "custom_generate").mkdir(parents=True)
+    code = "\n".join(code).replace("(model, input_ids, ", "(model, inputs, ")
+    code = code.replace("input_ids", "inputs")
+    (folder / "custom_generate/generate.py").write_text(code)
+    given = {"custom_generate": str(folder), "trust_remote_code": True}
+    assert said(ours, ids(2, 9), **given) == expected
 
 
 def test_continuous_batching_says_why_not(ours):

@@ -359,11 +359,9 @@ def test_an_index_outside_is_refused_before_anything_is_written(backend, bad):
     wrong = torch.tensor([1, bad, 0])
     before = cache.data.clone()
     for name in (backend, "reference"):
-        with pytest.raises(
-            (ValueError, RuntimeError), match=rf"tokens must be in \[0, 203\).*{bad}"
-        ):
+        with pytest.raises(ValueError, match=rf"^tokens must be in \[0, 203\).*{bad}"):
             decode_step(weights, wrong, positions, cache, backend=name)
-        with pytest.raises((ValueError, RuntimeError), match=r"positions must be in \[0, "):
+        with pytest.raises(ValueError, match=r"positions must be in \[0, "):
             decode_step(weights, tokens, wrong, cache, backend=name)
     assert torch.equal(cache.data, before)
 

@@ -217,9 +217,9 @@ CHECKED = [name for name in (*runnable("qk_norm_rope"), "reference") if name != 
 @pytest.mark.parametrize("bad", [-1, 16, 2**40])
 def test_a_position_outside_the_table_is_refused(backend, bad):
     positions = torch.tensor([0, 1, bad, 3, 4])
-    with pytest.raises((ValueError, RuntimeError), match=rf"positions must be in \[0, 16\).*{bad}"):
+    with pytest.raises(ValueError, match=rf"positions must be in \[0, 16\).*{bad}"):
         qk(positions=positions, backend=backend)
-    with pytest.raises((ValueError, RuntimeError), match=rf"positions must be in \[0, 16\).*{bad}"):
+    with pytest.raises(ValueError, match=rf"positions must be in \[0, 16\).*{bad}"):
         cached(positions=positions, backend=backend)
 
 
@@ -228,7 +228,7 @@ def test_a_position_outside_the_table_is_refused(backend, bad):
 def test_a_slot_outside_the_cache_is_refused_before_anything_is_written(backend, bad):
     k_cache, v_cache = CACHE.clone(), CACHE.clone()
     slots = torch.tensor([0, 1, 2, 3, bad])
-    with pytest.raises((ValueError, RuntimeError), match=rf"slots must be in \[0, 9\).*{bad}"):
+    with pytest.raises(ValueError, match=rf"slots must be in \[0, 9\).*{bad}"):
         cached(k_cache, v_cache, slots, backend=backend)
     assert torch.equal(k_cache, CACHE)
     assert torch.equal(v_cache, CACHE)
@@ -237,5 +237,5 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written(backend,
 @pytest.mark.parametrize("backend", [*runnable("attention"), "reference"])
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])
 def test_an_offset_outside_the_cache_is_refused(backend, bad):
-    with pytest.raises((ValueError, RuntimeError), match=rf"offsets must be in \[0, 3\).*{bad}"):
+    with pytest.raises(ValueError, match=rf"offsets must be in \[0, 3\).*{bad}"):
         attention(Q, K, K, offsets=torch.tensor([0, bad]), backend=backend)

@@ -24,7 +24,7 @@ CASES = {
     "attention": ["causal", "documents"],
     "linear": ["plain_rows_3", "affine8_64_rows_3", "plain_gradient_rows_2", "plain_rows_33"],
     "linear_cross_entropy": ["wide_weight", "wide_weight_losses"],
-    "decode_step": ["plain_batch_3", "packed12_batch_2", "no_layers"],
+    "decode_step": ["plain_batch_3", "packed12_batch_2", "plain_tokens_4", "no_layers"],
 }
 
 

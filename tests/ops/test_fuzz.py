@@ -139,13 +139,28 @@ def loss_case(r, op):
 def step_case(r, op):
     kv_heads = [r.choice([1, 2, 3]) for _ in range(r.choice([1, 2]))]
     heads = tuple((kv * r.choice([1, 2, 4]), kv) for kv in kv_heads)
-    return decode_step._decode_case(
-        "fuzz", r.choice(list(FORMS)), tuple(r.randint(0, 90) for _ in range(r.randint(1, 8))),
-        r.choice([0, 100]), model_dim=r.choice([128, 256]), head_dim=64,
+    positions = tuple(r.randint(0, 90) for _ in range(r.randint(1, 8)))
+    options = dict(
+        form=r.choice(list(FORMS)), positions=positions,
+        max_length=r.choice([0, 100]), model_dim=r.choice([128, 256]), head_dim=64,
         heads=heads, ffn_dims=tuple(r.choice([64, 192]) for _ in heads), norm=r.random() < 0.8,
         gated=r.random() < 0.8, tied=r.random() < 0.5, vocab_size=r.choice([65, 203]),
         table_length=128,
     )  # fmt: skip
+    if r.random() < 0.5:
+        options |= several_tokens(r)
+    return decode_step._decode_case("fuzz", **options)
+
+
+def several_tokens(r):
+    """Of one to four sequences of five, in any order."""
+    positions, sequences, room = [], [], 8
+    for row in r.sample(range(5), r.randint(1, 4)):
+        count, first = r.randint(1, max(1, room - 3)), r.randint(0, 90)
+        positions += range(first, first + count)
+        sequences += [row] * count
+        room -= count
+    return {"positions": tuple(positions[:8]), "sequences": tuple(sequences[:8]), "batch": 5}
 
 
 MAKE = {

@@ -40,7 +40,7 @@ EXACT = {
     ],
     "decode_step": [
         "no_batch", "no_layers", "no_norm", "no_gate", "group_8", "odd_widths_packed12", "width_1",
-        "affine4_64_untied", "first_token",
+        "affine4_64_untied", "first_token", "plain_ragged_tokens",
     ],
     "linear_cross_entropy": [
         "none_every_option", "mean_ignored", "sum_no_rows", "one_dimension", "ignore_index_0",

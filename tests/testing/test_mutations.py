@@ -32,7 +32,7 @@ PICKED = {
     ],
     "decode_step": [
         "plain_batch_4", "affine4_64_batch_4", "packed12_batch_4", "no_gate", "head_dim_20",
-        "odd_widths",
+        "odd_widths", "plain_ragged_tokens",
     ],
 }  # fmt: skip
 SMALL = dict.fromkeys(PICKED, 3) | {"decode_step": 1}  # cases that are always tried

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/attention/tile.h"
+#include "cpu/refuse.h"
 #include "shared/tensors.h"
 
 // Queries that see the same keys, except for how many of them: a row of a batch, or a document.
@@ -76,14 +77,14 @@ class Visible {
   void split(const Tensor& cu_seqlens, int64_t total) {
     const auto* at = ::data<const int64_t>(cu_seqlens);
     const int64_t stride = cu_seqlens.stride(0), count = cu_seqlens.size(0) - 1;
-    STD_TORCH_CHECK(at[0] == 0 && at[count * stride] == total,
-                    "cu_seqlens must be rising from 0 to ", total, ", got ", at[0], " to ",
-                    at[count * stride]);
+    if (at[0] != 0 || at[count * stride] != total)
+      refuse("cu_seqlens must be rising from 0 to ", total, ", got ", at[0], " to ",
+             at[count * stride]);
     sequences_.reserve(static_cast<size_t>(count));
     for (int64_t d = 0; d < count; ++d) {
       const int64_t begin = at[d * stride], end = at[(d + 1) * stride];
-      STD_TORCH_CHECK(begin <= end, "cu_seqlens must be rising from 0 to ", total, ", got ", begin,
-                      " before ", end);
+      if (begin > end)
+        refuse("cu_seqlens must be rising from 0 to ", total, ", got ", begin, " before ", end);
       if (begin < end) sequences_.push_back({0, begin, end - begin, end - begin, 0});
     }
   }
@@ -92,8 +93,9 @@ class Visible {
     const auto* at = ::data<const int64_t>(offsets);
     for (Sequence& s : sequences_) {
       s.before = at[s.batch * offsets.stride(0)];
-      STD_TORCH_CHECK(s.before >= 0 && s.before <= s.lk - s.lq, "offsets must be in [0, ",
-                      s.lk - s.lq + 1, ") (k's length less q's), got ", s.before);
+      if (s.before < 0 || s.before > s.lk - s.lq)
+        refuse("offsets must be in [0, ", s.lk - s.lq + 1, ") (k's length less q's), got ",
+               s.before);
     }
   }
 

@@ -1,6 +1,10 @@
-// Attention of one new token a sequence, as one phase of decode_step: QK norm, RoPE, the write to
-// the cache, and softmax over the cache in items of kKeys keys. The block that ends the last item
-// of a head merges all of that head, in the order of their keys.
+// Attention of the new tokens, as one phase of decode_step: QK norm, RoPE, the write to the cache,
+// and softmax over the cache in items of kKeys keys. The block that ends the last item of a head
+// merges all of that head, in the order of their keys.
+//
+// A token's keys and values are written by its own item in this phase, so that no other item may
+// read them there: an item makes those of the new tokens that it sees for itself, by the same steps
+// and so of the same bits. That is up to 8 heads' norms and rotations, and spares a barrier.
 #pragma once
 
 #include "cuda/decode/step.cuh"
@@ -10,14 +14,16 @@ namespace decode {
 // What one item works on.
 template <class T>
 struct AttendItem {
-  const T *q_norm, *k_norm, *projected;  // the last: the row of q | k | v
-  T *new_keys, *new_values;              // the new token's places; null if another item has them
+  const T *q_norm, *k_norm, *projected;  // the last: the token's row of q | k | v
+  T *own_keys, *own_values;              // the token's places; null if another item has them
   const T *keys, *values;                // the first of its keys and values
   const float* rotation;
   T* out;                           // [group, head_dim]
   float* partials;                  // of the group's first query head, for its first split
   int partial_step, split, splits;  // floats from a query head to the next
   int group, count, head_dim;       // `count` keys
+  int news, newest;                 // the last keys are of new tokens, the last `newest` rows back
+  int width;                        // of a row of q | k | v
   int q_row, k_row, v_row;          // in heads
   float eps;
 };
@@ -26,35 +32,42 @@ struct AttendItem {
 template <class T>
 struct AttendShared {
   AttendItem<T>* item;
-  float *raw, *queries;         // [group + 2, head_dim] as projected; [group, head_dim] rotated
+  float *raw, *queries;         // [group + 2 news, head_dim] as projected; [group, head_dim] rotated
   float *scores, *tops, *sums;  // [group, kKeys], [group], [group]
   float* totals;                // [value_parts, kHeads, head_dim]
+  T *keys, *values;             // [news, head_dim]
 
   DEVICE_INLINE explicit AttendShared(uint8_t* shared) {
     static_assert(sizeof(AttendItem<T>) <= kTaskBytes);
     item = reinterpret_cast<AttendItem<T>*>(shared);
     const int group = item->group, d = item->head_dim;
     raw = reinterpret_cast<float*>(shared + kTaskBytes);
-    queries = raw + (group + 2) * d;
+    queries = raw + (group + 2 * kMaxTokens) * d;
     scores = queries + group * d;
     tops = scores + group * kKeys;
     sums = tops + group;
     totals = sums + group;
+    keys = reinterpret_cast<T*>(totals + kHeads * value_parts(d) * d);
+    values = keys + kMaxTokens * d;
+  }
+
+  // The item's j-th key or value: `cached`, or one of the new ones.
+  DEVICE_INLINE const T* place(const T* cached, const T* news, int j) const {
+    const int fresh_from = item->count - item->news;
+    return j < fresh_from ? cached + static_cast<int64_t>(j) * item->head_dim
+                          : news + (j - fresh_from) * item->head_dim;
   }
 };
 
-template <class T>
-DEVICE_INLINE int64_t keys_of(const Step<T>& s, int row) {
-  return s.in_range(row) ? s.positions[row] + 1 : 0;
-}
-
-// The i-th item of a layer, sequence after sequence; false if there are no more.
+// The i-th item of a layer, token after token; false if there are no more.
 template <class T>
 DEVICE_INLINE bool item_at(const Step<T>& s, int64_t kv_heads, int64_t i, ItemIndex& index) {
   for (int row = 0; row < s.batch; ++row) {
-    const int64_t keys = keys_of(s, row), splits = splits_of(keys);
+    const Place* place = s.places() + row;
+    const int64_t keys = fresh(&place->keys), splits = splits_of(keys);
     if (i < kv_heads * splits) {
-      index = {row, i / splits, i % splits, splits, keys};
+      const Place found{fresh(&place->sequence), keys, fresh(&place->before)};
+      index = {row, i / splits, i % splits, splits, found};
       return true;
     }
     i -= kv_heads * splits;
@@ -64,7 +77,7 @@ DEVICE_INLINE bool item_at(const Step<T>& s, int64_t kv_heads, int64_t i, ItemIn
 
 // One head through its norm and the rotation: out(c, value) for all its columns.
 template <class T, class Out>
-DEVICE_INLINE void rotate_head(Warp warp, const float* x, const T* weight,
+DEVICE_INLINE void rotate_head(Warp warp, const float* x, const T* weight, const float* rotation,
                                const AttendItem<T>& item, Out&& out) {
   const int d = item.head_dim, half = d / 2;
   PerLane<Floats<1>> squares;
@@ -82,24 +95,29 @@ DEVICE_INLINE void rotate_head(Warp warp, const float* x, const T* weight,
         a = rounded<T>(rounded<T>(a * rstd) * wide(weight[c]));
         b = rounded<T>(rounded<T>(b * rstd) * wide(weight[half + c]));
       }
-      const float cos = item.rotation[c], sin = item.rotation[half + c];
+      const float cos = rotation[c], sin = rotation[half + c];
       out(c, narrow<T>(a * cos - b * sin));
       out(half + c, narrow<T>(b * cos + a * sin));
     }
   });
 }
 
-// Queries to shared memory; with the new token's own keys, those and its values to the cache.
+// Queries, and the keys and values of new tokens, to shared memory; the token's own to the cache.
 template <class T>
 DEVICE_CALL void prepare(Block block) {
   const AttendShared<T> shared(block.shared());
   const AttendItem<T>& item = *shared.item;
-  const int d = item.head_dim, group = item.group;
-  const int rows = group + (item.new_keys != nullptr ? 2 : 0);
+  const int d = item.head_dim, group = item.group, news = item.news;
+  const int rows = group + 2 * news;
+  // Row group + t is the key of new token t, row group + news + t its value.
+  const auto token_of = [&](int r) { return r < group + news ? r - group : r - group - news; };
+  const auto back = [&](int t) { return static_cast<int64_t>(item.newest + news - 1 - t); };
   block.threads([&](int thread) {
     for (int i = thread; i < rows * d; i += kBlock) {
-      const int r = i / d, head = r < group ? item.q_row + r : r == group ? item.k_row : item.v_row;
-      shared.raw[i] = wide(fresh(item.projected + static_cast<int64_t>(head) * d + i % d));
+      const int r = i / d;
+      const int head = r < group ? item.q_row + r : r < group + news ? item.k_row : item.v_row;
+      const int64_t row = r < group ? 0 : back(token_of(r)) * item.width;
+      shared.raw[i] = wide(fresh(item.projected - row + static_cast<int64_t>(head) * d + i % d));
     }
   });
   block.warps([&](Warp warp) {
@@ -107,12 +125,24 @@ DEVICE_CALL void prepare(Block block) {
       const float* x = shared.raw + r * d;
       if (r < group) {
         float* to = shared.queries + r * d;
-        rotate_head(warp, x, item.q_norm, item, [&](int c, T y) { to[c] = wide(y); });
-      } else if (r == group) {
-        rotate_head(warp, x, item.k_norm, item, [&](int c, T y) { item.new_keys[c] = y; });
+        rotate_head(warp, x, item.q_norm, item.rotation, item, [&](int c, T y) { to[c] = wide(y); });
+        continue;
+      }
+      const int t = token_of(r);
+      const bool own = item.own_keys != nullptr && t == news - 1;
+      if (r < group + news) {
+        T* to = shared.keys + t * d;
+        rotate_head(warp, x, item.k_norm, item.rotation - back(t) * d, item, [&](int c, T y) {
+          to[c] = y;
+          if (own) item.own_keys[c] = y;
+        });
       } else {
+        T* to = shared.values + t * d;
         warp.each([&](int lane) {
-          for (int c = lane; c < d; c += kLanes) item.new_values[c] = narrow<T>(x[c]);
+          for (int c = lane; c < d; c += kLanes) {
+            to[c] = narrow<T>(x[c]);
+            if (own) item.own_values[c] = to[c];
+          }
         });
       }
     }
@@ -126,7 +156,6 @@ DEVICE_CALL void score(Block block) {
   constexpr float kLog2e = 1.44269504088896340736f;
   const AttendShared<T> shared(block.shared());
   const int d = shared.item->head_dim, group = shared.item->group, count = shared.item->count;
-  const T* keys = shared.item->keys;
   const float scale = kLog2e / sqrtf(static_cast<float>(d));
   block.warps([&](Warp warp) {
     for (int g0 = 0; g0 < group; g0 += kHeads) {
@@ -139,7 +168,7 @@ DEVICE_CALL void score(Block block) {
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) dot.v[g] = 0.0f;
         if (j >= count) return;
-        const T* key = keys + static_cast<int64_t>(j) * d;
+        const T* key = shared.place(shared.item->keys, shared.keys, j);
 #pragma unroll 8
         for (int c = lane % kParts; c < d; c += kParts) {
           const float x = wide(key[c]);
@@ -192,7 +221,6 @@ DEVICE_CALL void sum_values(Block block, int g0) {
   const AttendShared<T> shared(block.shared());
   const int d = shared.item->head_dim, parts = static_cast<int>(value_parts(d));
   const int heads = shared.item->group - g0, count = shared.item->count;
-  const T* values = shared.item->values;
   const float* scores = shared.scores + g0 * kKeys;
   block.threads([&](int thread) {
     for (int i = thread; i < parts * d; i += kBlock) {
@@ -200,7 +228,7 @@ DEVICE_CALL void sum_values(Block block, int g0) {
       Floats<kHeads> total = {};
 #pragma unroll 8
       for (int j = part; j < count; j += parts) {
-        const float x = wide(values[static_cast<int64_t>(j) * d + c]);
+        const float x = wide(shared.place(shared.item->values, shared.values, j)[c]);
 #pragma unroll
         for (int g = 0; g < kHeads; ++g)
           if (g < heads) total.v[g] = fmaf(scores[g * kKeys + j], x, total.v[g]);
@@ -267,9 +295,11 @@ template <class T>
 DEVICE_INLINE AttendItem<T> attend_item(const Step<T>& s, int layer, const ItemIndex& at) {
   const int64_t* f = s.fields(layer);
   const int64_t q_heads = f[kQHeads], kv_heads = f[kKvHeads], d = s.head_dim;
-  const int64_t group = q_heads / kv_heads, position = at.keys - 1, first = at.split * kKeys;
+  const int64_t group = q_heads / kv_heads, position = at.place.keys - 1, first = at.split * kKeys;
+  const int64_t count = smallest(kKeys, at.place.keys - first);
+  const int64_t newest = at.place.keys - first - count;
   const auto cached = [&](int64_t offset) {
-    return s.arena + cache_at(offset, at.row, kv_heads, at.head, s.max_length, d);
+    return s.arena + cache_at(offset, at.place.sequence, kv_heads, at.head, s.max_length, d);
   };
   T *keys = cached(s.offsets[layer][0]), *values = cached(s.offsets[layer][1]);
   const bool writes = at.split == at.splits - 1;
@@ -278,8 +308,8 @@ DEVICE_INLINE AttendItem<T> attend_item(const Step<T>& s, int layer, const ItemI
   item.q_norm = reinterpret_cast<const T*>(f[kQNorm]);
   item.k_norm = reinterpret_cast<const T*>(f[kKNorm]);
   item.projected = s.qkv() + at.row * s.qkv_width;
-  item.new_keys = writes ? keys + position * d : nullptr;
-  item.new_values = values + position * d;
+  item.own_keys = writes ? keys + position * d : nullptr;
+  item.own_values = values + position * d;
   item.keys = keys + first * d;
   item.values = values + first * d;
   item.rotation = s.rope_table + position * d;
@@ -289,7 +319,10 @@ DEVICE_INLINE AttendItem<T> attend_item(const Step<T>& s, int layer, const ItemI
   item.split = static_cast<int>(at.split);
   item.splits = static_cast<int>(at.splits);
   item.group = static_cast<int>(group);
-  item.count = static_cast<int>(smallest(kKeys, at.keys - first));
+  item.count = static_cast<int>(count);
+  item.news = static_cast<int>(largest(0, smallest(count, at.place.before + 1 - newest)));
+  item.newest = static_cast<int>(newest);
+  item.width = static_cast<int>(s.qkv_width);
   item.head_dim = static_cast<int>(d);
   item.q_row = static_cast<int>(q_head);
   item.k_row = static_cast<int>(q_heads + at.head);

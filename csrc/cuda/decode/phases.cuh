@@ -7,15 +7,17 @@
 
 namespace decode {
 
-// The embedding's rows, dense, as the first hidden numbers.
+// The tokens' places, and the embedding's rows, dense, as the first hidden numbers.
 template <class T>
 DEVICE_CALL void embed(Block block, const Step<T>& s) {
   const Weight w = weight_from(s.fields(s.layers) + kEmbedding);
   for (int64_t row = block.index; row < s.batch; row += s.grid) {
     T* to = s.hidden() + row * s.dim;
-    const bool known = s.in_range(static_cast<int>(row));
+    const Place place = s.place_of(static_cast<int>(row));
+    const bool known = place.keys > 0;
     const int64_t token = s.tokens[row];
     block.threads([&](int thread) {
+      if (thread == 0) s.places()[row] = place;
       for (int64_t c = thread; c < s.dim; c += kBlock)
         to[c] = narrow<T>(known ? dense_at(w, token, c) : NAN);
     });
@@ -29,7 +31,7 @@ DEVICE_CALL void embed(Block block, const Step<T>& s) {
   }
 }
 
-// The likeliest token of each sequence: each block's own, then those of all by the block that comes
+// The likeliest token after each one: each block's own, then those of all by the block that comes
 // last. That one is behind every block's reads of tokens, which may be overwritten from then on.
 template <class T>
 DEVICE_CALL void choose(Block block, const Step<T>& s) {

@@ -14,7 +14,8 @@ namespace decode {
 
 // 255 registers a thread: its loads in flight are what a block of more threads would have.
 constexpr int kWarps = 8, kBlock = kLanes * kWarps;
-constexpr int kMaxRows = 4;      // sequences that share one pass over a weight
+constexpr int kMaxRows = 4;      // tokens that share one pass over a weight
+constexpr int kMaxTokens = 8;    // of a sequence in one launch
 constexpr int kMaxLayers = 128;  // their places in the cache are parameters of the kernel
 constexpr int kRound = 256;      // rows of a weight between two combinations of their sums
 constexpr int kKeys = 64;        // keys of one item of attention
@@ -94,12 +95,18 @@ HOST_DEVICE constexpr int edge_of(int64_t row, int64_t units, const Range& mine)
   return begins && ends ? -1 : begins ? 1 : 0;
 }
 
-// Attention works on items: one key/value head of one sequence over at most kKeys keys, so that the
-// sums of an item are the same in any batch. `keys` are those of the whole sequence: 0 if its token
-// or position is out of range.
+// What a token (a row of the launch) belongs to and sees.
+struct Place {
+  int64_t sequence, keys;  // keys up to its own: 0 if it has no place
+  int64_t before;          // new tokens of its sequence before it, which are the rows before it
+};
+
+// Attention works on items: one key/value head of one token over at most kKeys keys, so that the
+// sums of an item are the same in any batch and for any number of tokens.
 struct ItemIndex {
   int row;
-  int64_t head, split, splits, keys;
+  int64_t head, split, splits;
+  Place place;
 };
 HOST_DEVICE constexpr int64_t splits_of(int64_t keys) { return (keys + kKeys - 1) / kKeys; }
 
@@ -118,7 +125,7 @@ HOST_DEVICE constexpr int layer_at(int index) { return (index - 1) / kLayerPhase
 // the arrivals at the barrier, the blocks that know their likeliest tokens, and for each key/value
 // head the splits that are done.
 struct Scratch {
-  int64_t ranked, finished, zeroed, hidden, qkv, attended, gated, ranks, partials, bytes;
+  int64_t ranked, finished, zeroed, places, hidden, qkv, attended, gated, ranks, partials, bytes;
 };
 HOST_DEVICE Scratch scratch_of(int64_t batch, int64_t dim, int64_t qkv_width, int64_t ffn_dim,
                                int64_t head_dim, int64_t max_length, int64_t element_size,
@@ -127,7 +134,8 @@ HOST_DEVICE Scratch scratch_of(int64_t batch, int64_t dim, int64_t qkv_width, in
   Scratch s;
   s.ranked = kLine;
   s.finished = 2 * kLine;
-  s.zeroed = s.hidden = s.finished + round_up(batch * heads * 4, kLine);
+  s.zeroed = s.places = s.finished + round_up(batch * heads * 4, kLine);
+  s.hidden = s.places + round_up(batch * static_cast<int64_t>(sizeof(Place)), kLine);
   s.qkv = s.hidden + round_up(batch * dim * element_size, kLine);
   s.attended = s.qkv + round_up(batch * qkv_width * element_size, kLine);
   s.gated = s.attended + round_up(batch * qkv_width * element_size, kLine);
@@ -142,9 +150,9 @@ HOST_DEVICE constexpr int64_t partial_at(int64_t row, int64_t q_heads, int64_t q
   return ((row * q_heads + q_head) * max_splits + split) * (head_dim + 2);
 }
 // Where in the arena a layer's keys (or values, from its other offset on) of one head begin.
-HOST_DEVICE constexpr int64_t cache_at(int64_t offset, int64_t row, int64_t kv_heads, int64_t head,
+HOST_DEVICE constexpr int64_t cache_at(int64_t offset, int64_t sequence, int64_t kv_heads, int64_t head,
                                        int64_t max_length, int64_t head_dim) {
-  return offset + (row * kv_heads + head) * max_length * head_dim;
+  return offset + (sequence * kv_heads + head) * max_length * head_dim;
 }
 
 // A logit and its token as one number, the largest of which is the likeliest token: that of the
@@ -161,7 +169,7 @@ HOST_DEVICE constexpr int64_t token_of(uint64_t rank) {
 }
 
 // Shared memory of a block, in bytes: a projection's and attention's, of which it needs the larger.
-// Inputs are in the dtype of the activations, for each of `rows` sequences.
+// Inputs are in the dtype of the activations, for each of `rows` tokens.
 constexpr int64_t kTaskBytes = 192;
 HOST_DEVICE constexpr int64_t project_floats(int rows) {
   // The phase's task; sums, edges, parts of norms; exponents.
@@ -171,7 +179,7 @@ HOST_DEVICE constexpr int64_t value_parts(int64_t head_dim) {
   return largest(1, smallest(8, kBlock / head_dim));
 }
 HOST_DEVICE constexpr int64_t attend_floats(int64_t group, int64_t head_dim) {
-  return kTaskBytes / 4 + (2 * group + 2) * head_dim + group * (kKeys + 2) +
+  return kTaskBytes / 4 + (2 * group + 4 * kMaxTokens) * head_dim + group * (kKeys + 2) +
          kHeads * value_parts(head_dim) * head_dim;
 }
 HOST_DEVICE constexpr int64_t shared_bytes(int rows, int64_t widest, int64_t qkv_width,

@@ -13,6 +13,7 @@ template <class T>
 struct Step {
   const int64_t* table;  // [layers + 1, kLayerFields]
   const int64_t *tokens, *positions;
+  const int64_t* sequences;  // null: token i is the only one of sequence i
   T* arena;
   const float* rope_table;
   T* logits;
@@ -20,7 +21,8 @@ struct Step {
   uint8_t* scratch;
   Scratch at;
   int64_t rope_length, max_length, dim, head_dim, qkv_width, ffn_dim, vocab_size;
-  int layers, batch, grid;
+  int64_t arena_batch;
+  int layers, batch, grid;  // batch: tokens
   bool gated;
   float eps;
   int64_t offsets[kMaxLayers][2];  // of keys and values, in elements of the arena
@@ -38,12 +40,28 @@ struct Step {
     return reinterpret_cast<uint32_t*>(scratch + at.ranked);
   }
   DEVICE_INLINE uint64_t* ranks() const { return reinterpret_cast<uint64_t*>(scratch + at.ranks); }
-  // Outside of the vocabulary, the rotary table or the cache a row's logits are NaN, and nothing is
-  // written to its cache: nobody waits for the device, so it can't raise.
+  DEVICE_INLINE Place* places() const { return reinterpret_cast<Place*>(scratch + at.places); }
+
+  DEVICE_INLINE int64_t sequence_of(int row) const {
+    return sequences == nullptr ? row : sequences[row];
+  }
   DEVICE_INLINE bool in_range(int row) const {
-    const int64_t token = tokens[row], position = positions[row];
+    const int64_t token = tokens[row], position = positions[row], sequence = sequence_of(row);
     return token >= 0 && token < weight_from(fields(layers) + kEmbedding).n && position >= 0 &&
-           position < smallest(rope_length, max_length);
+           position < smallest(rope_length, max_length) && sequence >= 0 && sequence < arena_batch;
+  }
+  // Without keys if the token, or one of its sequence before it, is outside of the vocabulary, the
+  // rotary table or the cache, or isn't behind the one before: then its logits are NaN, and nothing
+  // is written to the cache. Nobody waits for the device, so it can't raise.
+  DEVICE_INLINE Place place_of(int row) const {
+    const int64_t sequence = sequence_of(row);
+    int first = row;
+    while (first > 0 && sequence_of(first - 1) == sequence) --first;
+    bool known = row - first < kMaxTokens;
+    for (int other = 0; other < first; ++other) known = known && sequence_of(other) != sequence;
+    for (int other = first; other <= row; ++other)
+      known = known && in_range(other) && positions[other] == positions[first] + other - first;
+    return {sequence, known ? positions[row] + 1 : 0, row - first};
   }
 };
 

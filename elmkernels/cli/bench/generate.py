@@ -5,12 +5,14 @@ A baseline that isn't installed is named as missing, with what to install.
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...bench.generation import FORMATS, Generation, GenerationSizes
 from ...bench.runners import ROUNDED
+from ...generation.drafts import LOOKUP, SELF
 from ..console import WrongInput, carry_out
 from ..options import (
     DEFAULT_MODEL,
@@ -71,6 +73,12 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help=f"rows that decode together; 1: no such task (default {usual.batch})",
     )
+    add(
+        "--draft",
+        metavar="NAME[,...]",
+        type=lambda text: [name for name in text.split(",") if name],
+        help=f"ours with a draft too: {LOOKUP}, {SELF} or the path of a model",
+    )
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--seed", type=int, metavar="N", default=0, help="of random weights and tokens (default 0)")
     add_backend(group)
@@ -87,11 +95,15 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cpu")
     check_backend(args.backend, device)
     name, weights, load = chosen_model(args, device, args.seed)
+    for draft in args.draft or ():
+        if draft not in (LOOKUP, SELF) and not Path(draft).exists():
+            raise WrongInput(f"--draft must be {LOOKUP}, {SELF} or a checkpoint, got {draft!r}")
     benchmark = Generation(
         load=load,
         name=name,
         weights=weights,
         formats=tuple(args.formats or FORMATS),
+        drafts=tuple(args.draft or ()),
         sizes=GenerationSizes.chosen(args.quick, {name: getattr(args, name) for name in SIZES}),
         compiled=not args.no_compile,
         backend=args.backend,

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ... import openelm
 from ...checks import fail
+from .folders import only_here
 
 _SHAPE = tuple(f.name for f in fields(openelm.OpenELMConfig) if f.init and f.name != "model_name")
 # Apple's keys that say nothing about the shape, and what they are in its models.
@@ -68,6 +69,24 @@ class OpenELMConfig(PreTrainedConfig):
                  "(share_input_output_layers)", tied)  # fmt: skip
         self.tie_word_embeddings = self.share_input_output_layers
         self._set_layers()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """The configuration of a folder, or of a repository that the hub's cache here holds.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a file or a repository's name;
+                `local_files_only=False` lets transformers ask the hub for a name.
+            options: of transformers' from_pretrained.
+
+        Returns:
+            The configuration, as transformers returns it.
+
+        Raises:
+            FileNotFoundError: the cache doesn't hold it, with the command that fetches it.
+        """
+        only_here(pretrained_model_name_or_path, options, ("config.json",))
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "OpenELMConfig":

@@ -7,6 +7,7 @@ the model came from go along.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _HUB if options.get(name) is not None}
 
 
-def only_here(path: Any, options: dict[str, Any]) -> None:
+def only_here(
+    path: Any, options: dict[str, Any], holds: Sequence[str] = (*hub.WEIGHTS, "adapter_config.json")
+) -> None:
     """Have a repository's name mean what the hub's cache holds of it, so that loading a model
     downloads nothing; `local_files_only=False` and a revision or cache of one's own leave it to
     transformers.
@@ -49,14 +52,15 @@ def only_here(path: Any, options: dict[str, Any]) -> None:
     Args:
         path: a folder, or a repository's name.
         options: of from_pretrained; it becomes local_files_only.
+        holds: files, of which the cache must have one.
 
     Raises:
         FileNotFoundError: the cache doesn't hold it, with the command that fetches it.
     """
     said = ("local_files_only", "revision", "cache_dir", "force_download", "subfolder", "gguf_file")
-    if path is None or Path(path).is_dir() or any(options.get(n) is not None for n in said):
+    if path is None or Path(path).exists() or any(options.get(n) is not None for n in said):
         return
-    if hub.snapshot(str(path), (*hub.WEIGHTS, "adapter_config.json")) is None:
+    if hub.snapshot(str(path), holds) is None:
         hub.local_path(path)
     options["local_files_only"] = True
 

@@ -1,7 +1,10 @@
 """What `generate` needs to know of the model."""
 
+from functools import partial
 from typing import Any, NoReturn
 
+from ...checks import fail
+from . import contrastive
 from .attention import NAME
 from .cache import OpenELMCache
 from .versions import cache_name
@@ -11,6 +14,35 @@ CACHE = cache_name()
 
 class Generates:
     """An `OpenELMForCausalLM` in transformers' generation: its own cache by default."""
+
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, *args: Any,
+        custom_generate: Any = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """Tokens after a prompt, as transformers' `generate` gives them.
+
+        Contrastive search (penalty_alpha and top_k) is `contrastive_search`, for which transformers
+        itself would fetch code from the Hub.
+
+        Args:
+            inputs, generation_config, args, custom_generate, options: of transformers' generate.
+
+        Returns:
+            int64 [rows, tokens], the prompt first, or what return_dict_in_generate asks for.
+
+        Raises:
+            TypeError, ValueError: as transformers' generate does.
+
+        Example:
+            >>> ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20)
+        """
+        own = getattr(self, "generation_config", None)
+        if custom_generate is None and contrastive.wanted(generation_config, own, options):
+            streamer = options.get("streamer")
+            custom_generate = partial(contrastive.contrastive_search, streamer=streamer)
+        return super().generate(
+            inputs, generation_config, *args, custom_generate=custom_generate, **options
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -29,6 +61,39 @@ class Generates:
             return None
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        assistant = generation_mode_kwargs.get("assistant_model")
+        guessing = {
+            "assistant_model": type(assistant).__name__ if assistant is not None else None,
+            "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens,
+        }
+        beams = generation_config.num_beams or 1
+        for name, value in guessing.items():
+            if value is not None and beams > 1:
+                fail(name, f"None with beams (num_beams {beams}), which aren't guessed", value)
+        if assistant is not None and not generation_mode_kwargs.get("assistant_tokenizer"):
+            ours, its = self.config.vocab_size, assistant.config.get_text_config().vocab_size
+            if its != ours:
+                what = f"of the model's vocabulary of {ours} tokens (or both tokenizers be given)"
+                fail("assistant_model", what, its)
+        super()._validate_generation_mode(
+            generation_mode, generation_config, generation_mode_kwargs
+        )
+
+    def _get_candidate_generator(
+        self, generation_config: Any, *args: Any, assistant_model: Any = None, **kwargs: Any
+    ) -> Any:
+        limit = getattr(getattr(assistant_model, "config", None), "rope_max_length", None)
+        length = generation_config.max_length
+        if limit is not None and limit < length:
+            what = f"of at least {length} positions (rope_max_length), which rows may have"
+            fail("assistant_model", what, limit)
+        return super()._get_candidate_generator(
+            generation_config, *args, assistant_model=assistant_model, **kwargs
         )
 
     def takes_own_cache(self) -> bool:

@@ -14,8 +14,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ...checks import fail
-from ...generation.step import next_logits
+from ...checks import fail, is_integer
+from ...generation.step import MOST_TOKENS, in_one_call, next_logits, several_logits
 from ...openelm import OpenELM
 from ...openelm.compressed import Compressed
 from ...openelm.documents import positions_of
@@ -197,7 +197,7 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             {**kwargs, "cache": cache, "attentions": output_attentions},
         )  # fmt: skip
         if labels is None and not output_hidden_states and not kwargs.get("hidden_only"):
-            logits = self._step(call, input_ids, position_ids)
+            logits = self._step(call, input_ids, position_ids, logits_to_keep)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: call.cache})
         body = self.transformer
@@ -284,19 +284,28 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         return any(p.requires_grad for p in self.parameters())
 
     def _step(
-        self, call: _Call, input_ids: Tensor | None, position_ids: Tensor | None
+        self, call: _Call, input_ids: Tensor | None, position_ids: Tensor | None, keep: Any
     ) -> Tensor | None:
-        """The logits [batch, 1, vocab_size] of one token a row in one call, None if it is more."""
-        cache = call.cache
-        if not call.native or call.length != 1 or input_ids is None:
+        """The logits [batch, n, vocab_size] of n tokens a row in one call, None if it is no step:
+        of one, or of the guesses that transformers checks.
+        """
+        cache, n = call.cache, call.length
+        if not call.native or input_ids is None or cache is None or cache.kv is None:
             return None
-        if cache is None or cache.kv is None or not is_next(cache, call.real, position_ids):
+        if n > 1 and (not is_integer(keep) or call.batch * n > MOST_TOKENS):
             return None
-        dtype = self.transformer.activation_dtype
-        kv = cache.make_room(call.batch, 1, dtype, input_ids.device)
-        logits = next_logits(self.transformer, input_ids[:, 0], kv)
-        cache.note(1)
-        return logits[:, None]
+        if not is_next(cache, call.real, position_ids, n):
+            return None
+        kv = cache.make_room(call.batch, n, self.transformer.activation_dtype, input_ids.device)
+        if n == 1:
+            logits = next_logits(self.transformer, input_ids[:, 0], kv)[:, None]
+        elif in_one_call(self.transformer, kv, n) is None:
+            return None
+        else:
+            logits = several_logits(self.transformer, input_ids.tolist(), kv)
+            logits = logits.unflatten(0, (call.batch, n))[:, -keep:]
+        cache.note(n)
+        return logits
 
     def _place(
         self, call: _Call, x: Tensor, mask: Any, position_ids: Tensor | None

@@ -163,12 +163,15 @@ def _new(cache: OpenELMCache, real: Tensor | None) -> Tensor | None:
     return None if bool(new.all()) else new
 
 
-def is_next(cache: OpenELMCache, real: Tensor | None, position_ids: Tensor | None) -> bool:
-    """Whether one new token a row simply follows what the row holds.
+def is_next(
+    cache: OpenELMCache, real: Tensor | None, position_ids: Tensor | None, n: int = 1
+) -> bool:
+    """Whether n new tokens a row simply follow what the row holds.
 
     Args:
         cache: with a pass behind it.
         real, position_ids: as `in_cache` takes them.
+        n: how many tokens.
 
     Raises:
         ValueError: as `in_cache`.
@@ -177,8 +180,8 @@ def is_next(cache: OpenELMCache, real: Tensor | None, position_ids: Tensor | Non
         return False
     if position_ids is None:
         return True
-    rows = cache.kv.rows
-    given = position_ids.flatten().tolist()
+    rows = [[held + i for i in range(n)] for held in cache.kv.rows]
+    given = position_ids.tolist()
     return (given * len(rows) if len(given) == 1 else given) == rows
 
 

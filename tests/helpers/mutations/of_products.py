@@ -304,6 +304,33 @@ def _later(change: int) -> Callable:
     return mutated
 
 
+def _among(sight: Callable) -> Callable:
+    """Tokens of a pass that see others of their sequence than they should: sight(seen [n, keys],
+    the others of each one's sequence [n, n], positions [n])."""
+
+    def mutated(stack, tokens, positions, arena, sequences=None, **kwargs):
+        if sequences is None:
+            raise NotImplementedError("one token of each sequence")
+        others = (sequences[:, None] == sequences) & ~torch.eye(len(tokens), dtype=torch.bool)
+
+        def attention(q, k, v, seen):
+            return reference.attention(q, k, v, sight(seen.clone(), others, positions))
+
+        call = (stack, tokens, positions, arena)
+        return step("attention", attention)(*call, sequences=sequences, **kwargs)
+
+    return mutated
+
+
+def _seen_as(value: bool) -> Callable:
+    def sight(seen: Tensor, others: Tensor, positions: Tensor) -> Tensor:
+        for row, other in others.nonzero().tolist():
+            seen[row, positions[other]] = value
+        return seen
+
+    return sight
+
+
 DECODE_STEP = {
     f"{part}: {name}": step(part, mutation)
     for part, mutations in {
@@ -312,4 +339,8 @@ DECODE_STEP = {
     }.items()
     for name, mutation in mutations.items()
     if "gradient" not in name and "norm: " not in name and "swiglu: " not in name
-} | {"a position later": _later(1)}  # fmt: skip
+} | {
+    "a position later": _later(1),
+    "tokens of the same pass aren't seen": _among(_seen_as(False)),
+    "tokens behind it in the pass are seen": _among(_seen_as(True)),
+}  # fmt: skip
