@@ -227,21 +227,6 @@ def transformers(name: str) -> str:
     return table(head, rows)
 
 
-def speculation(name: str) -> str:
-    rows = []
-    for task, found in results(name)["tasks"].items():
-        plain = found["plain"]["tokens_per_second"]
-        for draft, f in found.items():
-            if draft != "plain":
-                kept = "-" if f["acceptance"] is None else f"{f['acceptance']:.0%}"
-                mine = f"{speed(f['tokens_per_second'])} ({times(f['times_plain'])})"
-                equal = "yes" if f["tokens_equal"] else "no"
-                passes = f"{f['tokens_per_pass']:.2f}"
-                rows.append([task, draft, speed(plain), mine, kept, passes, equal])
-    head = ["text", "draft", "plain", "with it", "guesses kept", "tokens a pass", "tokens equal"]
-    return table(head, rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "generation": lambda: generation("generate-270m-cpu", "generate-1_1b-cpu"),
     "training": lambda: training("training-270m-cpu"),
@@ -249,7 +234,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "main-job": lambda: main_job("openelm-270m-cpu"),
     "attention": lambda: attention("attention-cpu"),
     "ops": lambda: ops("ops-cpu"),
-    "speculation": lambda: speculation("speculation-cpu"),
 }
 
 
