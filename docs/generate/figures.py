@@ -269,13 +269,13 @@ def paper(*names: str) -> str:
 PAPER = "paper-1_1b-cpu", "paper-270m-cpu"
 TABLES: dict[str, Callable[[], str]] = {
     "paper": lambda: paper(*PAPER),
+    "speculation": lambda: speculation("speculation-cpu"),
     "generation": lambda: generation("generate-270m-cpu", "generate-1_1b-cpu"),
     "training": lambda: training("training-270m-cpu"),
     "loss": lambda: loss("loss-cpu"),
     "main-job": lambda: main_job("openelm-270m-cpu"),
     "attention": lambda: attention("attention-cpu"),
     "ops": lambda: ops("ops-cpu"),
-    "speculation": lambda: speculation("speculation-cpu"),
 }
 
 
