@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 
 # One row per instruction set: the same sources, other flags. avx512_bf16 pays where rows lie in a
-# cache (benchmarks/results/instruction-sets-cpu). A vnni row wouldn't: no kernel here multiplies
-# integers.
+# cache (benchmarks/results/instruction-sets-cpu). Every processor with bfloat16 has VNNI, which
+# multiplies the bytes of activations="int8": no row of its own.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # The sources of csrc/cpu that a set needs, if not all of them: the rest of its backend is another's

@@ -40,14 +40,17 @@ class Backend:
     missing: Reason | None = None
 
 
-def _cpu_lacks(capability: str, flag: str) -> str | None:
+def _cpu_lacks(*needs: tuple[str, str]) -> str | None:
     """Why this processor can't run an instruction set, by torch's own detection."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"needs an x86-64 processor, this is {platform.machine()}"
-    supported = getattr(torch.cpu, flag, None)
-    if supported is None:
-        return f"torch {torch.__version__} can't tell whether this processor has {capability}"
-    return None if supported() else f"this processor has no {capability}"
+    for capability, flag in needs:
+        supported = getattr(torch.cpu, flag, None)
+        if supported is None:
+            return f"torch {torch.__version__} can't tell whether this processor has {capability}"
+        if not supported():
+            return f"this processor has no {capability}"
+    return None
 
 
 def _cuda_lacks() -> str | None:
@@ -60,20 +63,23 @@ def _triton_lacks(interpreted: bool) -> str | None:
     return None if interpreted else _cuda_lacks()
 
 
-# In order of preference: {library: (what the processor needs, torch.cpu's function that knows)}.
+# In order of preference: {library: what the processor needs, and torch.cpu's function that knows}.
 _INSTRUCTION_SETS = {
-    "avx512_bf16": ("AVX-512 with bfloat16", "_is_avx512_bf16_supported"),
-    "avx512_amx": ("AMX", "_is_amx_tile_supported"),
-    "avx512": ("AVX-512", "_is_avx512_supported"),
-    "avx2": ("AVX2", "_is_avx2_supported"),
+    "avx512_bf16": (
+        ("AVX-512 with bfloat16", "_is_avx512_bf16_supported"),
+        ("AVX-512 with VNNI", "_is_vnni_supported"),
+    ),
+    "avx512_amx": (("AMX", "_is_amx_tile_supported"),),
+    "avx512": (("AVX-512", "_is_avx512_supported"),),
+    "avx2": (("AVX2", "_is_avx2_supported"),),
 }
 # {library of a few kernels: the one whose kernels are its others}. Tiles multiply bfloat16 alone:
 # other dtypes are the other library's too.
 BASES = {"avx512_amx": "avx512_bf16"}
 
 
-def _cpu_backend(name: str, capability: str, flag: str) -> Backend:
-    missing = _cpu_lacks(capability, flag) or libraries.load(name)
+def _cpu_backend(name: str, *needs: tuple[str, str]) -> Backend:
+    missing = _cpu_lacks(*needs) or libraries.load(name)
     if missing is None and (base := BASES.get(name)):
         missing = _missing_base(base, _cpu_backend(base, *_INSTRUCTION_SETS[base]).missing)
     return Backend(name, ("cpu",), missing)

@@ -45,9 +45,9 @@ class Row(NamedTuple):
 _ZEN4 = "AMD EPYC (Zen 4), 2 cores"
 _XEON = "Intel Xeon with tiles (Emerald Rapids), 2 cores of a virtual machine"
 
-# The backend of attention over a prompt without masks, if none is named: "ours" for the first of
+# The backend of attention over a prompt without masks, if none is named: OWN for the first of
 # backends.PREFERENCE, or a name that goes before it.
-OWN = "ours"
+OWN = "own kernels"
 ATTENTION: dict[tuple[str, torch.dtype], Row] = {
     (TILES, torch.bfloat16): Row("sdpa", f"{_XEON}: torch's takes tiles, ours by default doesn't, "
                                  "and takes 2.3 to 3.3 times as long at 128 to 4096 tokens"),

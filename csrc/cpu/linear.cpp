@@ -7,13 +7,9 @@
 
 namespace {
 
-Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional biases,
-                  Optional exponents, Optional starts, Optional columns, Optional values,
-                  int64_t bits) {
+Tensor product(const Tensor& x, const Weight& w) {
   const Rows in(x);
-  const int64_t batch = in.count, k = width_of(x);
-  const Weight w =
-      WeightParts{data, scales, biases, exponents, starts, columns, values, bits}.weight(k);
+  const int64_t batch = in.count, k = w.k;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = w.n;
   Tensor y = output(x, sizes);
@@ -43,6 +39,23 @@ Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional
   return y;
 }
 
+Tensor linear_fwd(const Tensor& x, const Tensor& data, Optional scales, Optional biases,
+                  Optional exponents, Optional starts, Optional columns, Optional values,
+                  int64_t bits) {
+  return product(x, WeightParts{data, scales, biases, exponents, starts, columns, values, bits}
+                        .weight(width_of(x)));
+}
+
+// Of x rounded to 8 bits, with an affine weight.
+Tensor linear_int8(const Tensor& x, const Tensor& data, Optional scales, Optional biases,
+                   Optional exponents, Optional starts, Optional columns, Optional values,
+                   int64_t bits) {
+  Weight w = WeightParts{data, scales, biases, exponents, starts, columns, values, bits}.weight(
+      width_of(x));
+  w.form = bits == 8 ? Form::Affine8Int8 : Form::Affine4Int8;
+  return product(x, w);
+}
+
 // Rows [begin, end) in `like`'s dtype, which is bfloat16 for packed12.
 Tensor linear_dense(const Tensor& like, const Tensor& data, Optional scales, Optional biases,
                     Optional exponents, Optional starts, Optional columns, Optional values,
@@ -64,5 +77,6 @@ Tensor linear_dense(const Tensor& like, const Tensor& data, Optional scales, Opt
 
 ELMKERNELS_IMPL(m) {
   m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_dense", TORCH_BOX(&linear_dense));
 }

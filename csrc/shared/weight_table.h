@@ -7,7 +7,18 @@
 
 #include "shared/host_device.h"
 
-enum class Form : int64_t { Float, BFloat16, Half, Affine8, Affine4, Packed12 };
+// The last two are affine forms that meet activations of 8 bits, each 32 columns of which share a
+// scale (elmkernels/reference/linear.py: int8_rows).
+enum class Form : int64_t {
+  Float,
+  BFloat16,
+  Half,
+  Affine8,
+  Affine4,
+  Packed12,
+  Affine8Int8,
+  Affine4Int8
+};
 enum class Element : int64_t { Float, BFloat16, Half };
 
 // A row of a packed12 weight is a sequence of segments: 128 bytes of signs and mantissas, then 64
@@ -31,7 +42,12 @@ struct Weight {
 
   HOST_DEVICE const uint8_t* row(int64_t r) const { return data + r * row_bytes; }
   HOST_DEVICE int64_t groups() const { return k / group; }
-  HOST_DEVICE bool affine() const { return form == Form::Affine8 || form == Form::Affine4; }
+  HOST_DEVICE bool meets_int8() const {
+    return form == Form::Affine8Int8 || form == Form::Affine4Int8;
+  }
+  HOST_DEVICE bool affine() const {
+    return form == Form::Affine8 || form == Form::Affine4 || meets_int8();
+  }
 };
 
 // A weight's fields in the table.

@@ -161,6 +161,11 @@ def prepacked_copy(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
 
+def streams() -> bool:
+    """Whether this package has a kernel for few rows on this CPU."""
+    return choose("linear", "cpu", None) != REFERENCE
+
+
 def stream(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
     """x @ weight.T by a backend of `ops.linear`, None for the best here."""
     return ops.linear(x, weight, backend=backend)
@@ -238,7 +243,7 @@ def _candidates(
     routines = {ONEDNN: (onednn, weights)}
     if rows == 1:
         routines[MV] = mv, weights
-    if rows <= MAX_ROWS and choose("linear", "cpu", None) != REFERENCE:
+    if rows <= MAX_ROWS and streams():
         routines[STREAM] = stream, weights
     if prepacks:
         routines[PREPACKED] = onednn, prepacks

@@ -14,9 +14,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .. import ops
 from ..acceleration import routines
-from ..backends import REFERENCE, choose
 from .timing import copies_of, interleave, synchronize
 
 Probes = dict[str, tuple[Callable[[], object], float]]  # {name: (call, the work it does)}
@@ -53,11 +51,11 @@ def reads(x: torch.Tensor) -> dict[str, Callable[[], object]]:
         "sum": x.sum,
         "mv": lambda: torch.mv(matrix, vector),
     }
-    if x.device.type == "cpu" and choose("linear", "cpu", None) != REFERENCE:
+    if x.device.type == "cpu" and routines.streams():
         # The same bytes, as a matrix of bfloat16 and of float32: fewer or more instructions a byte.
         narrow, row = x.view(torch.bfloat16).view(-1, 4096), vector.to(torch.bfloat16)[None]
-        found["stream bfloat16"] = lambda: ops.linear(row, narrow)
-        found["stream float32"] = lambda: ops.linear(vector[None], matrix)
+        found["stream bfloat16"] = lambda: routines.stream(row, narrow)
+        found["stream float32"] = lambda: routines.stream(vector[None], matrix)
     return found
 
 

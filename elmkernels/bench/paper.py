@@ -34,7 +34,7 @@ from .timing import fingerprint, summary
 CPU = torch.device("cpu")
 NAIVE, FUSED = "naive", "torch's fused operations"
 PEERS = {"olmo": peers.OLMO, "llama": peers.LLAMA}
-CHOICES = ("naive", "fused", "accelerated", "packed12", "int4", *PEERS)
+CHOICES = ("naive", "fused", ACCELERATED, "packed12", "int4", *PEERS)
 PROMPT, GENERATION, TOTAL = PARTS = ("prompt", "generation", "total")
 
 

@@ -7,6 +7,7 @@ the rows (`processors.GROUPED`). A group costs the same whatever stands beside i
 falls off a cliff at its ninth row.
 """
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,7 +49,8 @@ def grouped(model: OpenELM, weights: DecoderWeights, batch: int) -> bool:
     """Whether `decode_step` decodes a batch, in groups if it has more rows than that takes."""
     if batch <= MAX_BATCH:
         return True
-    projection = model.layers[0].attn.qkv_proj
+    first: Any = model.layers[0]
+    projection = first.attn.qkv_proj
     if isinstance(projection, Linear) and batch <= SEVERAL_ROWS:
         if projection.plan.of_rows(batch) == PREPACKED:
             return False

@@ -94,7 +94,9 @@ def joined(
     add = optional_kernel("linear_cross_entropy_add", backend)
     tracing = torch.compiler.is_compiling()  # which decides itself when memory is free
     if tracing or parts[0].dtype == dtype:
-        for part in parts if scale is not None else ():
+        for part in parts:
+            if scale is None:
+                break
             if add is not None and dtype == torch.bfloat16 and not tracing:
                 add(part, part, scale, True)
             else:

@@ -11,7 +11,7 @@ from .. import reference
 from ..backends import REFERENCE, choose, kernel, optional_kernel
 from ..checks import last_dim_contiguous
 from ..derivatives import Derivative, once
-from ..weights.formats import Weight, form_of
+from ..weights.formats import Parts, Weight, form_of
 
 # Below what the C library maps anew, zeroed, at every call: page faults there cost more
 # than a larger block gains.
@@ -42,6 +42,11 @@ def blocks(weight: Weight, dtype: torch.dtype) -> list[tuple[int, int]]:
     n, k = weight.shape
     step = max(1, BLOCK_BYTES // max(1, k * dtype.itemsize))
     return list(pairwise([*range(0, n, step), n]))
+
+
+def streamed_parts(weight: Weight) -> Parts:
+    """What a streaming kernel takes: of a plain weight with contiguous rows."""
+    return form_of(last_dim_contiguous(weight) if isinstance(weight, Tensor) else weight).parts()
 
 
 def torch_product(x: Tensor, weight: Weight, wants: bool, special: bool, backend: str) -> Tensor:

@@ -56,8 +56,9 @@ def _check(
     integers("tokens", tokens, arena.data.device)
     if tokens.dim() != 1 or tokens.shape[0] > MAX_BATCH:
         fail("tokens", f"[n] of at most {MAX_BATCH}", list(tokens.shape))
+    integers("positions", positions, arena.data.device)
     for name, x in (("positions", positions), ("sequences", sequences), ("chosen", chosen)):
-        if x is None and name != "positions":
+        if x is None:
             continue
         integers(name, x, arena.data.device)
         if x.shape != tokens.shape:
@@ -149,8 +150,10 @@ def decode_step(
     backend = choose("decode_step", device, backend)
     if sequences is not None and (device == "cpu" or backend == REFERENCE):
         check_runs(sequences, positions, arena.batch)
-    if backend == REFERENCE or tokens.shape[0] == 0 or weights.activations is not None:
+    if backend == REFERENCE or tokens.shape[0] == 0:
         return _by_reference(weights, tokens, positions, arena, sequences, chosen)
+    if weights.activations is not None and backend not in CPU:
+        fail("weights.activations", f"None with the backend {backend!r}", weights.activations)
     if unusual() or torch.is_grad_enabled():
         _refuse_derivatives(weights, arena)
     table = table_of(weights)

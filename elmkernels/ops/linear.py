@@ -18,9 +18,9 @@ from ..checks import fail, floating, last_dim_contiguous, like, number, shape, t
 from ..checks import weight as check_norm
 from ..derivatives import refuse, unusual
 from ..weights.checks import check_activations, check_weight
-from ..weights.formats import Parts, Weight, form_of
+from ..weights.formats import Weight, form_of
 from ._flops import counted, of_linear
-from ._linear_dense import BLOCK_BYTES, blocks, dense_rows, torch_product
+from ._linear_dense import BLOCK_BYTES, blocks, dense_rows, streamed_parts, torch_product
 from .rms_norm import rms_norm
 from .swiglu import swiglu as gated
 
@@ -47,6 +47,7 @@ define(
     backends=(*CPU, AMX, "triton"),
     traits=Traits(falls_back=True),
     fwd=(*_PRODUCT, (*CPU, "triton")),
+    int8=(*_PRODUCT, CPU),
     many=(*_PRODUCT, (AMX,)),
     fused=(
         f"(Tensor x, {_PARTS}, int bits, Tensor? norm, float eps, bool swiglu, Tensor? residual) "
@@ -60,7 +61,7 @@ define(
         (*CPU, "triton"),
     ),
 )
-counted("linear", fwd=of_linear, many=of_linear, fused=of_linear)
+counted("linear", fwd=of_linear, int8=of_linear, many=of_linear, fused=of_linear)
 
 
 def linear(
@@ -117,23 +118,20 @@ def linear(
     around = activations is None and (swiglu or norm is not None or residual is not None)
     if streamed and around and (fused := optional_kernel("linear_fused", chosen)):
         residual = None if residual is None else last_dim_contiguous(residual)
-        return fused(last_dim_contiguous(x), *_parts(weight), norm, eps, swiglu, residual)
+        return fused(last_dim_contiguous(x), *streamed_parts(weight), norm, eps, swiglu, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps, backend=backend)
-    if activations is not None:
+    int8 = activations and streamed and optional_kernel("linear_int8", chosen)
+    if activations and not int8:
         x = reference.int8_rows(x)
     if streamed:
-        y = kernel("linear_fwd", chosen)(last_dim_contiguous(x), *_parts(weight))
+        product = int8 or kernel("linear_fwd", chosen)
+        y = product(last_dim_contiguous(x), *streamed_parts(weight))
     else:
         y = torch_product(x, weight, wants, special, chosen)
     if swiglu:
         y = gated(y, backend=backend)
     return y if residual is None else residual + y
-
-
-def _parts(weight: Weight) -> Parts:
-    """What a streaming kernel takes: of a plain weight with contiguous rows."""
-    return form_of(last_dim_contiguous(weight) if isinstance(weight, Tensor) else weight).parts()
 
 
 def _check(

@@ -29,6 +29,10 @@ class Orders:
         half = self(n // 2)
         return torch.cat((half, half + n // 2))
 
+    def within(self, size: int, n: int) -> Tensor:
+        """An order of n things that keeps each `size` neighbours together."""
+        return torch.cat([i + self(min(size, n - i)) for i in range(0, n, size)])
+
     def heads(self, kv_heads: int, group: int) -> Tensor:
         """An order of the query heads within the group that shares a key head."""
         return torch.cat([group * i + self(group) for i in range(kv_heads)])

@@ -16,9 +16,10 @@ from .formats import DecoderWeights, Weight, form_of
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FIELDS, _OTHERS = 13, 6  # of each of a row's four weights; addresses of norms and counts
 _FORMS = {8: 3, 4: 4, 12: 5}  # of compressed weights, by their bits
+_INT8_FORMS = {8: 6, 4: 7}  # that meet activations of 8 bits
 
 
-def _fields(weight: Weight) -> list[int]:
+def _fields(weight: Weight, activations: str | None = None) -> list[int]:
     """A weight as csrc/shared/weight_table.h reads it: form, n, k, bytes a row, data; element type,
     scales, biases, group; exponents, escapes' starts, columns, values.
     """
@@ -28,6 +29,8 @@ def _fields(weight: Weight) -> list[int]:
     scales, biases, *packed12 = (0 if x is None else x.data_ptr() for x in rest)
     element = _ELEMENTS[rest[0].dtype] if rest[0] is not None and scales else 0
     form = _FORMS[bits] if bits else _ELEMENTS[data.dtype]
+    if activations is not None:
+        form = _INT8_FORMS.get(bits, form)
     group = form_of(weight).group_size
     return [form, n, k, row_bytes, data.data_ptr(), element, scales, biases, group, *packed12]
 
@@ -70,10 +73,13 @@ def _table(weights: DecoderWeights) -> _Table:
     for layer in weights.layers:
         matrices = (layer.qkv_proj, layer.out_proj, layer.proj_1, layer.proj_2)
         norms = (layer.attn_norm, layer.q_norm, layer.k_norm, layer.ffn_norm)
-        rows.append([f for w in matrices for f in _fields(w)] + [pointer(x) for x in norms])
+        rows.append(
+            [f for w in matrices for f in _fields(w, weights.activations)]
+            + [pointer(x) for x in norms]
+        )
         rows[-1] += [layer.q_heads, layer.kv_heads]
     width = 4 * _FIELDS + _OTHERS
-    last = _fields(weights.embedding) + _fields(weights.head)
+    last = _fields(weights.embedding) + _fields(weights.head, weights.activations)
     last += [0] * (width - _OTHERS - len(last)) + [pointer(weights.norm)]
     rows.append(last + [0] * (width - len(last)))
     device, layers = weights.norm.device, weights.layers

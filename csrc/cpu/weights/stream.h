@@ -2,7 +2,7 @@
 // (_stream.cpp). It is compiled on its own, for all ops that use it.
 #pragma once
 
-#include "cpu/weights/activations.h"
+#include "cpu/weights/arrange.h"
 
 // Up to this many rows of activations share one pass over the weight.
 constexpr int kMaxBatch = 8;

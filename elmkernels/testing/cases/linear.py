@@ -27,6 +27,7 @@ def _linear_case(
     draw: Callable[..., Tensor] = Draw.normal,
     draw_weight: Callable[[Draw], Weight] | None = None,
     train: bool = False,
+    activations: str | None = None,
     **options,
 ) -> Case:
     """shape: of x. train: x requires a gradient, and so does a plain weight."""
@@ -36,7 +37,7 @@ def _linear_case(
         w = weight(d, form, n, shape[-1]) if draw_weight is None else draw_weight(d)
         if train:
             x, w = grad(x), grad(w) if isinstance(w, Tensor) else w
-        return (x, w), {}
+        return (x, w), {} if activations is None else {"activations": activations}
 
     options = {"dtypes": dtypes_of(form)} | options
     return Case("linear", name, build, **options)
@@ -108,7 +109,27 @@ def _plain_cases() -> list[Case]:
             draw_weight=lambda d: pack_weight(many_escapes(d, 70, 300)),
         ),
     ]
-    return found + _layer_shapes()
+    return found + _layer_shapes() + _int8_cases()
+
+
+def _int8_cases() -> list[Case]:
+    """Activations rounded to 8 bits, of few rows and many; a block of codes that is not whole."""
+    found = []
+    for form in ("affine8_64", "affine8_32", "affine4_64", "affine4_32"):
+        k = (32, 96, 160) if form.endswith("32") else (64, 192, 320)
+        shapes = [(f"rows_{rows}", (rows, 256), 70, Draw.normal) for rows in (1, 2, 3, 5, 8, 9)]
+        shapes += [(f"k_{n}", (5, n), 40, Draw.normal) for n in k]
+        shapes += [
+            ("huge", (3, 192), 70, _huge),
+            ("outliers", (3, 192), 70, Draw.outliers),
+            ("row_slices", (2, 3, 192), 50, LAYOUTS["row_slices"]),
+            ("last_stride_2", (2, 3, 192), 50, LAYOUTS["last_stride_2"]),
+        ]
+        found += [
+            _linear_case(f"{form}_int8_{name}", form, shape, n, draw=draw, activations="int8")
+            for name, shape, n, draw in shapes
+        ]
+    return found
 
 
 def _huge(d: Draw, *shape: int) -> Tensor:
@@ -179,7 +200,7 @@ def baselines(args: tuple, kwargs: dict, device: torch.device) -> dict[str, Call
     if not kwargs:
         return {"eager": lambda x, weight: F.linear(x, dense)}
 
-    def linear(x, weight, norm=None, eps=1e-6, swiglu=False, residual=None):
+    def linear(x, weight, norm=None, eps=1e-6, swiglu=False, residual=None, activations=None):
         y = F.linear(x if norm is None else F.rms_norm(x, norm.shape, norm, eps), dense)
         if swiglu:
             gate, up = y.chunk(2, dim=-1)
@@ -213,12 +234,16 @@ def _of_exact_weight(
 
 def reordered(
     orders: Orders, x: Tensor, weight: Weight, norm: Tensor | None = None, eps: float = 1e-6,
-    swiglu: bool = False, residual: Tensor | None = None,
+    swiglu: bool = False, residual: Tensor | None = None, activations: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Columns of x and the weight, which the product and the norm sum; rows of x, which the
-    weight's gradient sums, and of the weight, which that of x does."""
-    # What a compressed weight stands for is rounded on its way into a dense product, and isn't in
-    # one that reads it as it is stored: both are right, and of few results one may be right by luck.
+    weight's gradient sums, and of the weight, which that of x does. Rows that are rounded to 8
+    bits are rounded in their own order."""
+    if activations is not None:
+        x = reference.int8_rows(x if norm is None else reference.rms_norm(x, norm, eps))
+        norm = None
+    # A compressed weight is rounded on its way into a dense product, and isn't in one that reads it
+    # as it is stored: both are right, and of few results one may be right by luck.
     exact = not isinstance(weight, Tensor) and x.dtype.itemsize < 4 and orders.coin()
     w = reference.dense(weight, torch.float32 if exact else x.dtype)
     rows, columns = orders(math.prod(x.shape[:-1])), orders(x.shape[-1])
