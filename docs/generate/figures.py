@@ -234,21 +234,6 @@ def transformers(name: str) -> str:
     return table(head, rows)
 
 
-def speculation(name: str) -> str:
-    rows = []
-    for task, found in results(name)["tasks"].items():
-        plain = found["plain"]["tokens_per_second"]
-        for draft, f in found.items():
-            if draft != "plain":
-                kept = "-" if f["acceptance"] is None else f"{f['acceptance']:.0%}"
-                mine = f"{speed(f['tokens_per_second'])} ({times(f['times_plain'])})"
-                equal = "yes" if f["tokens_equal"] else "no"
-                passes = f"{f['tokens_per_pass']:.2f}"
-                rows.append([task, draft, speed(plain), mine, kept, passes, equal])
-    head = ["text", "draft", "plain", "with it", "guesses kept", "tokens a pass", "tokens equal"]
-    return table(head, rows)
-
-
 def paper(*names: str) -> str:
     """The first of the runs that is there."""
     found = results(next(n for n in names if (RESULTS / n / "results.json").is_file()))
@@ -269,7 +254,6 @@ def paper(*names: str) -> str:
 PAPER = "paper-1_1b-cpu", "paper-270m-cpu"
 TABLES: dict[str, Callable[[], str]] = {
     "paper": lambda: paper(*PAPER),
-    "speculation": lambda: speculation("speculation-cpu"),
     "generation": lambda: generation("generate-270m-cpu", "generate-1_1b-cpu"),
     "training": lambda: training("training-270m-cpu"),
     "loss": lambda: loss("loss-cpu"),

@@ -16,7 +16,7 @@ constexpr int kTileBatch = 4;
 
 // What comes next in memory, a few cache lines at every step: the rows of a tile lie apart, so that
 // the processor doesn't see the one stream that they are.
-struct Ahead {
+struct NextLines {
   const uint8_t* at;
   int lines;  // a step
 
@@ -29,7 +29,7 @@ struct Ahead {
 // out[b * stride + r] = row r of `rows`, which are row_bytes apart, times activation b.
 template <int Rows, int Batch>
 [[gnu::noinline]] void tile(const uint8_t* rows, int64_t row_bytes, int64_t k, const Activation* x,
-                            float* out, int64_t stride, Ahead& ahead) {
+                            float* out, int64_t stride, NextLines& ahead) {
   constexpr int64_t step = 2 * Bf16Pairs::size;
   Vec even[Rows][Batch], odd[Rows][Batch];
   UNROLL_TILE for (int r = 0; r < Rows; ++r)
@@ -66,7 +66,7 @@ void stream_tiles(const Weight& w, const Activation* x, int64_t begin, int64_t e
                   int64_t stride) {
   constexpr int rows = First == kTileBatch ? 3 : 4, lines = 2 * rows / (Second ? 2 : 1);
   int64_t r = begin;
-  const auto both = [&](auto count, Ahead ahead) {
+  const auto both = [&](auto count, NextLines ahead) {
     tile<count(), First>(w.row(r), w.row_bytes, w.k, x, out + r - begin, stride, ahead);
     if constexpr (Second > 0)
       tile<count(), Second>(w.row(r), w.row_bytes, w.k, x + First,
