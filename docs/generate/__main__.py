@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import api, figures, margins, support
+from . import api, figures, margins, support, traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES: dict[str, Callable[[], str]] = {"docs/api.md": api.page, "docs/support.md": support.page}
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": figures.six_results},
     "docs/benchmarks.md": figures.TABLES,
+    "docs/gpu.md": {"traffic": traffic.traffic},
     "docs/huggingface.md": {"transformers": lambda: figures.transformers("transformers-270m-cpu")},
     "docs/parity.md": {"margins": margins.margins, "processors": margins.processors},
 }

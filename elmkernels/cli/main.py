@@ -25,6 +25,7 @@ from . import (
     gpu_check,
     info,
     parity,
+    traffic,
     train,
 )
 from .bench import generate as bench_generate
@@ -44,7 +45,7 @@ from .options import Parser
 
 DEFAULT = "check"
 # In the order of the help. `bench` has commands of its own.
-COMMANDS = (check, info, parity, generate, evaluate, convert, train, gpu_check)
+COMMANDS = (check, info, parity, generate, evaluate, convert, train, traffic, gpu_check)
 BENCHES = (bench_ops, bench_generate, bench_train, bench_paper)
 
 

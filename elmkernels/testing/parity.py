@@ -149,7 +149,7 @@ def _tuple(x: Tensor | tuple) -> tuple:
     return x if isinstance(x, tuple) else (x,)
 
 
-def _run(
+def run_case(
     fn: Callable, case: Case, inputs: tuple[tuple, dict], dtype: torch.dtype | None, seed: int,
     like: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -250,7 +250,7 @@ class Expected:
 
     def run(self, fn: Callable, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """{"y": ..., "grad x": ...}: what a function like the op gives, all floats in `dtype`."""
-        return _run(fn, self.case, self.inputs, dtype, self.seed, like=self.outputs)
+        return run_case(fn, self.case, self.inputs, dtype, self.seed, like=self.outputs)
 
     def evaluation(self, i: int) -> dict[str, Tensor]:
         """The reference's i-th result in the working dtype; 0 is the plain one."""

@@ -338,8 +338,7 @@ def test_contrastive_search_of_padded_rows_that_end(ours, theirs):
     expected = [one_by_one(theirs, p[p > 0], 0.6, 4, NEW)[-NEW:] for p in prompt]
     got = [said(model, prompt, **given) for model in (ours, theirs)]
     assert [row[9:] for row in got[0]] == expected and got[0] == got[1]
-    end = expected[0][2]
-    ended = said(ours, prompt, **given, eos_token_id=[end], repetition_penalty=1.0)
+    ended = said(ours, prompt, **given, eos_token_id=[expected[0][2]])
     assert ended[0][9:] == expected[0][:3] + [0] * (len(ended[0]) - 12)
     streamer = Collected()
     out = ours.generate(
@@ -365,13 +364,10 @@ def test_a_loop_of_ones_own(ours, theirs, tmp_path):
     """A function, or a folder that holds one."""
     expected = said(theirs, ids(2, 9), max_new_tokens=2)
     assert said(ours, ids(2, 9), custom_generate=by_hand) == expected
-    code = ["import torch", inspect.getsource(by_hand).replace("by_hand", "generate")]
-    folder = tmp_path / "loop"
-    (folder / "custom_generate").mkdir(parents=True)
-    code = "\n".join(code).replace("(model, input_ids, ", "(model, inputs, ")
-    code = code.replace("input_ids", "inputs")
-    (folder / "custom_generate/generate.py").write_text(code)
-    given = {"custom_generate": str(folder), "trust_remote_code": True}
+    code = inspect.getsource(by_hand).replace("by_hand", "generate").replace("input_ids", "inputs")
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate/generate.py").write_text(f"import torch\n{code}")
+    given = {"custom_generate": str(tmp_path), "trust_remote_code": True}
     assert said(ours, ids(2, 9), **given) == expected
 
 

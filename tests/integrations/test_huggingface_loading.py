@@ -50,6 +50,24 @@ def test_apples_folder_gives_apples_numbers(kernels):
     assert (got - golden.tensors["logits"]).abs().max() < 2e-5
 
 
+def test_golden_logits_by_every_door(apple, tmp_path):
+    """One folder: the native class, code of the folder, and this package's own model."""
+    golden = load_hf_tiny().tensors
+    load(apple, kernels=None).save_pretrained(tmp_path / "stub")
+    doors = {
+        "native": load(apple),
+        "native class": hf.OpenELMForCausalLM.from_pretrained(apple),
+        "without kernels": load(apple, kernels=None),
+        "remote code": load(tmp_path / "stub", trust_remote_code=True),
+        "ours": OpenELM.from_pretrained(apple),
+        "ours, accelerated": OpenELM.from_pretrained(apple),
+    }
+    elmkernels.accelerate(doors["ours, accelerated"])
+    for door, model in doors.items():
+        error = (logits(model, golden["input_ids"]) - golden["logits"]).abs().max()
+        assert error < 2e-5, f"{door}: {error}"
+
+
 def test_the_report_says_what_was_put_in():
     report = load(APPLE).report
     assert report.accelerated["layers"] == 3 and report.left == []

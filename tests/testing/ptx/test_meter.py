@@ -1,0 +1,72 @@
+"""What an op moves, by passes, and the command that prints it."""
+
+import os
+
+import pytest
+import torch
+from helpers.commands import refusal, run_json
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
+
+from elmkernels.testing import CASES  # noqa: E402
+from elmkernels.testing.ptx.meter import SMALL, cases_of, measure  # noqa: E402
+
+
+def passes(op, case, dtype=torch.bfloat16):
+    return {one.direction: one for one in measure(op, case, dtype)}
+
+
+# Backward, what adds to a weight's gradient comes through memory in parts, one of each program: of
+# 17 rows that is more than the rows themselves.
+MOST = {"rms_norm": 2.3, "add_rms_norm": 1.35, "qk_norm_rope": 1.15, "swiglu": 1.1}
+
+
+@pytest.mark.parametrize("model", ["OpenELM-270M", "OpenELM-3B"])
+@pytest.mark.parametrize("op", MOST)
+def test_the_least_sectors(op, model):
+    (case,) = cases_of(op, 17, (model,))
+    found = passes(op, case)
+    for direction, most in (("forward", 1.05), ("backward", MOST[op])):
+        one = found[direction]
+        assert 0.9 < one.total("distinct") / one.least < most, one.row()
+        assert one.total("distinct") <= one.total("sectors")
+
+
+def test_swiglu_by_hand():
+    """It reads gate and up and writes half as much; backward reads three and writes two."""
+    case = next(c for c in CASES["swiglu"] if c.name.startswith("270M"))
+    found = passes("swiglu", case, torch.float32)
+    size = found["forward"].elements * 4
+    assert found["forward"].least == found["forward"].total("asked") == 3 * size
+    assert found["backward"].total("asked") == 5 * size
+    assert found["forward"].issued["store"] > 0 and found["forward"].per_element > 1
+
+
+def test_every_case_is_there():
+    for op in SMALL:
+        assert len(cases_of(op)) == len(SMALL[op])
+    with pytest.raises(ValueError, match="op must be one that Triton has kernels for, got 'dec"):
+        cases_of("decode_step")
+    with pytest.raises(ValueError, match="op must be one of rms_norm.*, got 'nothing'"):
+        cases_of("nothing")
+
+
+def test_the_command(capsys):
+    found = run_json(capsys, "traffic", "rms_norm", "--model", "OpenELM-270M", "--rows", "2")
+    assert found["complete"] and found["architecture"] == "sm_80"
+    assert [r["direction"] for r in found["records"]] == ["forward", "backward"]
+    assert all(r["distinct"] > 0 and r["launches"] for r in found["records"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["decode_step"], "op must be one of rms_norm"),
+        (["rms_norm", "--rows", "0"], "rows"),
+        (["rms_norm", "--model", "OpenELM-7B"], "OpenELM-7B"),
+    ],
+)
+def test_wrong_input(given, said, capsys):
+    assert said in refusal(capsys, "traffic", *given)
