@@ -213,6 +213,12 @@ def given_backend(model: nn.Module, op: str) -> str | None:
     return None if mark is None else mark.backends[op]
 
 
+def rounding_of(attributes: dict[str, Any]) -> str | None:
+    """What `accelerate` was told of activations, by the attributes of the model that it marked."""
+    mark = attributes.get(_MARK)
+    return None if mark is None else mark.arguments.get("activations")
+
+
 def twin(model: M) -> M:
     """A copy of the modules that shares the Parameters: to be accelerated beside the original."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})

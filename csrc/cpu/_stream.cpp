@@ -6,6 +6,7 @@
 // depends on k alone: not on the batch, nor on the number of threads. Packed12 sums in the order of
 // BFloat16, so that both give the same bits.
 #include "cpu/weights/stream.h"
+#include "cpu/weights/tiles.h"
 
 #include "cpu/weights/ahead.h"
 
@@ -357,7 +358,12 @@ void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t en
 template <class T>
 void stream(const Weight& w, int batch, const Activation* x, int64_t begin, int64_t end, float* out,
             int64_t stride) {
-  switch (batch) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>)
+    if (w.form == Form::BFloat16 && batch > 1)
+      return stream_tiled(w, batch, x, begin, end, out, stride);
+#endif
+  switch (compiled_batch(batch)) {
     case 1: return stream_rows<1, T>(w, x, begin, end, out, stride);
     case 2: return stream_rows<2, T>(w, x, begin, end, out, stride);
     case 4: return stream_rows<4, T>(w, x, begin, end, out, stride);

@@ -216,7 +216,8 @@ class Step {
   }
 
   void sums_of(const Weight& w, int64_t begin, int64_t end, float* out) {
-    stream<T>(w, own_.batch, own_.activations.rows.data(), begin, end, out, kBlock);
+    const int count = static_cast<int>(state_.batch);
+    stream<T>(w, count, own_.activations.rows.data(), begin, end, out, kBlock);
   }
 
   // The first rows of this thread's share of the weight that comes next, into L2: the memory works

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..openelm import layers as reference
 from ..openelm.model import OpenELM
-from ..surgery import GLOBAL_HOOKS, HOOKS, as_made, methods_of, plain, untouched
+from ..surgery import GLOBAL_HOOKS, HOOKS, as_made, methods_of, plain, rounding_of, untouched
 from ..weights.formats import DecoderWeights, Form, Layer, Weight, is_compressed
 
 
@@ -95,6 +95,7 @@ class Snapshot:
             and [t.dtype for t in self._tensors] == self._dtypes
             and list(map(Tensor.stride, self._tensors)) == self._strides
             and self._attributes[0]["rope_table"] is self.weights.rope_table
+            and rounding_of(self._attributes[0]) == self.weights.activations
             and [a.get("layer_index") for a in self._attentions] == self._indices
             and self._embedding.get("max_norm") is None
         )
@@ -191,6 +192,7 @@ def _describe(model: OpenELM) -> DecoderWeights:
         head_dim=model.config.head_dim,
         gated=model.config.ffn_with_glu,
         eps=eps,
+        activations=rounding_of(vars(model)),
     )
 
 

@@ -27,7 +27,7 @@ from ..derivatives import unusual
 from ..openelm import layers
 from ..openelm.compressed import product
 from ..surgery import known, plain_tensor
-from ..weights.formats import Weight
+from ..weights.formats import Weight, form_of
 from .classes import Fused, setting, while_fused
 from .routines import (
     LINEAR,
@@ -124,12 +124,13 @@ class Linear(Fused):
 
 @dataclass
 class HeadState:
-    """What a fused tied head needs: its routines, and the backend of `ops.linear` for a compressed
-    weight.
+    """What a fused tied head needs: its routines; backend and activations of `ops.linear` for a
+    compressed weight.
     """
 
     products: "Products"
     backend: str | None
+    activations: str | None = None
 
 
 @known
@@ -144,7 +145,9 @@ class TiedHead(Fused, layers.TiedHead):
     @while_fused
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         if not isinstance(weight, Tensor):
-            return product(x, weight, self._fused.backend)
+            state = self._fused
+            rounds = state.activations if form_of(weight).takes_int8 else None
+            return product(x, weight, backend=state.backend, activations=rounds)
         if not plain_tensor(weight):
             return super().forward(x, weight)
         return self._fused.products(x, weight)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Reason, missing_kernels
+from ..checks import fail
 from ..devices import BackendChoice, backend_choices, free_memory, never_fall_back
 from ..openelm.compressed import Compressed
 from ..ops.linear import MAX_ROWS
@@ -40,6 +41,7 @@ def accelerate(
     backend: str | None = None,
     prepack: bool | None = None,
     plan: Plan | None = None,
+    activations: str | None = None,
 ) -> Report:
     """Give the modules of an OpenELM model fused classes, in place. Each stays the same object,
     with its hooks, Parameters and children, and of a subclass of its own class.
@@ -58,6 +60,8 @@ def accelerate(
             once a weight has multiplied 128 rows (see `acceleration.projections`).
         plan: the projections' routines, as an earlier Report's `gemm` says them, instead of
             measuring which are fastest here.
+        activations: "int8" rounds what weights of 8 or 4 bits are multiplied by to 8 bits, on a
+            CPU: faster, less exact, without gradients (`elmkernels.linear`). None: as it is.
 
     Returns:
         A Report of what got a fused class, what was left and why.
@@ -84,14 +88,16 @@ def accelerate(
     device = _device_of(layout.norm().weight)  # an embedding may be compressed
     dtype = layout.norm().weight.dtype
     choices = backend_choices(device, backend)
-    arguments = {"backend": backend, "prepack": prepack, "plan": plan}
+    if activations is not None:
+        _check_rounding(layout, device, activations)
+    arguments = {"backend": backend, "prepack": prepack, "plan": plan, "activations": activations}
     patience, short = 0, None
     if plan is None:
         plan = Plan()
         if device.type == "cpu":
             plan, short = _measured_plan(layout, dtype, prepack)
             patience = PATIENCE if prepack is None else 0
-    swap = _Swap(layout, choices, plan, patience)
+    swap = _Swap(layout, choices, plan, patience, activations)
     undo = _undo_of(layout)
     try:
         _clear(layout.root)
@@ -103,6 +109,18 @@ def accelerate(
     except BaseException:
         undo()
         raise
+
+
+def _check_rounding(layout: Layout, device: torch.device, activations: object) -> None:
+    """Raise unless some weight meets rounded activations here."""
+    if activations != "int8":
+        fail("activations", "'int8' or None", repr(activations))
+    if device.type != "cpu":
+        fail("activations", f"None on {device.type}, 'int8' is for a CPU", repr(activations))
+    held = (m.compressed() for m in layout.root.modules() if isinstance(m, Compressed))
+    if not any(weight.takes_int8 for weight in held):
+        needs = "None unless weights are quantized to 8 or 4 bits, as elmkernels.quantize does it"
+        fail("activations", needs, repr(activations))
 
 
 # A prepacked copy that nobody asked for is made only if this many times what all of them take is
@@ -141,13 +159,14 @@ def _copies_bytes(layout: Layout) -> int:
 def _undo_of(layout: Layout) -> Callable[[], None]:
     """What puts all that `accelerate` changes back as it is now."""
     root, classes = layout.root, undo_of(layout.root)
-    compressed = [(m, m.backend) for m in root.modules() if isinstance(m, Compressed)]
+    compressed = [m for m in root.modules() if isinstance(m, Compressed)]
+    held = [(m, m.backend, m.activations) for m in compressed]
     marks = [(m, mark_of(m) if has_mark(m) else None) for m in root.modules()]
 
     def undo() -> None:
         classes()
-        for module, name in compressed:
-            module.backend = name
+        for module, name, activations in held:
+            module.backend, module.activations = name, activations
         for module, mark in marks:
             set_mark(module, mark)
 
@@ -160,7 +179,7 @@ def _clear(root: nn.Module) -> None:
         unfuse(module)
         set_mark(module, None)
         if isinstance(module, Compressed):
-            module.backend = None
+            module.backend = module.activations = None
 
 
 KINDS = {"": "layers", "attn": "attentions", "ffn": "feed-forwards"}
@@ -170,9 +189,15 @@ class _Swap:
     """Gives the modules of a model that was examined their fused classes, and counts them."""
 
     def __init__(
-        self, layout: Layout, choices: dict[str, BackendChoice], plan: Plan, patience: int
+        self,
+        layout: Layout,
+        choices: dict[str, BackendChoice],
+        plan: Plan,
+        patience: int,
+        activations: str | None,
     ) -> None:
         self.layout, self.plan, self.choices, self.patience = layout, plan, choices, patience
+        self.activations = activations
         self.named = {op: choice.named for op, choice in choices.items()}
         self.counts: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
@@ -267,6 +292,7 @@ class _Swap:
     def projection(self, module: nn.Module) -> None:
         if isinstance(module, Compressed):
             module.backend = self.named["linear"]
+            module.activations = self.activations if module.compressed().takes_int8 else None
             self.kept[type(module).__name__] += 1
         else:
             self.put(module, projections.Linear, self.products(), "projections")
@@ -277,7 +303,7 @@ class _Swap:
         if name in OUTPUTS:
             self.projection(module)
         elif name == "tied_head":
-            state = projections.HeadState(self.products(), named["linear"])
+            state = projections.HeadState(self.products(), named["linear"], self.activations)
             self.put(module, projections.TiedHead, state, "tied heads")
         elif name == "logits_head":
             self.put(module, fused.FusedLogitsHead, fused.State(named["linear"]), "logits heads")
@@ -309,6 +335,11 @@ def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
             "its cache holds rotated keys from now on: start generation with a new one"
         )
     report.notes += [f"kept {n} {kind}" for kind, n in swap.kept.items()]
+    if swap.activations is not None:
+        report.notes.append(
+            "what quantized weights are multiplied by is rounded to 8 bits: less exact, and no "
+            "gradient goes through it"
+        )
     if not foreign and small_batch.streams(device.type, swap.named["linear"]):
         which = "any" if plan.streamed else "compressed"
         report.notes.append(

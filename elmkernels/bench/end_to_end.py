@@ -64,7 +64,7 @@ class EndToEnd(Benchmark):
     sizes: EndToEndSizes
     quick: bool = False
     backend: str | None = None
-    prepack: bool = False
+    prepack: bool | None = None
     seed: int = 0
 
     @property

@@ -29,7 +29,18 @@ from .baselines.apart import Died
 from .benchmark import COMPILED, EAGER, LLAMA, Benchmark, Report, Results, Sizes, headline
 from .ceilings import numbers, reads
 from .generation_figures import figures, own_read, text
-from .runners import DraftRunner, LlamaRunner, Run, Runner, Task, TorchRunner, our_runner, reading
+from .runners import (
+    ROUNDED,
+    DraftRunner,
+    LlamaRunner,
+    Run,
+    Runner,
+    Task,
+    TorchRunner,
+    our_runner,
+    reading,
+    rounded_runner,
+)
 from .timing import fingerprint
 
 CPU = torch.device("cpu")
@@ -86,7 +97,8 @@ class GenerationSizes(Sizes):
 @dataclass(frozen=True, kw_only=True)
 class Generation(Benchmark):
     """load: the model in a dtype; weights: where they come from, in words; drafts: by name, each
-    beside every format.
+    beside every format; activations: "int8" runs quantized formats a second time, with what they
+    are multiplied by rounded.
     """
 
     load: Callable[[torch.dtype], OpenELM]
@@ -97,6 +109,7 @@ class Generation(Benchmark):
     sizes: GenerationSizes = GenerationSizes()
     compiled: bool = True
     backend: str | None = None
+    activations: str | None = None
     seed: int = 0
 
     @property
@@ -112,8 +125,15 @@ class Generation(Benchmark):
     def stages(self) -> int:
         tasks = 2 + (self.sizes.batch > 1)
         ours = 1 + len(self.drafts)
-        runners = [1 + g.compiled + ours * len(g.formats) + len(g.types) for g in self.groups]
+        runners = [
+            1 + g.compiled + ours * len(g.formats) + len(self.rounded(g)) + len(g.types)
+            for g in self.groups
+        ]
         return sum(1 + n + tasks * (n + self.sizes.rounds) for n in runners)
+
+    def rounded(self, group: Group) -> list[str]:
+        """The formats that are also run with rounded activations."""
+        return [f for f in group.formats if f in ROUNDED and self.activations is not None]
 
     def describe(self) -> Results:
         return {
@@ -122,6 +142,7 @@ class Generation(Benchmark):
             "weights": self.weights,
             "machine": fingerprint(CPU),
             "backend": self.backend,
+            "activations": self.activations,
             "seed": self.seed,
             "groups": {},
         }
@@ -218,6 +239,13 @@ def _makers(
                 return DraftRunner(name, made[format].model, _draft(todo, draft, group.dtype))
 
             yield name, make_draft
+    for format in todo.rounded(group):
+        yield (
+            f"ours {format}, int8 activations",
+            lambda format=format: rounded_runner(
+                format, model, todo.sizes.within(model.config).prompt, todo.backend
+            ),
+        )
     for type in group.types:
 
         def make_llama(type: str = type) -> Runner:

@@ -124,6 +124,13 @@ def text(name: str, found: dict[str, Any]) -> str:
             lost = [f"{n} ({r:.2f}x)" for n, r in ratios.items() if r < 1 and n != BEST]
             if lost:
                 lines.append(f"{mine} is slower than {', '.join(lost)}")
+    for runner, about in found["runners"].items():
+        if loss := about.get("facts", {}).get("rounding"):
+            lines.append(
+                f"{runner}: logits differ by {loss['logits_rms']:.2%} of their rms (at most "
+                f"{loss['logits_max']:.1%}), perplexity of its own text {loss['perplexity']:.4g}, "
+                f"without rounding {loss['perplexity_without']:.4g}"
+            )
     lines += [f"missing {who}: {why}" for who, why in found["missing"].items()]
     return "\n".join(lines)
 

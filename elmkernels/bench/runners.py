@@ -27,6 +27,7 @@ from ..openelm.compressed import Compressed
 from ..openelm.gguf import export_gguf, rounded
 from ..openelm.model import OpenELM
 from ..surgery import is_accelerated, twin
+from ..testing.rounding import rounding_loss
 from .baselines import llama_cpp
 from .baselines.apart import Apart, Died
 from .benchmark import COMPILED, LLAMA, OURS
@@ -290,6 +291,18 @@ def compress(format: str, model: OpenELM, progress: bool = True) -> OpenELM:
     elif format in ("int8", "int4"):
         quantize(ours, int(format[3:]), 64, progress=progress)
     return ours
+
+
+ROUNDED = ("int8", "int4")  # formats whose activations may be rounded
+
+
+def rounded_runner(format: str, model: OpenELM, tokens: int, backend: str | None) -> TorchRunner:
+    """Accelerated, with activations that are rounded to 8 bits, and what that loses."""
+    ours = compress(format, model, progress=False)
+    accelerate(ours, backend=backend, activations="int8")
+    runner = TorchRunner(f"ours {format}, int8 activations", OURS, ours)
+    runner.facts["rounding"] = rounding_loss(ours, tokens)
+    return runner
 
 
 def our_runner(

@@ -42,7 +42,10 @@ def add_parser(commands: Any) -> None:
     add_dtypes(how, "bf16, and fp32 on a CPU")
     add_backend(how)
     how.add_argument(
-        "--prepack", action="store_true", help="let oneDNN keep weights in its own layout (CPU)"
+        "--prepack",
+        action="store_true",
+        default=None,
+        help="keep weights in oneDNN's layout wherever it is faster (CPU; default: where it pays)",
     )
     how.add_argument(
         "--seed", type=int, metavar="N", default=0, help="of random weights and tokens (default 0)"

@@ -34,6 +34,7 @@ from .console import (
 from .options import (
     DTYPES,
     accelerated,
+    add_activations,
     add_backend,
     add_device,
     add_draft,
@@ -107,6 +108,7 @@ def add_parser(commands: Any) -> None:
     form.add_argument("--packed12", action="store_true", help="bfloat16 in 12 bits, without loss")
     add = how.add_argument
     add("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale, by --bits")
+    add_activations(how)
     add(
         "--decode-mode",
         type=one_of(DECODE_MODES),
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     model = checked(load, dtype).eval()
     checked(_compress, args, model)
     if not args.eager:
-        accelerated(model, args.backend)
+        accelerated(model, args.backend, args.activations)
     options |= {"stop_tokens": stops, "stop_strings": args.stop_string}
     options |= {"decode_mode": args.decode_mode, "draft_tokens": args.draft_tokens}
     options["draft"] = draft = chosen_draft(args.draft, dtype, device)
@@ -193,6 +195,8 @@ def _refuse_what_does_nothing(args: argparse.Namespace, sampling: Sampling) -> N
             raise WrongInput(f"--chat takes its turns from stdin: give it without {idle[0]}")
     elif not args.prompts:
         raise WrongInput("a prompt is missing: --prompt TEXT or --ids 1,2,3, or --chat")
+    if args.activations is not None and args.eager:
+        raise WrongInput("--activations has no effect with --eager, which rounds nothing")
     if args.draft_tokens is not None and args.draft is None:
         raise WrongInput("--draft-tokens belongs to --draft, which is missing")
     if args.group_size is not None and args.bits is None:

@@ -279,9 +279,18 @@ def loaded_first(
     return take
 
 
-def accelerated(model: OpenELM, backend: str | None) -> None:
+def add_activations(to: Any) -> None:
+    to.add_argument(
+        "--activations",
+        type=one_of(("int8",)),
+        metavar="int8",
+        help="round what 8- and 4-bit weights are multiplied by: faster, less exact",
+    )
+
+
+def accelerated(model: OpenELM, backend: str | None, activations: str | None = None) -> None:
     """Accelerate a model; that nothing compiled can run is said, since it is slow then."""
-    report = checked(lambda: accelerate(model, backend=backend))
+    report = checked(lambda: accelerate(model, backend=backend, activations=activations))
     if report.missing:
         note(report.missing)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,8 +143,16 @@ def convert(
                 done.left.append((name, made))
     finally:
         if mark is not None:
-            accelerate(model, **mark.arguments)
+            accelerate(model, **_still_possible(model, mark.arguments))
     return done
+
+
+def _still_possible(model: OpenELM, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What `accelerate` was given; without rounded activations if no weight is left for them."""
+    held = (m.compressed() for m in model.modules() if isinstance(m, Compressed))
+    if any(weight.takes_int8 for weight in held):
+        return arguments
+    return arguments | {"activations": None}
 
 
 def plain(module: Compressed, weight: Tensor, padding_index: int | None = None) -> nn.Module:

@@ -55,10 +55,10 @@ def _gradient(dy: Tensor, weight: Weight) -> Tensor:
     return dy @ dense_rows(weight, dy.dtype, 0, weight.shape[0])
 
 
-def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
+def product(x: Tensor, weight: Weight, **how: str | None) -> Tensor:
     """x [..., k], weight [n, k] in any form -> x weight^T [..., n] in x's dtype (autocast's where
-    that is on), differentiable in x, and in the weight where it is a Tensor. backend: of a
-    compressed weight, as in `ops.linear`.
+    that is on), differentiable in x, and in the weight where it is a Tensor. how: backend and
+    activations of a compressed weight, as in `ops.linear`.
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
@@ -67,7 +67,7 @@ def product(x: Tensor, weight: Weight, backend: str | None = None) -> Tensor:
         x = x.to(torch.get_autocast_dtype(kind))
     if x.dtype == torch.float64 or not weight.takes(x.dtype):
         return (_Product.transformed if unusual() else _Product.apply)(x, weight)
-    return linear(x, weight, backend=backend)
+    return linear(x, weight, **how)
 
 
 def dtype_of(embedding: nn.Module, other: torch.dtype) -> torch.dtype:
@@ -88,12 +88,12 @@ class Compressed(nn.Module):
     """A module that holds one compressed weight in buffers, `names` in the order of its form."""
 
     names: tuple[str, ...]
+    activations: str | None = None  # of `ops.linear`; `accelerate` names them
 
     def __init__(self, weight: Form) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        # What the output of an embedding is cast to: follows model.to(dtype) like a Parameter.
-        self.dtype = weight.dtype
+        self.dtype = weight.dtype  # of an embedding's output: follows model.to(dtype)
         # Not registered one by one: `weight` is a property of a projection.
         self._buffers.update(self._named(weight))
         self.backend: str | None = None  # of `ops.linear`; `accelerate` names one
@@ -226,7 +226,7 @@ class CompressedLinear(Compressed, nn.Linear):
         """Nothing: it holds data."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.compressed(), self.backend)
+        return product(x, self.compressed(), backend=self.backend, activations=self.activations)
 
 
 class CompressedEmbedding(Compressed):

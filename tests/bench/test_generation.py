@@ -130,6 +130,17 @@ def test_the_bytes_of_a_step():
     assert 0.5 < sizes[2] / plain < 0.6 and 0.25 < sizes[3] / plain < 0.33
 
 
+def test_rounded_activations_stand_beside_what_they_lose(without_llama):
+    results, texts = measured(formats=("bf16", "int8", "int4"), activations="int8")
+    assert results["activations"] == "int8"
+    for format in ("int8", "int4"):
+        about = results["groups"][format]["runners"][f"ours {format}, int8 activations"]
+        assert about["facts"]["rounding"]["perplexity"] > 0 and about["agree"]["of"] == 4
+        said = next(text for text in texts if f"ours {format}, int8 activations: logits" in text)
+        assert "perplexity of its own text" in said and "without rounding" in said
+    assert "ours bf16, int8 activations" not in results["groups"]["16-bit"]["runners"]
+
+
 @pytest.mark.parametrize("load", [0.0, 1e3])
 def test_a_busy_machine_is_named(without_llama, monkeypatch, load):
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0))
@@ -254,6 +265,7 @@ def test_an_interrupted_command(capsys, tmp_path, checkpoint, without_llama, mon
         (["generate", "--prepack"], "unrecognized arguments"),
         (["generate", "--device", "cpu"], "unrecognized arguments: --device cpu"),
         (["generate", "--formats", "int8", "--no-compile"], "--no-compile has no effect"),
+        (["generate", "--formats", "bf16", "--activations", "int8"], "--activations has no effect"),
         (["ops", "swiglu", "--steps", "4"], "unrecognized arguments: --steps 4"),
         (["ops", "swiglu", "--rounds", "4"], "unrecognized arguments: --rounds 4"),
         (["ops", "swiglu", "generate"], "op must be one of rms_norm"),

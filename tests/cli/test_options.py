@@ -25,7 +25,8 @@ NEEDS = {
 ALL_OPTIONS = {
     "--json": [], "--device": ["cpu"], "--dtype": ["bf16"], "--backend": ["reference"],
     "--model": ["270M"], "--checkpoint": ["x"], "--config": ["x"], "--out": ["x"], "--quick": [],
-    "--rounds": ["2"], "--seed": ["1"], "--prepack": [], "--formats": ["fp32"], "--steps": ["2"],
+    "--rounds": ["2"], "--seed": ["1"], "--prepack": [],
+    "--activations": ["int8"], "--formats": ["fp32"], "--steps": ["2"],
     "--batch": ["2"], "--tokens": ["2"], "--prefill": ["2"], "--no-compile": [], "--gemm": [],
     "--prompt": ["2"], "--ids": ["1"], "--stream": [], "--eager": [], "--to": ["gguf"],
     "--resume": [], "--compare": [], "--minutes": ["1"], "--stages": ["ops"], "--watch": [],

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from ...bench.generation import FORMATS, Generation, GenerationSizes
+from ...bench.runners import ROUNDED
 from ...generation.drafts import LOOKUP, SELF
 from ..console import WrongInput, carry_out
 from ..options import (
     DEFAULT_MODEL,
+    add_activations,
     add_backend,
     add_json,
     add_model,
@@ -80,6 +82,7 @@ def add_parser(commands: Any) -> None:
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--seed", type=int, metavar="N", default=0, help="of random weights and tokens (default 0)")
     add_backend(group)
+    add_activations(group)
     add_rounds(group, usual.rounds)
     add_quick(group)
     results = parser.add_argument_group("results")
@@ -104,9 +107,14 @@ def run(args: argparse.Namespace) -> int:
         sizes=GenerationSizes.chosen(args.quick, {name: getattr(args, name) for name in SIZES}),
         compiled=not args.no_compile,
         backend=args.backend,
+        activations=args.activations,
         seed=args.seed,
     )
     groups = benchmark.groups
+    if args.activations is not None and not any(map(benchmark.rounded, groups)):
+        raise WrongInput(
+            f"--activations has no effect: of {', '.join(ROUNDED)} none is among --formats"
+        )
     if args.no_compile and not any(group.compiled for group in groups):
         raise WrongInput(
             f"--no-compile has no effect: nothing is compiled beside {', '.join(benchmark.formats)}"
