@@ -225,7 +225,7 @@ class Step {
   void fetch_next() const {
     if (next_.weight == nullptr) return;
     const Range mine = thread_.share_of(next_.rows);
-    const int64_t bytes = std::min(kAhead.next, mine.size() * next_.weight->row_bytes);
+    const int64_t bytes = std::min(kDistances.next, mine.size() * next_.weight->row_bytes);
     prefetch(next_.weight->row(mine.first), bytes);
   }
 

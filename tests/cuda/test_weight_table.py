@@ -44,8 +44,8 @@ def read(library, fields: torch.Tensor) -> dict[str, int]:
     return dict(zip(FIELDS, out.tolist(), strict=True))
 
 
-def written(weight) -> torch.Tensor:
-    return torch.tensor(_fields(weight), dtype=torch.int64)
+def written(weight, activations: str | None = None) -> torch.Tensor:
+    return torch.tensor(_fields(weight, activations), dtype=torch.int64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -68,6 +68,9 @@ def test_an_affine_weight_is_read_as_it_was_written(library, bits, group_size, d
     assert read(library, fields) == expected
     assert library.form_of(fields.data_ptr()).decode() == f"affine{bits}"
     assert library.element_of(fields.data_ptr()).decode() == name_of(dtype)
+    rounded = written(weight, "int8")
+    assert library.form_of(rounded.data_ptr()).decode() == f"affine{bits} by int8"
+    assert torch.equal(rounded[1:], fields[1:])
 
 
 def test_a_packed12_weight_is_read_as_it_was_written(library):
@@ -78,6 +81,7 @@ def test_a_packed12_weight_is_read_as_it_was_written(library):
     expected |= {name: getattr(weight, name).data_ptr() for name in names}
     assert read(library, fields) == expected
     assert library.form_of(fields.data_ptr()).decode() == "packed12"
+    assert torch.equal(written(weight, "int8"), fields)  # only codes meet rounded activations
 
 
 def stack() -> DecoderWeights:

@@ -29,6 +29,8 @@ const char* form_of(const int64_t* fields) {
     case Form::Affine8: return "affine8";
     case Form::Affine4: return "affine4";
     case Form::Packed12: return "packed12";
+    case Form::Affine8Int8: return "affine8 by int8";
+    case Form::Affine4Int8: return "affine4 by int8";
   }
   return "none";
 }
