@@ -83,6 +83,9 @@ def known_in() -> dict[str, set[str]]:
 OTHER_WORDS = {
     "elmkernels/integrations/huggingface/attention.py": {"attention"},
     "elmkernels/integrations/huggingface/liger.py": {"rms_norm", "swiglu"},
+    "elmkernels/integrations/vllm/switch.py": {
+        *("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"),
+    },
     "elmkernels/openelm/config.py": {"rms_norm"},
     "elmkernels/openelm/shared_weight.py": {"linear_cross_entropy"},
     "elmkernels/ops/linear.py": {"swiglu"},

@@ -203,8 +203,8 @@ Case = tuple[list[int], int]  # a prompt, and how many tokens are to follow
 
 def tasks(tokenizer: Tokenizer, quick: bool) -> dict[str, list[Case]]:
     """Held-out code that goes on, held-out functions that are shown to be edited, random tokens."""
-    texts = list(sources(held_out=True))
     prompt, new, most = (16, 12, 2) if quick else (PROMPT, NEW, 8)
+    texts = [text for text in sources(held_out=True) if len(text) > 10 * prompt]
     draw = random.Random(5)
     code = []
     for text in draw.sample(texts, most):

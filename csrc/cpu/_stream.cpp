@@ -1,29 +1,16 @@
 // Products of few rows of activations with a weight that streams from memory, each byte of it once.
 //
 // A row of the weight at a time: that is one contiguous stream. Rows side by side, in the same
-// pages, were read more slowly. `Batch` rows of activations share the pass. What the sum of a row
-// does, and in which order, depends on k alone: not on the batch, nor on the number of threads.
-// Packed12 sums in the order of BFloat16, so that both give the same bits.
+// pages, were read more slowly: two are only where loads of activations cost more than that.
+// `Batch` rows of activations share the pass. What the sum of a row does, and in which order,
+// depends on k alone: not on the batch, nor on the number of threads. Packed12 sums in the order of
+// BFloat16, so that both give the same bits.
 #include "cpu/weights/stream.h"
+#include "cpu/weights/tiles.h"
+
+#include "cpu/weights/ahead.h"
 
 namespace {
-
-// Into L2, 4 KB ahead: the processor's own prefetching stops at a page's end. Nibbles gain most,
-// bfloat16 gains a little. Segments of packed12 were slower with it and go without.
-template <class T>
-inline void prefetch_ahead(const T* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p) + 4096, _MM_HINT_T1);
-}
-
-// Scales and biases of a few rows ahead, into L1: they are two more streams, of a line every other
-// row, which the processor follows too late. Of int8 and int4 that was a sixth of the time.
-template <class S>
-inline void prefetch_scales(const S* scales, const S* biases, int64_t groups) {
-  for (int64_t i = 0; i < groups; i += 64 / sizeof(S)) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales + i) + 512, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(biases + i) + 512, _MM_HINT_T0);
-  }
-}
 
 // Loops over a batch must unroll whatever their length: their sums live in registers.
 #define UNROLL _Pragma("GCC unroll 8")
@@ -48,8 +35,8 @@ void stream_dense(const Weight& w, const Activation* x, int64_t begin, int64_t e
     Sums<Batch> sums;
     int64_t c = 0;
     for (; c + step <= w.k; c += step) {
-      prefetch_ahead(row + c);
-      prefetch_ahead(row + c + Vec::size);
+      prefetch_weights(row + c);
+      prefetch_weights(row + c + Vec::size);
       const Vec first = load(row + c, Full{}), second = load(row + c + Vec::size, Full{});
       UNROLL for (int b = 0; b < Batch; ++b) {
         sums.even[b] = fma(first, load(x[b].values + c, Full{}), sums.even[b]);
@@ -82,8 +69,8 @@ void stream_bf16(const Weight& w, const Activation* x, int64_t begin, int64_t en
     };
     int64_t c = 0;
     for (; c + step <= w.k; c += step) {
-      prefetch_ahead(row + 2 * c);
-      prefetch_ahead(row + 2 * (c + Bf16Pairs::size));
+      prefetch_weights(row + 2 * c);
+      prefetch_weights(row + 2 * (c + Bf16Pairs::size));
       add(c, load_pairs(row + 2 * c, Full{}), load_pairs(row + 2 * (c + Bf16Pairs::size), Full{}));
     }
     if (c < w.k) {
@@ -205,37 +192,80 @@ inline void add_nibbles(Bf16Pairs raw, Vec scale, const P* const (&values)[Batch
   }
 }
 
-// Vectors of codes, of 32 bytes or 64, with the scale of each 32-bit lane's columns: for row after
-// row add(load, scale, c, sums), `load` giving the vector that begins with column c.
-template <int Bits, int Batch, class S, class Add>
+// Sums of rows that wait until there is one for each lane: a tree adds all of them up at once.
+template <int Batch>
+using Waiting = Vec[Batch][Vec::size];
+
+// `Rows` rows of codes from row r on, a vector of codes at a time: add(places in the rows, part,
+// scales, c, sums) with the scale of each 32-bit lane's columns, c being the first of them.
+template <int Bits, int Batch, class S, int Rows, class Add>
+inline void code_rows(const Weight& w, const Activation* x, int64_t r, const Spread& spread,
+                      Waiting<Batch>& waiting, int64_t at, float zero, Add& add) {
+  constexpr int64_t block = 32 / Bits * Vec::size;  // columns of one load
+  // A block has several groups, or a group several blocks.
+  const int64_t groups = w.groups(), a_block = std::max<int64_t>(1, block / w.group);
+  const int64_t a_group = std::max<int64_t>(1, w.group / block);
+  const S *scales[Rows], *biases[Rows];
+  Vec sums[Rows][Batch];
+  UNROLL for (int i = 0; i < Rows; ++i) {
+    scales[i] = reinterpret_cast<const S*>(w.scales) + (r + i) * groups;
+    biases[i] = reinterpret_cast<const S*>(w.biases) + (r + i) * groups;
+    prefetch_scales(scales[i], biases[i], groups);
+    UNROLL for (int b = 0; b < Batch; ++b) sums[i][b] = vec(0.0f);
+  }
+  int64_t c = 0;
+  for (int64_t first = 0; first < groups; first += Vec::size) {
+    const int64_t count = std::min<int64_t>(Vec::size, groups - first);
+    const bool full = count == Vec::size;
+    Vec scale[Rows];
+    UNROLL for (int i = 0; i < Rows; ++i) scale[i] =
+        full ? load(scales[i] + first, Full{}) : load(scales[i] + first, Tail{count});
+    const int32_t* lanes = spread.lanes[0];
+    const int32_t* last = lanes + (count - a_block) * Vec::size;
+    const auto step = [&](auto part) {
+      const uint8_t* codes[Rows];
+      Vec each[Rows];
+      UNROLL for (int i = 0; i < Rows; ++i) {
+        codes[i] = w.row(r + i) + c * Bits / 8;
+        each[i] = permuted(scale[i], lanes);
+      }
+      add(codes, part, each, c, sums);
+    };
+    for (; lanes <= last; lanes += a_block * Vec::size)
+      for (int64_t n = 0; n < a_group; ++n, c += block) {
+        UNROLL for (int i = 0; i < Rows; ++i) prefetch_weights(w.row(r + i) + c * Bits / 8);
+        step(Full{});
+      }
+    if (count % a_block) step(Tail{(w.k - c) * Bits / 8});
+  }
+  UNROLL for (int i = 0; i < Rows; ++i) {
+    add_biases<Batch>(scales[i], biases[i], groups, zero, x, sums[i]);
+    UNROLL for (int b = 0; b < Batch; ++b) waiting[b][at + i] = sums[i][b];
+  }
+}
+
+// All rows, `Rows` of them at a time: that changes no sum.
+template <int Bits, int Batch, class S, int Rows, class Add>
 inline void stream_codes(const Weight& w, const Activation* x, int64_t begin, int64_t end,
                          float* out, int64_t stride, float zero, Add&& add) {
-  constexpr int64_t block = 32 / Bits * Vec::size;  // columns of one load
-  const int64_t groups = w.groups(), a_block = std::max<int64_t>(1, block / w.group);
   const Spread spread(w.group * Bits / 32);  // a 32-bit lane meets 32 / Bits columns
-  for (int64_t r = begin; r < end; ++r) {
-    const uint8_t* row = w.row(r);
-    const S* scales = reinterpret_cast<const S*>(w.scales) + r * groups;
-    const S* biases = reinterpret_cast<const S*>(w.biases) + r * groups;
-    prefetch_scales(scales, biases, groups);
-    Vec sums[Batch];
-    UNROLL for (int b = 0; b < Batch; ++b) sums[b] = vec(0.0f);
-    int64_t c = 0;
-    for (int64_t first = 0; first < groups; first += Vec::size) {
-      const int64_t count = std::min<int64_t>(Vec::size, groups - first);
-      const Vec scale =
-          count == Vec::size ? load(scales + first, Full{}) : load(scales + first, Tail{count});
-      const int32_t* lanes = spread.lanes[0];
-      const int32_t* last = lanes + (count - a_block) * Vec::size;
-      for (; lanes <= last; lanes += a_block * Vec::size, c += block) {
-        prefetch_ahead(row + c * Bits / 8);
-        add(row + c * Bits / 8, Full{}, permuted(scale, lanes), c, sums);
-      }
-      if (count % a_block)
-        add(row + c * Bits / 8, Tail{(w.k - c) * Bits / 8}, permuted(scale, lanes), c, sums);
+  Waiting<Batch> waiting;
+  for (auto& row : waiting)
+    for (auto& sums : row) sums = vec(0.0f);
+  for (int64_t r = begin; r < end; r += Vec::size) {
+    const int64_t count = std::min<int64_t>(Vec::size, end - r);
+    int64_t at = 0;
+    for (; at + Rows <= count; at += Rows)
+      code_rows<Bits, Batch, S, Rows>(w, x, r + at, spread, waiting, at, zero, add);
+    for (; at < count; ++at)
+      code_rows<Bits, Batch, S, 1>(w, x, r + at, spread, waiting, at, zero, add);
+    for (int b = 0; b < Batch; ++b) {
+      Vec sums[Vec::size];
+      std::copy_n(waiting[b], Vec::size, sums);
+      const Vec all = lane_sums(sums);
+      float* to = out + b * stride + r - begin;
+      count == Vec::size ? store(to, all, Full{}) : store(to, all, Tail{count});
     }
-    add_biases<Batch>(scales, biases, groups, zero, x, sums);
-    for (int b = 0; b < Batch; ++b) out[b * stride + r - begin] = sum(sums[b]);
   }
 }
 
@@ -254,34 +284,40 @@ void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t
     else
       return load_pairs(codes, part);
   };
-  stream_codes<Bits, Batch, S>(
+  stream_codes<Bits, Batch, S, 1>(
       w, x, begin, end, out, stride, zero,
-      [&](const uint8_t* codes, auto part, Vec scale, int64_t c, Vec(&sums)[Batch]) {
-        add_nibbles<Bits, Batch>(pairs(codes, part), scale, values, c, sums);
+      [&](auto& codes, auto part, auto& scale, int64_t c, auto& sums) {
+        add_nibbles<Bits, Batch>(pairs(codes[0], part), scale[0], values, c, sums[0]);
       });
 }
 
-// Bytes or nibbles against bytes: per lane an exact integer, then s_x and s.
+// Bytes or nibbles against bytes: per lane an exact integer, then s_x and s. Of several rows of
+// activations two rows of codes share each load of them.
 template <int Bits, int Batch, class S>
 void stream_int8(const Weight& w, const Activation* x, int64_t begin, int64_t end, float* out,
                  int64_t stride) {
   using Block = Int8Block<Bits>;
   const Block* blocks[Batch];
   for (int b = 0; b < Batch; ++b) blocks[b] = int8_blocks<Bits>(x[b]);
-  stream_codes<Bits, Batch, S>(
+  stream_codes<Bits, Batch, S, Batch == 1 ? 1 : 2>(
       w, x, begin, end, out, stride, Block::zero,
-      [&](const uint8_t* codes, auto part, Vec scale, int64_t c, Vec(&sums)[Batch]) {
-        const Bytes raw = load_bytes(codes, part);
+      [&](auto& codes, auto part, auto& scale, int64_t c, auto& sums) {
+        constexpr int rows = std::extent_v<std::remove_reference_t<decltype(scale)>>;
+        Bytes first[rows], second[rows];  // of 8 bits there is one vector
+        UNROLL for (int i = 0; i < rows; ++i) {
+          const Bytes raw = load_bytes(codes[i], part);
+          first[i] = Bits == 8 ? raw : low_nibbles(raw);
+          second[i] = high_nibbles(raw);
+        }
         UNROLL for (int b = 0; b < Batch; ++b) {
           const Block& block = blocks[b][c / Block::columns];
-          Bytes dots = load_bytes(block.starts, Full{});
-          if constexpr (Bits == 8) {
-            dots = dot_bytes<8>(raw, load_bytes(block.codes[0], Full{}), dots);
-          } else {
-            dots = dot_bytes<4>(low_nibbles(raw), load_bytes(block.codes[0], Full{}), dots);
-            dots = dot_bytes<4>(high_nibbles(raw), load_bytes(block.codes[1], Full{}), dots);
+          const Bytes starts = load_bytes(block.starts, Full{});
+          UNROLL for (int i = 0; i < rows; ++i) {
+            Bytes dots = dot_bytes<Bits>(first[i], load_bytes(block.codes[0], Full{}), starts);
+            if constexpr (Bits == 4)
+              dots = dot_bytes<4>(second[i], load_bytes(block.codes[1], Full{}), dots);
+            sums[i][b] = fma(to_floats(dots) * load(block.scales, Full{}), scale[i], sums[i][b]);
           }
-          sums[b] = fma(to_floats(dots) * load(block.scales, Full{}), scale, sums[b]);
         }
       });
 }
@@ -322,7 +358,12 @@ void stream_rows(const Weight& w, const Activation* x, int64_t begin, int64_t en
 template <class T>
 void stream(const Weight& w, int batch, const Activation* x, int64_t begin, int64_t end, float* out,
             int64_t stride) {
-  switch (batch) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>)
+    if (w.form == Form::BFloat16 && batch > 1)
+      return stream_tiled(w, batch, x, begin, end, out, stride);
+#endif
+  switch (compiled_batch(batch)) {
     case 1: return stream_rows<1, T>(w, x, begin, end, out, stride);
     case 2: return stream_rows<2, T>(w, x, begin, end, out, stride);
     case 4: return stream_rows<4, T>(w, x, begin, end, out, stride);

@@ -10,6 +10,7 @@
 #include "cpu/refuse.h"
 #include "cpu/rope.h"
 #include "cpu/thread_team.h"
+#include "cpu/weights/ahead.h"
 #include "cpu/weights/dense.h"
 #include "cpu/weights/stream.h"
 
@@ -157,18 +158,26 @@ class Step {
         chooses_(chooses) {}
 
   void run() {
-    for (const Layer<T>& layer : decoder_.layers) {
+    for (size_t i = 0; i < decoder_.layers.size(); ++i) {
+      const Layer<T>& layer = decoder_.layers[i];
       const auto normed = [&](const T* norm, const Weight& w) { arrange_normed(norm, w); };
+      next_ = {&layer.out_proj, layer.out_proj.n};
       rows(
           layer.qkv_proj, [&] { normed(layer.attn_norm, layer.qkv_proj); },
           [&](int64_t b, int64_t r, int64_t count, const float* sums) {
             rounded(sums, count, state_.qkv.data() + b * state_.qkv_width + r);
           });
       attend(layer);
+      next_ = {&layer.proj_1, layer.proj_2.k};
       add_to_hidden(layer.out_proj, state_.attended.data(), state_.q_width);
+      next_ = {&layer.proj_2, layer.proj_2.n};
       feed_forward(layer.proj_1, [&] { normed(layer.ffn_norm, layer.proj_1); });
+      const bool last = i + 1 == decoder_.layers.size();
+      const Weight& after = last ? decoder_.head : decoder_.layers[i + 1].qkv_proj;
+      next_ = {&after, after.n};
       add_to_hidden(layer.proj_2, state_.gated.data(), state_.ffn);
     }
+    next_ = {};
     rows(
         decoder_.head, [&] { arrange_normed(decoder_.norm, decoder_.head); },
         [&](int64_t b, int64_t r, int64_t count, const float* sums) {
@@ -207,18 +216,29 @@ class Step {
   }
 
   void sums_of(const Weight& w, int64_t begin, int64_t end, float* out) {
-    stream<T>(w, own_.batch, own_.activations.rows.data(), begin, end, out, kBlock);
+    const int count = static_cast<int>(state_.batch);
+    stream<T>(w, count, own_.activations.rows.data(), begin, end, out, kBlock);
+  }
+
+  // The first rows of this thread's share of the weight that comes next, into L2: the memory works
+  // on while the threads wait for each other, normalize and arrange.
+  void fetch_next() const {
+    if (next_.weight == nullptr) return;
+    const Range mine = thread_.share_of(next_.rows);
+    const int64_t bytes = std::min(kAhead.next, mine.size() * next_.weight->row_bytes);
+    prefetch(next_.weight->row(mine.first), bytes);
   }
 
   // done(b, first row, rows, sums) for this thread's blocks of a weight's rows, whose activations
   // arranged() has arranged.
   template <class Arranged, class Done>
   void rows(const Weight& w, Arranged&& arranged, Done&& done) {
-    thread_.stage(w.n, kBlock, arranged, [&](int64_t first, int64_t last) {
+    const auto work = [&](int64_t first, int64_t last) {
       sums_of(w, first, last, own_.sums.data());
       for (int64_t b = 0; b < state_.batch; ++b)
         done(b, first, last - first, own_.sums.data() + b * kBlock);
-    });
+    };
+    thread_.stage(w.n, kBlock, arranged, work, [&] { fetch_next(); });
   }
 
   void add_to_hidden(const Weight& w, const T* from, int64_t stride) {
@@ -235,7 +255,7 @@ class Step {
   template <class Arranged>
   void feed_forward(const Weight& w, Arranged&& arranged) {
     const int64_t ffn = decoder_.gated ? w.n / 2 : w.n;
-    thread_.stage(ffn, kBlock, arranged, [&](int64_t first, int64_t last) {
+    const auto work = [&](int64_t first, int64_t last) {
       // Blocks of rows, so that gate and up are two long streams and not two short ones.
       sums_of(w, first, last, own_.sums.data());
       if (decoder_.gated) sums_of(w, ffn + first, ffn + last, own_.more_sums.data());
@@ -248,7 +268,8 @@ class Step {
           store(out + i, decoder_.gated ? y * round_to<T>(load(up + i, part)) : y, part);
         });
       }
-    });
+    };
+    thread_.stage(ffn, kBlock, arranged, work, [&] { fetch_next(); });
   }
 
   // QK norm, RoPE, the cache write and attention, a key/value head of a sequence at a time.
@@ -296,6 +317,10 @@ class Step {
   State<T>& state_;
   Scratch<T>& own_;
   TeamThread& thread_;
+  struct {
+    const Weight* weight = nullptr;
+    int64_t rows = 0;  // that its stage shares out
+  } next_;
   T* logits_;
   const bool chooses_;
 };

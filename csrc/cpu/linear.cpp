@@ -27,7 +27,7 @@ Tensor product(const Tensor& x, const Weight& w) {
         float sums[kMaxBatch * block];
         for (int64_t r = begin; r < end; r += block) {
           const int64_t rows = std::min(block, end - r);
-          stream<T>(w, compiled, room.rows.data(), r, r + rows, sums, block);
+          stream<T>(w, static_cast<int>(count), room.rows.data(), r, r + rows, sums, block);
           for (int64_t b = 0; b < count; ++b)
             sweep(rows, [&](int64_t i, auto part) {
               store(out + (first + b) * w.n + r + i, load(sums + b * block + i, part), part);

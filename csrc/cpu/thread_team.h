@@ -84,10 +84,14 @@ class TeamThread {
  public:
   TeamThread(Team& team, int number) : team_(team), number_(number) {}
 
+  // This thread's share of n things: what it takes first.
+  Range share_of(int64_t n) const { return ::share(n, number_, team_.shares()); }
+
   // The next stage: prepare() once, if there is anything to do, then work(first, last) for chunks
-  // of n things, of which no two threads have the same; and the end of the stage.
-  template <class Prepare, class Work>
-  void stage(int64_t n, int64_t chunk, Prepare&& prepare, Work&& work) {
+  // of n things, of which no two threads have the same; and the end of the stage. ahead() is called
+  // before this thread may have to wait: what it fetches comes while it does.
+  template <class Prepare, class Work, class Ahead>
+  void stage(int64_t n, int64_t chunk, Prepare&& prepare, Work&& work, Ahead&& ahead) {
     ++stage_;
     total_ += static_cast<uint32_t>(n);
     int64_t did = 0;
@@ -107,13 +111,18 @@ class TeamThread {
       did = 0;
     };
     take_from(number_);
-    if (team_.shares() == 1) return;
+    if (team_.shares() == 1) return ahead();
     // On a machine that is free all end together: then nobody looks through the others' shares.
     report();
+    ahead();
     if (team_.progress.spin(total_, kBriefly)) return;
     for (int i = 1; i < team_.shares(); ++i) take_from((number_ + i) % team_.shares());
     report();
     if (!team_.progress.spin(total_, kLonger)) team_.progress.sleep(total_);
+  }
+  template <class Prepare, class Work>
+  void stage(int64_t n, int64_t chunk, Prepare&& prepare, Work&& work) {
+    stage(n, chunk, prepare, work, [] {});
   }
 
  private:

@@ -29,6 +29,7 @@ from elmkernels.testing.cases import CASES
 from elmkernels.testing.cases.draw import make
 from elmkernels.weights.formats import BITS, GROUP_SIZES
 
+from .doors import tables
 from .figures import table
 
 HEAD = """# What runs where
@@ -143,4 +144,11 @@ between them (a weight made dense block by block, the gradient of a row of logit
 {_wrapped(taken)}
 
 {_choices()}
+
+## Doors
+
+What this package reads and what it writes, and the test that holds each to it. Tests of other
+projects' programs are marked `ecosystem` or `vllm` ([CONTRIBUTING.md](../CONTRIBUTING.md)).
+
+{tables()}
 """

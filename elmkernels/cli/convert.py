@@ -24,7 +24,7 @@ from .options import (
 
 NAME = "convert"
 _TOKENIZER = "tokenizer.model"
-FORMS = ("plain", "quantized", "packed12", "gguf")
+FORMS = ("plain", "quantized", "packed12", "gguf", "onnx")
 # Options that one form alone has.
 _BELONGS = {"bits": "quantized", "group_size": "quantized", "type": "gguf", "tokenizer": "gguf"}
 
@@ -42,7 +42,12 @@ def add_parser(commands: Any) -> None:
         required=True,
         help=f"the form: {', '.join(FORMS)}",
     )
-    add("--out", metavar="PATH", required=True, help="the folder, or the GGUF file, to write")
+    add(
+        "--out",
+        metavar="PATH",
+        required=True,
+        help="the folder, or the GGUF or ONNX file, to write",
+    )
     add_dtype(parser, None, "cast the weights first: fp32, bf16 or fp16 (default: as they are)")
     add("--bits", type=int, choices=BITS, help="of quantized weights (default 4)")
     add("--group-size", type=int, choices=GROUP_SIZES, help="weights of a scale (default 64)")
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     # Compressed weights may have a dtype of their own: cast are those that they are made into.
     loaded = None if args.to == "plain" else dtype
     model = checked(lambda: OpenELM.from_pretrained(source, config=args.config, dtype=loaded))
-    work = _to_gguf if args.to == "gguf" else _to_folder
+    work = {"gguf": _to_gguf, "onnx": _to_onnx}.get(args.to, _to_folder)
     lines = checked(work, args, model, source, out)
     if args.json:
         print(dump({"out": out, "to": args.to, "report": lines}))
@@ -103,3 +108,12 @@ def _to_gguf(args: argparse.Namespace, model: OpenELM, source: Path, out: Path) 
     export_gguf(model, out, args.type or "f16", tokenizer=tokenizer, name=name)
     words = f"tokens of {tokenizer}" if tokenizer else f"no vocabulary ({beside} is not there)"
     return [f"{args.type or 'f16'}, {words}"]
+
+
+def _to_onnx(args: argparse.Namespace, model: OpenELM, source: Path, out: Path) -> list[str]:
+    from ..integrations.onnx import export_onnx
+
+    export_onnx(model, out)
+    return [
+        f"inputs and outputs for each of {len(model.layers)} layers, weights in {out.name}.data"
+    ]

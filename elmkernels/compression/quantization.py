@@ -1,5 +1,7 @@
 """Quantizing the weights of a model, to 8 or 4 bits: see `weights.affine`."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -125,7 +127,7 @@ def quantized_copy(model: OpenELM, bits: int = 4, group_size: int | None = None)
         weight = found[name]
         dense = dense_rows(weight, weight.dtype, 0, weight.shape[0]).detach()
         set_module(copy, name, quantized_module(name, quantize_weight(dense, bits, group_size)))
-    own = dict(model.named_modules())
+    own: dict[str, Any] = dict(model.named_modules())
     for name, module in copy.named_modules():
         if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(own[name].weight.detach(), requires_grad=False)

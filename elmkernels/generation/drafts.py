@@ -139,10 +139,16 @@ class ModelDraft:
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self._starts = [0] * batch  # the token of a row that is in the cache's first place
         self._sure = [0] * batch  # tokens of `ids` that were compared with what is certain
+        self._dtype = model.activation_dtype
         self.whole = True
 
     def begin(self) -> None:
-        self._sure = [0] * len(self._sure)
+        if (dtype := self.model.activation_dtype) != self._dtype:  # autocast began or ended
+            self.cache.reset()
+        self._dtype, self.whole = dtype, True
+        held = zip(self.cache.rows, self._starts, strict=True)
+        self.cache.truncate([0 if start else n for n, start in held])
+        self._starts, self._sure = [0] * len(self._starts), [0] * len(self._sure)
 
     def missed(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> int:
         return sum(len(ids[b]) - 1 - self._starts[b] - self._kept(b, ids[b]) for b in rows)
@@ -241,7 +247,7 @@ def self_draft(model: OpenELM, bits: int = SELF_BITS) -> OpenELM:
 
     Example:
         >>> draft = self_draft(model)
-        >>> rows = elmkernels.generate(model, prompts, 100, draft=draft)
+        >>> rows = elmkernels.generate(model, [[1, 2, 3]], 20, draft=draft)
     """
     tensors = [*model.parameters(), *model.buffers()]
     written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -68,9 +68,11 @@ class Pace:
         if missed > WINDOW * len(rows) or not draft.whole:
             kept, tried = self._kinds.get(0, (0.0, 0.0))
             proven = tried >= 2 and kept >= PROVEN * tried
-            whole = sum(len(ids[b]) for b in rows) * self._reading
+            if not draft.whole:
+                missed = sum(len(ids[b]) for b in rows)
             left = self._left * plain
-            self._invested = whole < left * (INVESTED if proven else SHARE)
+            most = left * (INVESTED if proven else SHARE)
+            self._invested = missed * self._reading < most
             draft.whole = self._invested
         return True
 

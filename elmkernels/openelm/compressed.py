@@ -55,7 +55,7 @@ def _gradient(dy: Tensor, weight: Weight) -> Tensor:
     return dy @ dense_rows(weight, dy.dtype, 0, weight.shape[0])
 
 
-def product(x: Tensor, weight: Weight, **how: str | None) -> Tensor:
+def product(x: Tensor, weight: Weight, **how: Any) -> Tensor:
     """x [..., k], weight [n, k] in any form -> x weight^T [..., n] in x's dtype (autocast's where
     that is on), differentiable in x, and in the weight where it is a Tensor. how: backend and
     activations of a compressed weight, as in `ops.linear`.

@@ -105,9 +105,8 @@ def decode_step(
     chosen: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The logits after every token; its keys and values are written on the way.
-
-    There are no gradients: weights that require one are refused unless under torch.no_grad().
+    """The logits after every token; its keys and values are written on the way. There are no
+    gradients: weights that require one are refused unless under torch.no_grad().
 
     Args:
         weights: a decoder, as `openelm.decoder_weights_of` gives it. With activations="int8" its

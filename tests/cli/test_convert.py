@@ -92,7 +92,10 @@ def test_wrong_input(capsys, tmp_path, monkeypatch):
         ([*source, "--to", "packed12"], "arguments are required: --out"),
         (["--to", "packed12", *out], "arguments are required: --checkpoint"),
         ([*source, *out], "--to"),
-        ([*source, *out, "--to", "gptq"], "one of plain, quantized, packed12, gguf, got 'gptq'"),
+        (
+            [*source, *out, "--to", "gptq"],
+            "one of plain, quantized, packed12, gguf, onnx, got",
+        ),
         ([*source, *out, "--to", "gguf", "--type", "q6_k"], "q8_0, q4_0, got 'q6_k'"),
         ([*source, *out, "--to", "quantized", "--bits", "3"], "invalid choice: 3"),
         ([*source, *out, "--to", "packed12", "--bits", "4"], "--bits belongs to --to quantized"),
@@ -103,6 +106,7 @@ def test_wrong_input(capsys, tmp_path, monkeypatch):
         ([*source, *out, "--to", "gguf", "--tokenizer", str(tmp_path)], "--tokenizer: /"),
     ):
         assert message in refusal(capsys, *argv)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install gguf" in refusal(capsys, *source, *out, "--to", "gguf")
+    for package, form in (("gguf", "gguf"), ("onnx", "onnx")):
+        monkeypatch.setitem(sys.modules, package, None)
+        assert f"pip install {package}" in refusal(capsys, *source, *out, "--to", form)
     assert not (tmp_path / "o").exists()

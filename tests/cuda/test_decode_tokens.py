@@ -25,7 +25,7 @@ ARRANGED = [
 
 
 @every_form
-@pytest.mark.parametrize(("grid", "order"), [(7, "shuffled"), (41, "reversed"), (300, "shuffled")])
+@pytest.mark.parametrize(("grid", "order"), [(7, "shuffled"), (41, "reversed")])
 def test_tokens_of_a_sequence_have_the_bits_of_one_by_one(library, grid, order, form, dtype):
     weights, _, _, cache = decoding(form, dtype)
     for positions, sequences in ARRANGED:

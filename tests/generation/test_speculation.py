@@ -202,6 +202,30 @@ def test_the_draft_is_told_what_was_kept():
     assert read < 4 * 25
 
 
+def test_a_draft_that_reads_a_few_tokens_or_all():
+    model = tiny()
+    ids = [[3, 1, 4, 1, 5, 9, 2, 6] * 4, [2, 7, 1, 8] * 6]
+    draft = ModelDraft("draft", model, 2, 64, 512)
+    expected = [row.tokens for row in generate(model, ids, 3)]
+    short = [row.tokens for row in generate(model, [row[-8:] for row in ids], 3)]
+
+    def guesses(rows: list[int]) -> list[list[int]]:
+        return draft.propose(ids, rows, lambda kind, row: 3, None)
+
+    draft.whole = False
+    assert guesses([0, 1]) == short and max(draft.cache.rows) <= 10
+    assert draft.missed(ids, [0, 1]) == 0
+    draft.whole = True
+    assert guesses([0, 1]) == expected and draft.cache.rows == [34, 26]
+    draft.whole = False
+    draft.begin()
+    ids = [row[:6] for row in ids]  # shorter than what was left out before
+    for whole in (False, True):
+        draft.whole = whole
+        assert guesses([1]) == [[], generate(model, ids[1:], 3)[0].tokens]
+    assert draft.missed(ids, [0, 1]) == 0
+
+
 def test_the_copy_of_itself():
     model = tiny(torch.bfloat16)
     copy = self_draft(model)

@@ -39,8 +39,12 @@ class Writer(OpenELM):
     def forward(self, input_ids, attention_mask=None, cache=None, logits_to_keep=0, counts=None):
         logits = super().forward(input_ids, attention_mask, cache, logits_to_keep, counts)
         for b, text in enumerate(self.texts):
-            at = cache.rows[b] - self.prompted[b]
-            logits[b, -1, text[at] if at < len(text) else 2] = 1e9
+            at = cache.rows[b] - self.prompted[b]  # after the last of the new tokens
+            new = 1 if logits_to_keep else (counts or [input_ids.shape[1]] * len(self.texts))[b]
+            for i in range(max(0, new - 1 - at), new):
+                place = at - (new - 1 - i)
+                where = -1 if logits_to_keep else i
+                logits[b, where, text[place] if place < len(text) else 2] = 1e9
         return logits
 
 
@@ -91,6 +95,20 @@ def test_a_stop_string_ends_a_row_wherever_it_lies(tokenizer, stop):
     # Up to the token that completes it, and no further.
     assert stop in tokenizer.continuation(prompts[0], row.tokens)
     assert stop not in tokenizer.continuation(prompts[0], row.tokens[:-1])
+
+
+@pytest.mark.parametrize("stop", ["sat the", "t\n", "zzz"])
+@pytest.mark.parametrize("draft", ["lookup", "model"])
+def test_stop_strings_and_pieces_are_the_same_with_a_draft(tokenizer, draft, stop):
+    texts = [" the cat sat the cat sat the cat\n\nsat", WRITTEN]
+    model, prompts = written(tokenizer, *texts)
+    how = {"tokenizer": tokenizer, "stop_strings": stop}
+    plain = generate(model, prompts, 60, **how)
+    pieces = list(stream(model, prompts, 60, **how).text())
+    guessing = written(tokenizer, *texts)[0] if draft == "model" else draft
+    run = stream(model, prompts, 60, draft=guessing, draft_tokens=5, **how)
+    assert list(run.text()) == pieces and run.rows == plain
+    assert run.speculation.accepted > 0
 
 
 def test_the_first_of_several_stop_strings_counts(tokenizer):

@@ -63,7 +63,7 @@ def test_linear_has_the_same_bits_in_any_batch_by_any_threads(backend, form, dty
     d = draw(dtype)
     x, w = d.normal(8, 320), weight(d, form, 515, 320)
     whole = linear(x, w, backend=backend)
-    for rows in (1, 2, 3, 5, 8):
+    for rows in range(1, 9):
         assert torch.equal(linear(x[:rows], w, backend=backend), whole[:rows])
     assert torch.equal(linear(x[6], w, backend=backend), whole[6])
     for count in (1, 2, 3, 8):

@@ -50,11 +50,13 @@ struct Activation {
 };
 
 // Room for the activations of a batch, whatever the form. Rows begin on cache lines: a vector that
-// crosses one takes two loads, and these products load a vector for every one they compute.
+// crosses one takes two loads, and these products load a vector for every one they compute. They
+// are never a multiple of 4 KB apart: a cache has room for eight lines of the same place in a page.
 class Activations {
  public:
   Activations(int64_t batch, int64_t k, int64_t groups) {
-    const int64_t row = padded(k) + round_up(groups, 16);
+    int64_t row = padded(k) + round_up(groups, 16);
+    if (row % 1024 == 0) row += 16;
     floats_ = floats(std::max<int64_t>(1, batch) * row);
     for (int64_t b = 0; b < batch; ++b)
       rows.push_back({floats_.get() + b * row, floats_.get() + b * row + padded(k)});

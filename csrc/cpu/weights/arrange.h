@@ -8,7 +8,7 @@
 template <class T, class P>
 inline void arrange_pairs(const T* x, int64_t k, P* out) {
   constexpr int64_t half = Vec::size;
-  std::memset(out, 0, padded(k) * sizeof(P));
+  std::fill(out + k / (2 * half) * 2 * half, out + padded(k), P{});
   if constexpr (std::is_same_v<P, T> && !std::is_same_v<P, float>) {
     std::memcpy(out, x, k * sizeof(P));
   } else {

@@ -49,7 +49,7 @@ inline void arrange_int8(const Weight& w, const T* x, Activation& to) {
   Block* blocks = int8_blocks<Bits>(to);
   if (w.k % Block::columns)  // the last one is not whole
     std::memset(static_cast<void*>(&blocks[w.k / Block::columns]), 0, sizeof(Block));
-  const __m128i centre = _mm_set1_epi32(Bits == 8 ? 7 : 3);
+  const __m128i centre = _mm_cvtsi32_si128(Bits == 8 ? 7 : 3);  // a shift: by 128 or 8
   std::fill_n(to.sums, w.groups(), 0.0f);
   for (int64_t c = 0; c < w.k; c += kInt8Group) {
     int8_t codes[kInt8Group];

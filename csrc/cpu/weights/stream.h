@@ -6,13 +6,14 @@
 
 // Up to this many rows of activations share one pass over the weight.
 constexpr int kMaxBatch = 8;
-// A batch is rounded up to one that is compiled: the rows added are computed for nothing.
+// A batch is rounded up to one that is compiled, for most forms: the rows added are computed for
+// nothing.
 inline int compiled_batch(int64_t batch) {
   return batch <= 2 ? static_cast<int>(batch) : batch <= 4 ? 4 : 8;
 }
 
 // out[b * stride + r - begin] = row r of w times activation b of type T, for rows [begin, end).
-// `batch` is a compiled_batch(); x and out have as many rows.
+// x and out have compiled_batch(batch) rows.
 template <class T>
 void stream(const Weight& w, int batch, const Activation* x, int64_t begin, int64_t end, float* out,
             int64_t stride);

@@ -32,7 +32,7 @@ struct AttendItem {
 template <class T>
 struct AttendShared {
   AttendItem<T>* item;
-  float *raw, *queries;         // [group + 2 news, head_dim] as projected; [group, head_dim] rotated
+  float *raw, *queries;         // [group + 2 news, head_dim] projected; [group, head_dim] rotated
   float *scores, *tops, *sums;  // [group, kKeys], [group], [group]
   float* totals;                // [value_parts, kHeads, head_dim]
   T *keys, *values;             // [news, head_dim]
@@ -125,7 +125,8 @@ DEVICE_CALL void prepare(Block block) {
       const float* x = shared.raw + r * d;
       if (r < group) {
         float* to = shared.queries + r * d;
-        rotate_head(warp, x, item.q_norm, item.rotation, item, [&](int c, T y) { to[c] = wide(y); });
+        rotate_head(warp, x, item.q_norm, item.rotation, item,
+                    [&](int c, T y) { to[c] = wide(y); });
         continue;
       }
       const int t = token_of(r);

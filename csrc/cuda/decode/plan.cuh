@@ -150,8 +150,8 @@ HOST_DEVICE constexpr int64_t partial_at(int64_t row, int64_t q_heads, int64_t q
   return ((row * q_heads + q_head) * max_splits + split) * (head_dim + 2);
 }
 // Where in the arena a layer's keys (or values, from its other offset on) of one head begin.
-HOST_DEVICE constexpr int64_t cache_at(int64_t offset, int64_t sequence, int64_t kv_heads, int64_t head,
-                                       int64_t max_length, int64_t head_dim) {
+HOST_DEVICE constexpr int64_t cache_at(int64_t offset, int64_t sequence, int64_t kv_heads,
+                                       int64_t head, int64_t max_length, int64_t head_dim) {
   return offset + (sequence * kv_heads + head) * max_length * head_dim;
 }
 

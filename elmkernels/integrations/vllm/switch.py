@@ -1,6 +1,6 @@
 """Which ops of this package a model in vLLM runs; nothing here knows vLLM."""
 
-from ...backends import BACKENDS, REFERENCE, Reason, choose, missing_kernels
+from ...backends import REFERENCE, Reason, choose, missing_kernels
 
 # vLLM's name of each of its custom ops that is ours: the ops of this package that it is.
 CUSTOM_OPS = {
@@ -49,8 +49,3 @@ def line(chosen: dict[str, str | None], device: str) -> str:
         why = missing(device) or "switched off by custom_ops"
         parts.append(f"vLLM's own run {', '.join(theirs)}: {why}")
     return "; ".join(parts)
-
-
-def available() -> list[str]:
-    """The backends that can run here."""
-    return [name for name, backend in BACKENDS.items() if backend.missing is None]

@@ -53,9 +53,3 @@ def mapped(
         if tuple(weight.shape) != wanted[name]:
             fail(stored, list(wanted[name]), list(weight.shape))
         yield name, weight
-
-
-def missing_weights(shape: OpenELMConfig, held: Iterable[str]) -> list[str]:
-    """The names that a model needs and that are not among `held`."""
-    there = set(held)
-    return [name for name in expected(shape) if name not in there]

