@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import reports
 from helpers.checkpoints import GROUPED, same_bits
 from torch import nn
 
@@ -70,14 +71,16 @@ def test_every_product_is_the_specification_s(bits, config):
     report = accelerate(model, activations="int8")
     assert any("rounded to 8 bits" in note for note in report.notes)
     with torch.inference_mode():
-        truth = expected(IDS)
-        close = {"rtol": 2e-3, "atol": 2e-3}  # a row may be rounded to its neighbour
-        torch.testing.assert_close(model(IDS), truth, **close)
-        assert (plain(IDS) - truth).abs().max() > 1e-3  # rounding shows
+        truth, without = expected(IDS), plain(IDS)
         cache = KVCache(model.config, 2, 16)
-        model(IDS[:, :4], cache=cache)
-        for i in range(4, 9):
-            torch.testing.assert_close(next_logits(model, IDS[:, i], cache), truth[:, i], **close)
+        steps = [model(IDS[:, :4], cache=cache)]
+        steps += [next_logits(model, IDS[:, i], cache)[:, None] for i in range(4, 9)]
+        found = {"a prompt": model(IDS), "steps": torch.cat(steps, 1)}
+    shown = (without - truth).norm()
+    assert shown > 1e-3 * truth.norm()
+    for what, got in found.items():
+        # A number at the edge between two may be rounded to the other: rarely.
+        assert (got - truth).norm() < 0.3 * shown, what
 
 
 def test_a_tied_head_of_a_quantized_embedding_is_rounded():
@@ -152,7 +155,7 @@ def test_a_gradient_through_it_is_refused():
 @pytest.mark.parametrize("format", ROUNDED)
 def test_what_it_loses_is_measured(format):
     """By the error of the logits and the perplexity of a text, beside those without."""
-    model = OpenELM(GROUPED, seed=3, dtype=torch.bfloat16).eval()
+    model = reports.load(torch.bfloat16).eval()
     runner = rounded_runner(format, model, 24, None)
     found = runner.facts["rounding"]
     assert runner.name == f"ours {format}, int8 activations"
