@@ -335,11 +335,12 @@ def run_alone(folder: Path, blocked: list[str], watched: list[str], built: bool)
 
 
 EXTRAS = ["triton", "matplotlib", "tqdm", "yaml", "transformers", "liger_kernel", "pytest"]
-EXTRAS += ["tokenizers", "sentencepiece", "datasets", "tensorboard", "lm_eval"]
+EXTRAS += ["tokenizers", "sentencepiece", "datasets", "tensorboard", "lm_eval", "vllm", "onnx"]
 
 
 def test_import_loads_no_extra():
-    loaded = run_alone(ROOT, [], ["triton", "matplotlib", "transformers", "safetensors"], True)[1]
+    watched = ["triton", "matplotlib", "transformers", "safetensors", "vllm", "onnx"]
+    loaded = run_alone(ROOT, [], watched, True)[1]
     assert loaded == ""
 
 

@@ -91,6 +91,7 @@ OTHER_WORDS = {
     "elmkernels/ops/linear.py": {"swiglu"},
     "elmkernels/testing/cases/_linear_fused.py": {"swiglu"},
     "elmkernels/bench/ceilings.py": {"linear"},
+    "elmkernels/testing/ptx/meter.py": {"attention", "linear", "linear_cross_entropy"},
     "elmkernels/bench/runners.py": {"attention"},
 }
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import api, figures, margins, support, traffic
+from . import api, figures, margins, serving, support, traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES: dict[str, Callable[[], str]] = {"docs/api.md": api.page, "docs/support.md": support.page}
@@ -19,6 +19,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": figures.TABLES,
     "docs/gpu.md": {"traffic": traffic.traffic},
     "docs/huggingface.md": {"transformers": lambda: figures.transformers("transformers-270m-cpu")},
+    "docs/serving.md": {"throughput": lambda: serving.throughput("vllm-270m-cpu")},
     "docs/parity.md": {"margins": margins.margins, "processors": margins.processors},
 }
 _BLOCK = re.compile(r"<!-- generated: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)

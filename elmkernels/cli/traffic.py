@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .. import __version__
+from ..backends import traits
 from ..bench.table import format_table
 from ..testing.cases import CASES
 from ..testing.ptx.meter import MODELS, ROWS, Pass, cases_of, measure
@@ -13,7 +14,7 @@ from .console import measure as carried_out
 from .options import add_dtypes, add_json, add_out, dtypes_of, new_command, positive, some_of
 
 NAME = "traffic"
-OPS = tuple(op for op in CASES if op != "decode_step")
+OPS = tuple(op for op in CASES if not traits(op).whole_model)
 
 
 def add_parser(commands: Any) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration.decode_modes import GRAPH, ONE_LAUNCH
-from elmkernels.bench.baselines.torch_baseline import TorchBaseline
+from elmkernels.bench.baselines.torch_baseline import TorchBaseline, TorchBaselineRunner
 from elmkernels.bench.runners import Task
 from elmkernels.generation.cuda_graph import Window, bucket_of, step, width_of
 from elmkernels.generation.gpu_decoder import Decoder
@@ -13,7 +13,7 @@ from elmkernels.generation.sampling import Sampler, Sampling
 from elmkernels.generation.step import greedy
 from elmkernels.gpu_check.model_units import agreement
 from elmkernels.gpu_check.models import TINY
-from elmkernels.gpu_check.runners import DecoderRunner, TorchBaselineRunner, room_for
+from elmkernels.gpu_check.runners import DecoderRunner, room_for
 from elmkernels.openelm import KVCache
 from elmkernels.surgery import twin
 

@@ -202,6 +202,7 @@ def test_the_draft_is_told_what_was_kept():
     assert read < 4 * 25
 
 
+@torch.no_grad()
 def test_a_draft_that_reads_a_few_tokens_or_all():
     model = tiny()
     ids = [[3, 1, 4, 1, 5, 9, 2, 6] * 4, [2, 7, 1, 8] * 6]

@@ -33,7 +33,9 @@ class Tape(TorchDispatchMode):
                 continue  # a view, of what is run again
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                # A prepacked copy of a weight has no address, and none is made on a GPU.
+                placed = isinstance(old, torch.Tensor) and old.layout == torch.strided
+                if placed and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 

@@ -162,6 +162,17 @@ def test_a_wrong_tensor_is_named(tmp_path, change, message):
         dict(weights.mapped(CONFIG, held.items()))
 
 
+def test_a_tensor_that_is_missing_is_named():
+    """Of those that the process holds: in a pipeline others hold the rest."""
+    names = list(weights.expected(CONFIG))
+    weights.check_complete(CONFIG, names, names, "m")
+    weights.check_complete(CONFIG, names[:5], names[:5], "m")
+    with pytest.raises(ValueError, match=rf"^m lacks {names[2]}$"):
+        weights.check_complete(CONFIG, names, [*names[:2], *names[3:]], "m")
+    with pytest.raises(ValueError, match=f"and {len(names) - 4} more$"):
+        weights.check_complete(CONFIG, names, [], "m")
+
+
 def test_which_ops_run_is_said_in_one_line():
     names = list(switch.CUSTOM_OPS)
     line = switch.line(dict.fromkeys(names, "avx2"), "cpu")

@@ -207,6 +207,7 @@ class OpenELMForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.shape: OpenELMConfig = shapes.shape_of(vars(self.config))
+        self.folder, self.complete = vllm_config.model_config.model, False
         self.transformer = Transformer(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "transformer")
         )
@@ -241,6 +242,12 @@ class OpenELMForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
         """Take the folder's tensors.
 
         Raises:
-            ValueError: one is none of the model's, or has another shape.
+            ValueError: one is none of the model's, has another shape, or is missing. (What is
+                loaded later, over a model that is complete, may be a part of it.)
         """
-        return AutoWeightsLoader(self).load_weights(weights.mapped(self.shape, stored))
+        found = AutoWeightsLoader(self).load_weights(weights.mapped(self.shape, stored))
+        if not self.complete:
+            held = (name for name, _ in self.named_parameters())
+            weights.check_complete(self.shape, held, found, self.folder)
+            self.complete = True
+        return found

@@ -53,3 +53,21 @@ def mapped(
         if tuple(weight.shape) != wanted[name]:
             fail(stored, list(wanted[name]), list(weight.shape))
         yield name, weight
+
+
+def check_complete(
+    shape: OpenELMConfig, held: Iterable[str], loaded: Iterable[str], folder: str
+) -> None:
+    """Raise ValueError unless all that a process holds of a model was loaded: a projection that a
+    folder lacks would be served with whatever memory held before.
+
+    Args:
+        shape: of the model.
+        held: the names of the process's own parameters.
+        loaded: those that got a tensor.
+        folder: its name.
+    """
+    lacks = sorted((set(held) & expected(shape).keys()) - set(loaded))
+    if lacks:
+        more = f" and {len(lacks) - 4} more" if len(lacks) > 4 else ""
+        raise ValueError(f"{folder} lacks {', '.join(lacks[:4])}{more}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ... import ops
+from ...backends import traits
 from ...checks import fail
 from ..cases import CASES, OPS
 from ..cases.draw import Case, make
@@ -137,7 +138,7 @@ def cases_of(op: str, rows: int = ROWS, models: Sequence[str] = MODELS) -> list[
         fail("op", f"one of {', '.join(CASES)}", repr(op))
     if op in SMALL:
         return [next(c for c in CASES[op] if c.name.startswith(name)) for name in SMALL[op]]
-    if op == "decode_step":
+    if traits(op).whole_model:
         fail("op", "one that Triton has kernels for", repr(op))
     names = [model.removeprefix("OpenELM-") for model in models]
     return [case for name in names for case in OPS[op].bench_cases(name, (rows,), 0)]
