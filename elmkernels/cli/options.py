@@ -51,7 +51,9 @@ def new_command(commands: Any, name: str, run: Callable, help: str, more: str = 
     begins with. run(args) carries it out and returns the exit code.
     """
     text = f"{help[0].upper()}{help[1:]}.{more and f' {more}'}"
-    parser = commands.add_parser(name, help=help, description=text)
+    parser = commands.add_parser(name, help=help, description=text, add_help=False)
+    # Who reads it has found it.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.usage = f"{parser.prog} [options]"
     parser.set_defaults(run=run, command=parser.prog.removeprefix("elmkernels "))
     return parser
@@ -95,7 +97,7 @@ def add_draft(to: Any) -> None:
     to.add_argument(
         "--draft",
         metavar="WHAT",
-        help=f"guesses tokens, of which several are checked at once: {LOOKUP}, {SELF} or PATH",
+        help=f"what guesses tokens: {LOOKUP}, {SELF} or PATH",
     )
     to.add_argument(
         "--draft-tokens", type=positive, metavar="N", help="always guess N (default: what pays)"
@@ -284,7 +286,7 @@ def add_activations(to: Any) -> None:
         "--activations",
         type=one_of(("int8",)),
         metavar="int8",
-        help="round what 8- and 4-bit weights are multiplied by: faster, less exact",
+        help="for 8 and 4 bits: faster, less exact",
     )
 
 
