@@ -1,9 +1,9 @@
 """How many tokens a draft is asked for, from what was measured in this run.
 
-A pass of the model over n tokens takes V(n), a step of the draft D, and a guess is kept with the
-probability a, which is counted for each kind of guess. k guesses after each of r rows give
+A pass of the model over n tokens takes V(n), k guesses of the draft D(k), and a guess is kept with
+the probability a, which is counted for each kind of guess. k guesses after each of r rows give
 
-    r (1 + a + a^2 + ... + a^k) tokens in D k + V(r + r k) seconds
+    r (1 + a + a^2 + ... + a^k) tokens in D(k) + V(r + r k) seconds
 
 and the k that gives most tokens a second is taken, if that is more than plain passes give. What is
 not measured yet is taken for as good as the next fewer tokens: so it is tried, one more at a time.
@@ -37,7 +37,7 @@ class Pace:
     def __init__(self, fixed: int | None) -> None:
         self.fixed = fixed
         self._passes: dict[int, deque[float]] = {}  # seconds of a pass by its tokens
-        self._steps: deque[float] = deque(maxlen=SAMPLES)  # seconds of a step of the draft
+        self._drafts: dict[int, deque[float]] = {}  # seconds of the draft by its guesses of a row
         self._reading = 0.0  # seconds in which a draft reads a token that it missed
         self._kinds: dict[int, list[float]] = {}  # of each kind: guesses that were kept, and tried
         self.begin(0, 0.0)
@@ -84,12 +84,13 @@ class Pace:
         kept, tried = self._kinds.get(kind, (0.0, 0.0))
         a = (kept + PRIOR * WEIGHT) / (tried + WEIGHT)
         rows, plain = self._rows, self._pass(self._rows)
-        step = median(self._steps) if self._steps else 0.0
+        most = 1 + min(int(tried), max(self._drafts, default=0))
         best, speed, tokens, power = 1, 0.0, 1.0, 1.0
-        for k in range(1, min(MOST_TOKENS - 1, 1 + int(tried)) + 1):
+        for k in range(1, min(MOST_TOKENS - 1, most) + 1):
             power *= a
             tokens += power
-            found = tokens / (step * k + self._pass(min(rows * (k + 1), MOST_TOKENS)))
+            seconds = _seconds(self._drafts, k) + self._pass(min(rows * (k + 1), MOST_TOKENS))
+            found = tokens / seconds
             if found > speed:
                 best, speed = k, found
         # One that is believed not to pay is tried as long as that may be lost.
@@ -100,7 +101,7 @@ class Pace:
         self._since, self._left = 0, self._left - 1
         self._warm += 1
         if self._warm > 1:
-            self._note(tokens, seconds)
+            _note(self._passes, tokens, seconds)
         self._spent += seconds + drafting
         self._lost += drafting
 
@@ -109,7 +110,7 @@ class Pace:
         rows, most = len(counts), max(n for n, _ in counts.values())
         kept = sum(right for _, right in counts.values())
         self._since += 1
-        self._note(rows + sum(n for n, _ in counts.values()), seconds)
+        _note(self._passes, rows + sum(n for n, _ in counts.values()), seconds)
         for row, (n, right) in counts.items():
             if n:
                 tried = min(n, right + 1)
@@ -118,31 +119,36 @@ class Pace:
                 known[0] += right
                 known[1] += tried
         if not self._invested:
-            self._steps.append(drafting / most)
+            _note(self._drafts, most, drafting)
         gained = 1 + kept / rows
         self._left -= round(gained)
         if self.fixed is None:
             plain = self._pass(rows)
             if self._invested:  # what it read is no loss, or it would be off at once
-                drafting = median(self._steps) * most if self._steps else 0.0
+                drafting = _seconds(self._drafts, most)
             spent = seconds + drafting
             self._spent += spent
             self._lost = max(self._lost + spent - gained * plain, -GAIN * plain)
         self._invested = False
 
-    def _note(self, tokens: int, seconds: float) -> None:
-        self._passes.setdefault(tokens, deque(maxlen=SAMPLES)).append(seconds)
-
     def _pass(self, tokens: int) -> float:
         """Seconds of a pass over so many tokens, as far as is known."""
-        known = self._passes
-        if tokens in known:
-            return median(known[tokens])
-        below = [n for n in known if n < tokens]
-        above = [n for n in known if n > tokens]
-        if not below or not above:
-            near = max(below) if below else min(above, default=0)
-            return median(known[near]) if near else 0.0
-        low, high = max(below), min(above)
-        first, last = median(known[low]), median(known[high])
-        return first + (last - first) * (tokens - low) / (high - low)
+        return _seconds(self._passes, tokens)
+
+
+def _note(known: dict[int, deque[float]], n: int, seconds: float) -> None:
+    known.setdefault(n, deque(maxlen=SAMPLES)).append(seconds)
+
+
+def _seconds(known: dict[int, deque[float]], n: int) -> float:
+    """What n take: between two that are known on a line, beside all of them as the nearest."""
+    if n in known:
+        return median(known[n])
+    below = [m for m in known if m < n]
+    above = [m for m in known if m > n]
+    if not below or not above:
+        near = max(below) if below else min(above, default=0)
+        return median(known[near]) if near else 0.0
+    low, high = max(below), min(above)
+    first, last = median(known[low]), median(known[high])
+    return first + (last - first) * (n - low) / (high - low)
