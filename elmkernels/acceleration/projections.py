@@ -197,20 +197,20 @@ def _sample(weight: Tensor) -> Tensor:
     return weight.detach()[:: max(1, n // 8), :: max(1, k // 8)]
 
 
-# Rows that a weight multiplies before it gets a copy that nobody asked for. To make one takes as
-# long as 6 to 10 products of 16 rows gain by it (Zen 4, bfloat16, [3072, 1280] and [4096, 1280]):
-# a short prompt makes none, a batch that decodes does at its eighth step, a long prompt at once.
+# Rows of a call from which on it takes a copy that nobody asked for. To make one takes as long as 6
+# to 10 products of 16 rows gain by it (Zen 4, bfloat16, [3072, 1280] and [4096, 1280]): a long
+# prompt makes one, a short one and a batch that decodes don't. A call's own rows alone decide, so
+# that the same call gives the same bits whatever came before it.
 PATIENCE = 128
 
 
 class Products:
     """x @ weight.T by a plan, with a prepacked copy of the weight if the plan asks for it.
-    backend: of `ops.linear`. patience: rows that are multiplied without the copy first.
+    backend: of `ops.linear`. patience: a call of fewer rows goes without the copy.
     """
 
     def __init__(self, plan: Plan, backend: str | None = None, patience: int = 0) -> None:
         self.plan, self.backend, self.patience = plan, backend, patience
-        self._waited = 0  # rows that came for the copy so far
         self._weight: weakref.ref[Tensor] | None = None  # the last that was prepacked here
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -245,10 +245,9 @@ class Products:
         if weight.grad is not None or not self.plan.prepacks:
             self.drop()
         elif routine == PREPACKED:
-            self._waited += rows
-            if self._waited >= self.patience:
-                return onednn(x, self.prepacked(weight))
-            return F.linear(x, weight)
+            if rows < self.patience:
+                return F.linear(x, weight)
+            return onednn(x, self.prepacked(weight))
         return onednn(x, weight)
 
     def prepacked(self, weight: Tensor) -> Tensor:
@@ -279,7 +278,7 @@ class Products:
 
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's layout can't be pickled or deep-copied: a copy prepacks again at its first call.
-        return vars(self) | {"_weight": None, "_waited": 0}
+        return vars(self) | {"_weight": None}
 
 
 def _autocast_training(x: Tensor, weight: Tensor) -> bool:

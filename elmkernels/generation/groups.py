@@ -52,7 +52,8 @@ def grouped(model: OpenELM, weights: DecoderWeights, batch: int) -> bool:
     first: Any = model.layers[0]
     projection = first.attn.qkv_proj
     if isinstance(projection, Linear) and batch <= SEVERAL_ROWS:
-        if projection.plan.of_rows(batch) == PREPACKED:
+        routine = projection.plan.of_rows(batch)
+        if routine == PREPACKED and batch >= projection.products.patience:
             return False
     bits = form_of(weights.layers[0].qkv_proj).parts().bits
     found = row(GROUPED, bits, weights.norm.dtype)

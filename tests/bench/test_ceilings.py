@@ -145,7 +145,10 @@ def test_reading_slower_than_a_runner_is_not_usable(top, usable):
         assert "reading is not usable: ours bf16 reached 1.60 times as much" in reasons[0]
     assert ours["of_reading_its_weights"] is None  # 800 of 700
     assert "reading its weights is not usable: ours bf16 reached 1.14" in reasons[-1]
-    about = {name: {"kind": f["kind"], "agree": None} for name, f in found["runners"].items()}
+    about = {
+        name: {"kind": f["kind"], "agree": None, "facts": {}}
+        for name, f in found["runners"].items()
+    }
     text = generation_figures.text("g", {"runners": about, "tasks": [found], "missing": {}})
     assert "not usable" in text and "114%" not in text and "160%" not in text
 

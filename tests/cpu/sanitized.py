@@ -16,7 +16,7 @@ from elmkernels.openelm import KVCache, OpenELMConfig
 from elmkernels.testing import CASES
 from elmkernels.testing.cases import OPS
 from elmkernels.testing.cases.draw import make
-from elmkernels.testing.parity import _run
+from elmkernels.testing.parity import run_case
 from elmkernels.weights.packed12 import pack_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ def all_ops(backend: str) -> int:
                 inputs = make(case, dtype, "cpu", 0)
                 for threads in (1, 3):
                     torch.set_num_threads(threads)
-                    _run(calls(op, backend), case, inputs, None, 0)
+                    run_case(calls(op, backend), case, inputs, None, 0)
                     count += 1
     return count
 

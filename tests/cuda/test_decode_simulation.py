@@ -25,8 +25,8 @@ from elmkernels.testing.cases.weights import FORMS, dtypes_of
 from elmkernels.weights.affine import quantize_weight
 from elmkernels.weights.formats import Affine, DecoderWeights
 
-# The op answers a batch of none by itself.
-SOME = [case for case in CASES["decode_step"] if case.name != "no_batch"]
+# The op answers a batch of none by itself, and gives rounded activations to no GPU.
+SOME = [c for c in CASES["decode_step"] if c.name != "no_batch" and "_int8" not in c.name]
 PARITY_CASES = [(case, dtype) for case in SOME for dtype in case.dtypes]
 
 

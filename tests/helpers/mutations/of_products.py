@@ -14,7 +14,7 @@ from elmkernels import reference
 from elmkernels.reference.attention import visible_keys, without_unseen
 from elmkernels.reference.common import document_of
 from elmkernels.testing.cases.decode_step import with_written
-from elmkernels.weights.formats import Affine
+from elmkernels.weights.formats import Affine, form_of
 
 from .of_rows import HEADS, NORM, SWIGLU
 from .parts import coarse, in_parts, short, through, truncated
@@ -132,6 +132,7 @@ def multiply(
     eps: float = 1e-6,
     swiglu: bool = False,
     residual: Tensor | None = None,
+    activations: str | None = None,
     norm_by: Callable = reference.rms_norm,
     product: Callable = F.linear,
     gate_by: Callable = reference.swiglu,
@@ -140,6 +141,8 @@ def multiply(
     """linear, each step of it exchangeable."""
     if norm is not None:
         x = norm_by(x, norm, eps)
+    if activations is not None and form_of(weight).takes_int8:
+        x = reference.int8_rows(x)
     y = product(x, reference.dense(weight, x.dtype))
     y = gate_by(y) if swiglu else y
     return y if residual is None else add(y, residual)
@@ -194,8 +197,8 @@ LINEAR = {
     "scales of the next group": _groups(lambda w: replace(w, scales=w.scales.roll(1, 1))),
     "scales rounded": _groups(lambda w: replace(w, scales=coarse(w.scales))),
     "biases left out": _groups(lambda w: replace(w, biases=0 * w.biases)),
-    "added before it is gated": lambda x, w, norm=None, eps=1e-6, swiglu=False, residual=None:
-        reference.linear(x, w, norm, eps, swiglu, None if residual is None else 2 * residual),
+    "added before it is gated": lambda x, w, norm=None, eps=1e-6, swiglu=False, residual=None, **k:
+        reference.linear(x, w, norm, eps, swiglu, None if residual is None else 2 * residual, **k),
 } | {
     f"norm: {name}": partial(multiply, norm_by=mutation)
     for name, mutation in NORM.items()
