@@ -56,8 +56,8 @@ def accelerate(
             can run: the report names the rest), or a name, which then never falls back.
         prepack: whether projections may keep a prepacked copy of their weights, which takes as
             much memory again, where that measures faster. None: where it is so much faster that
-            copies pay, and if ROOM (4) times what all of them take is free; one is then made only
-            once a weight has multiplied 128 rows (see `acceleration.projections`).
+            copies pay, and if ROOM (4) times what all of them take is free; a call of 128
+            rows or more then makes and takes them (see `acceleration.projections`).
         plan: the projections' routines, as an earlier Report's `gemm` says them, instead of
             measuring which are fastest here.
         activations: "int8" rounds what weights of 8 or 4 bits are multiplied by to 8 bits, on a
