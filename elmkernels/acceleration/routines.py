@@ -202,10 +202,11 @@ def measure_plan(dtype: torch.dtype, prepacked: bool | None = False) -> Plan:
     """The fastest right routine for each class of rows on this CPU, by timing a [4096, 1280]
     weight.
 
-    prepacked: also time weights in oneDNN's own layout; None: and take them only where they are so
-    much faster that a copy pays. Takes about a second, once a process and number of threads: what
-    was fastest then is kept. A routine whose product isn't F.linear's isn't timed: what does a part
-    of the work looks fast. If oneDNN doesn't take the dtype, everything is F.linear.
+    prepacked: also time weights in oneDNN's own layout; None: for many rows alone, and take them
+    only where they are so much faster that a copy pays. Takes about a second, once a process and
+    number of threads: what was fastest then is kept. A routine whose product isn't F.linear's isn't
+    timed: what does a part of the work looks fast. If oneDNN doesn't take the dtype, everything is
+    F.linear.
     """
     return _measured(dtype, prepacked, torch.get_num_threads())
 
@@ -219,10 +220,12 @@ def _measured(dtype: torch.dtype, prepacked: bool | None, threads: int) -> Plan:
     first = torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype)
     weights = [first, *(first.roll(rows, 0) for rows in range(1, 6))]
     prepacks = [] if prepacked is False else [prepacked_copy(w) for w in weights]
+    fewer = [] if prepacked is None else prepacks
+    tasks = (1, 40, fewer), (8, 30, fewer), (16, 20, fewer), (256, 10, prepacks)
     with torch.inference_mode():
         one, few, several, many = (
-            _best_seconds(_candidates(rows, weights, prepacks, generator), rounds)
-            for rows, rounds in ((1, 40), (8, 30), (16, 20), (256, 10))
+            _best_seconds(_candidates(rows, weights, copies, generator), rounds)
+            for rows, rounds, copies in tasks
         )
     training = {name: seconds for name, seconds in many.items() if name != PREPACKED}
     margin = COPY_MARGIN if prepacked is None else 1.0
