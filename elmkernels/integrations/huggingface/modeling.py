@@ -19,7 +19,7 @@ from ...generation.step import MOST_TOKENS, in_one_call, next_logits, several_lo
 from ...openelm import OpenELM
 from ...openelm.compressed import Compressed
 from ...openelm.documents import positions_of
-from ...openelm.layers import Context, RMSNorm, Rotation, check_inputs
+from ...openelm.layers import Context, RMSNorm, Rotation, check_inputs, of_kept
 from . import losses
 from .attention import NAME, Attend
 from .cache import OpenELMCache
@@ -207,7 +207,10 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
             x = (body.token_embeddings if shared is None else shared.embed)(input_ids)
         placement, attend = self._place(call, x, attention_mask, position_ids)
         states: list[Tensor] | None = [] if output_hidden_states else None
-        x = placement.back(self._layers(placement.moved(x), placement.context, states))
+        alone = call.native and placement.order is None and labels is None and states is None
+        asked = kwargs.get("hidden_only") or kwargs.get("shift_labels") is not None
+        last = logits_to_keep if alone and not asked and is_integer(logits_to_keep) else 0
+        x = placement.back(self._layers(placement.moved(x), placement.context, states, last))
         values = self._heads(x, labels, shared, logits_to_keep, kwargs)
         if states is not None:
             values["hidden_states"] = (*map(placement.back, states[:-1]), body.norm(x))
@@ -340,13 +343,20 @@ class OpenELMForCausalLM(LoadsAndSaves, Generates, HasEmbeddings, PreTrainedMode
         )
         return Placement(context, length), attend
 
-    def _layers(self, x: Tensor, context: Context, states: list[Tensor] | None) -> Tensor:
-        """The last layer's output; what each takes, and that output, are added to states."""
+    def _layers(
+        self, x: Tensor, context: Context, states: list[Tensor] | None, last: int = 0
+    ) -> Tensor:
+        """The last layer's output, of the last positions at least (0: of all); what each takes, and
+        that output, are added to states.
+        """
+        end = len(self.transformer.layers) - 1
         run, every = self._checkpoint
         recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.transformer.layers):
             if states is not None:
                 states.append(x)
+            if i == end:
+                context = of_kept(context, layer, x.shape[1], last, None)
             if recomputed and i % every == 0:
                 x = run(layer.__call__, x, context)
             else:
