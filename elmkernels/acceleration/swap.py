@@ -61,7 +61,7 @@ def accelerate(
         plan: the projections' routines, as an earlier Report's `gemm` says them, instead of
             measuring which are fastest here.
         activations: "int8" rounds what weights of 8 or 4 bits are multiplied by to 8 bits, on a
-            CPU: faster, less exact, without gradients (`elmkernels.linear`). None: as it is.
+            CPU: less exact, without gradients (`elmkernels.linear`). None: as it is.
 
     Returns:
         A Report of what got a fused class, what was left and why.

@@ -286,7 +286,7 @@ def add_activations(to: Any) -> None:
         "--activations",
         type=one_of(("int8",)),
         metavar="int8",
-        help="for 8 and 4 bits: faster, less exact",
+        help="for 8 and 4 bits: less exact",
     )
 
 

@@ -86,7 +86,7 @@ def linear(
         swiglu: whether the product goes through `swiglu`: weight is [gate | up], n is even.
         residual: [..., n] in x's dtype, what the product is added to; None with swiglu.
         activations: "int8" rounds the rows that an `Affine` weight is multiplied by to 8 bits, as
-            `reference.int8_rows`: faster, less exact, without gradients. None: as they are.
+            `reference.int8_rows`: less exact, without gradients. None: as they are.
         backend: a backend by its name, which never falls back; None for the best here.
 
     Returns:
