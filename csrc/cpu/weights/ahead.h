@@ -14,7 +14,8 @@ struct Distances {
 
 #if defined(__AVX512BF16__)
 // AMD EPYC (Zen 4, 2 cores), rows of 1280 and 5120 columns in memory, two threads: weights at 1, 2,
-// 4, 8 and 16 KB into L1 and L2, scales at 512 and 1024 bytes; on a busy machine. `next` wasn't measured.
+// 4, 8 and 16 KB into L1 and L2, scales at 512 and 1024 bytes; on a busy machine.
+// `next` wasn't measured.
 constexpr Distances kDistances{4096, 512, 8192};
 #elif defined(__AVX512F__)
 constexpr Distances kDistances{4096, 512, 8192};  // not measured: as above
