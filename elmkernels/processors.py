@@ -43,22 +43,23 @@ class Row(NamedTuple):
 
 
 _ZEN4 = "AMD EPYC (Zen 4), 2 cores"
-_XEON = "Intel Xeon with tiles (Emerald Rapids), 2 cores of a virtual machine"
+_XEON = "Intel Xeon with tiles (Emerald Rapids), 2 cores; figures not kept: run info --tune"
+_FILE = " (benchmarks/results/attention-cpu)"
 
 # The backend of attention over a prompt without masks, if none is named: OWN for the first of
 # backends.PREFERENCE, or a name that goes before it.
 OWN = "own kernels"
 ATTENTION: dict[tuple[str, torch.dtype], Row] = {
-    (TILES, torch.bfloat16): Row("sdpa", f"{_XEON}: torch's takes tiles, ours by default doesn't, "
-                                 "and takes 2.3 to 3.3 times as long at 128 to 4096 tokens"),
-    (TILES, torch.float32): Row(OWN, f"{_XEON}: 1.1 to 1.9 times as fast as torch's"),
-    (BF16, torch.bfloat16): Row(OWN, f"{_ZEN4}: 4.1 times as fast as torch's at 512 tokens"),
-    (BF16, torch.float32): Row(OWN, f"{_ZEN4}: 2.3 times as fast as torch's at 512 tokens"),
+    (TILES, torch.bfloat16): Row("sdpa", f"{_XEON}: torch's takes tiles, ours by default doesn't"),
+    (TILES, torch.float32): Row(OWN, _XEON),
+    (BF16, torch.bfloat16): Row(OWN, f"{_ZEN4}: 4.1 times as fast as torch's at 512 tokens{_FILE}"),
+    (BF16, torch.float32): Row(OWN, f"{_ZEN4}: 2.3 times as fast as torch's at 512 tokens{_FILE}"),
 }  # fmt: skip
 
 # The most rows of a batch that are decoded in groups of those that `ops.decode_step` takes, if its
 # projections have no prepacked copies: {kind, bits of the weights (0: plain), activations' dtype}.
-_DECODED = f"{_ZEN4}: OpenELM-270M, 16, 24, 32 and 64 rows after 128 tokens"
+# Two runs on a busy machine, whose figures were not kept.
+_DECODED = f"{_ZEN4}, busy: OpenELM-270M, 16 to 64 rows after 128 tokens; run info --tune"
 GROUPED: dict[tuple[str, int, torch.dtype], Row] = {
     (BF16, 0, torch.bfloat16): Row(16, _DECODED),
     (BF16, 12, torch.bfloat16): Row(24, _DECODED),

@@ -20,6 +20,7 @@ import torch
 from helpers.tokenizers import hugging_face
 
 from elmkernels import OpenELM, OpenELMConfig, accelerate
+from elmkernels.bench.benchmark import shape_of
 from elmkernels.bench.timing import fingerprint
 
 pytest.importorskip("lm_eval")
@@ -28,11 +29,6 @@ pytest.importorskip("transformers")
 # questions, tokens of a context, tokens of a choice, choices
 KINDS = {"long": (4, (55, 120), (14, 40), 4), "short": (10, (20, 50), (2, 12), 4)}
 SMALL = {"long": (2, (20, 30), (3, 9), 4), "short": (3, (5, 9), (1, 3), 4)}
-SHAPE = dict(
-    num_transformer_layers=2, model_dim=128, head_dim=64, num_gqa_groups=2, vocab_size=512,
-    ffn_dim_divisor=64, qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True, ffn_with_glu=True, share_input_output_layers=True,
-)  # fmt: skip
 
 
 def draw(kind, vocabulary: int, seed: int) -> list[tuple[tuple[str, str], list[int], list[int]]]:
@@ -118,7 +114,7 @@ def measure(runs: dict, requests: list, rounds: int) -> dict:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_likelihoods(benchmark, full, request, tmp_path, kind):
-    config = OpenELMConfig.from_name("OpenELM-270M") if full else OpenELMConfig(**SHAPE)
+    config = shape_of("OpenELM-270M", full)
     requests = draw((KINDS if full else SMALL)[kind], config.vocab_size, seed=0)
     with torch.no_grad():
         runs = runners(config, tmp_path)

@@ -21,23 +21,19 @@ import pytest
 import torch
 
 from elmkernels import OpenELM, OpenELMConfig, generate
+from elmkernels.bench.benchmark import shape_of
 from elmkernels.bench.machine import busy
 from elmkernels.bench.timing import fingerprint, interleave, peak_memory
 from elmkernels.openelm import KVCache
 from elmkernels.surgery import twin
 
-SMALL = OpenELMConfig(
-    num_transformer_layers=2, model_dim=128, head_dim=64, num_gqa_groups=2, vocab_size=512,
-    ffn_dim_divisor=64, qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True, share_input_output_layers=True,
-)  # fmt: skip
 NATIVE, OWN, PLAIN = "native", "elmkernels", "kernels=None"
 TASKS = ("generate", "prefill", "trainer", "lora")
 STEPS = ("trainer", "lora")
 
 
 def config_of(full: bool) -> OpenELMConfig:
-    return OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
+    return shape_of("OpenELM-270M", full)
 
 
 def wrap(body: OpenELM, kernels: str | None):

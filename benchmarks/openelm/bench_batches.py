@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from elmkernels import OpenELM, OpenELMConfig, accelerate
+from elmkernels import OpenELM, accelerate
 from elmkernels.acceleration.decoder_weights import decoder_weights_of
+from elmkernels.bench.benchmark import shape_of
 from elmkernels.bench.runners import compress
 from elmkernels.bench.table import format_table
 from elmkernels.bench.timing import interleave
@@ -19,19 +20,6 @@ from elmkernels.generation.groups import grouped
 from elmkernels.openelm import KVCache, next_logits
 
 BATCHES = (1, 2, 4, 8, 9, 16, 32, 64)
-SMALL = OpenELMConfig(
-    num_transformer_layers=2,
-    model_dim=128,
-    head_dim=64,
-    num_gqa_groups=2,
-    vocab_size=512,
-    ffn_dim_divisor=64,
-    qkv_multipliers=(0.5, 1.0),
-    ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True,
-    ffn_with_glu=True,
-    share_input_output_layers=True,
-)
 
 
 def decoding(model: OpenELM, batch: int, past: int, steps: int) -> Callable[[], None]:
@@ -53,7 +41,7 @@ def decoding(model: OpenELM, batch: int, past: int, steps: int) -> Callable[[], 
 
 @pytest.mark.parametrize("format", ["bf16", "packed12", "int8", "int4"])
 def test_batches(benchmark, full, format):
-    config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
+    config = shape_of("OpenELM-270M", full)
     past, steps, rounds = (128, 8, 5) if full else (8, 2, 1)
     model = OpenELM.from_config(config, seed=0, dtype=torch.bfloat16).eval()
     model = compress(format, model, progress=False)

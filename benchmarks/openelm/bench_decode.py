@@ -20,25 +20,12 @@ import torch
 from elmkernels import OpenELM, OpenELMConfig, accelerate
 from elmkernels.acceleration.decoder_weights import snapshot_of
 from elmkernels.bench.baselines import llama_cpp
-from elmkernels.bench.benchmark import LLAMA, OURS
+from elmkernels.bench.benchmark import LLAMA, OURS, shape_of
 from elmkernels.bench.ceilings import numbers, reads
 from elmkernels.bench.generation import one_round
 from elmkernels.bench.runners import LlamaRunner, Runner, Task, TorchRunner, compress
 from elmkernels.bench.timing import fingerprint
 
-SMALL = OpenELMConfig(
-    num_transformer_layers=2,
-    model_dim=128,
-    head_dim=64,
-    num_gqa_groups=2,
-    vocab_size=512,
-    ffn_dim_divisor=64,
-    qkv_multipliers=(0.5, 1.0),
-    ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True,
-    ffn_with_glu=True,
-    share_input_output_layers=True,
-)
 INT8 = " by int8"  # behind a format: its activations are rounded to 8 bits
 # {class: (our formats, llama.cpp's files)}, and the bars of a format: how many times llama.cpp's
 # best, how many times our bfloat16, which share of the reading speed.
@@ -134,7 +121,7 @@ def bars(name: str, found: dict) -> dict[str, dict]:
 def test_decode(benchmark, full, request, tmp_path, size, name, batch):
     if size != "270M" and size not in request.config.getoption("-k"):
         pytest.skip("asked for by name")
-    config = OpenELMConfig.from_name(f"OpenELM-{size}") if full else SMALL
+    config = shape_of(f"OpenELM-{size}", full)
     steps, rounds, probed = (32, 7, 1 << 28) if full else (2, 2, 1 << 22)
     runners, missing = runners_of(name, config, tmp_path)
     generator = torch.Generator().manual_seed(1)

@@ -7,28 +7,14 @@ small layers without torch.compile; full runs OpenELM-270M with all baselines th
 
 import pytest
 
-from elmkernels import OpenELM, OpenELMConfig
-from elmkernels.bench.benchmark import Printed
+from elmkernels import OpenELM
+from elmkernels.bench.benchmark import Printed, shape_of
 from elmkernels.bench.generation import GROUPS, Generation, GenerationSizes
-
-SMALL = OpenELMConfig(
-    num_transformer_layers=2,
-    model_dim=128,
-    head_dim=64,
-    num_gqa_groups=2,
-    vocab_size=512,
-    ffn_dim_divisor=64,
-    qkv_multipliers=(0.5, 1.0),
-    ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True,
-    ffn_with_glu=True,
-    share_input_output_layers=True,
-)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.name)
 def test_generate(benchmark, full, group):
-    config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
+    config = shape_of("OpenELM-270M", full)
     todo = Generation(
         load=lambda dtype: OpenELM.from_config(config, seed=0, dtype=dtype),
         name=config.model_name or "small",

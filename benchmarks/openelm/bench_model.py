@@ -8,22 +8,12 @@ small layers; full runs OpenELM-270M.
 import pytest
 import torch
 
-from elmkernels import OpenELM, OpenELMConfig, accelerate
+from elmkernels import OpenELM, accelerate
 from elmkernels.bench import roofline
-from elmkernels.bench.benchmark import ACCELERATED, EAGER
+from elmkernels.bench.benchmark import ACCELERATED, EAGER, shape_of
 from elmkernels.surgery import twin
 from elmkernels.testing import model_parity
 
-SMALL = OpenELMConfig(
-    num_transformer_layers=2,
-    model_dim=128,
-    head_dim=32,
-    num_gqa_groups=2,
-    vocab_size=512,
-    ffn_dim_divisor=32,
-    qkv_multipliers=(0.5, 1.0),
-    ffn_multipliers=(0.5, 2.0),
-)
 TASKS = ("prefill", "generation", "training")
 
 
@@ -31,7 +21,7 @@ TASKS = ("prefill", "generation", "training")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_model(benchmark, full, dtype, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = OpenELMConfig.from_name("OpenELM-270M") if full else SMALL
+    config = shape_of("OpenELM-270M", full)
     eager = OpenELM.from_config(config, seed=0, dtype=dtype, device=device)
     accelerated = twin(eager)
     report = accelerate(accelerated)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from elmkernels import OpenELM, OpenELMConfig, decode_step, pack, quantize
+from elmkernels import OpenELM, decode_step, pack, quantize
 from elmkernels.acceleration.decoder_weights import decoder_weights_of
+from elmkernels.bench.benchmark import shape_of
 from elmkernels.bench.timing import fingerprint, interleave
 from elmkernels.openelm.cache import KVCache
 
@@ -29,20 +30,6 @@ FORMATS = {
     "int8": lambda model: quantize(model, 8, progress=False),
     "int4": lambda model: quantize(model, 4, progress=False),
 }
-SMALL = OpenELMConfig(
-    num_transformer_layers=2,
-    model_dim=128,
-    head_dim=64,
-    num_gqa_groups=2,
-    vocab_size=512,
-    ffn_dim_divisor=64,
-    qkv_multipliers=(0.5, 1.0),
-    ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True,
-    ffn_with_glu=True,
-    share_input_output_layers=True,
-    rope_max_length=2048,
-)
 
 
 def passes(model: OpenELM, past: int) -> dict:
@@ -83,7 +70,7 @@ def measure(model: OpenELM, full: bool) -> dict:
 def test_several_tokens(benchmark, full, request, name, format):
     if name != "270M" and not full:
         pytest.skip("for figures")
-    config = OpenELMConfig.from_name(f"OpenELM-{name}") if full else SMALL
+    config = shape_of(f"OpenELM-{name}", full)
     with torch.no_grad():
         model = OpenELM.from_config(config, seed=0, dtype=torch.bfloat16).eval()
         FORMATS[format](model)

@@ -8,29 +8,15 @@ small layers without torch.compile; full runs OpenELM-270M.
 import pytest
 import torch
 
-from elmkernels import OpenELMConfig
-from elmkernels.bench.benchmark import ACCELERATED, EAGER, Printed
+from elmkernels.bench.benchmark import ACCELERATED, EAGER, Printed, shape_of
 from elmkernels.bench.training_step import PRECISIONS, StepSizes, TrainingStep
-
-SMALL = OpenELMConfig(
-    num_transformer_layers=2,
-    model_dim=128,
-    head_dim=64,
-    num_gqa_groups=2,
-    vocab_size=512,
-    ffn_dim_divisor=64,
-    qkv_multipliers=(0.5, 1.0),
-    ffn_multipliers=(0.5, 2.0),
-    normalize_qk_projections=True,
-    share_input_output_layers=True,
-)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_train(benchmark, full, precision):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     todo = TrainingStep(
-        config=OpenELMConfig.from_name("OpenELM-270M") if full else SMALL,
+        config=shape_of("OpenELM-270M", full),
         precisions=(precision,),
         sizes=StepSizes.chosen(not full, {}),
         compiled=full,

@@ -197,10 +197,10 @@ def _sample(weight: Tensor) -> Tensor:
     return weight.detach()[:: max(1, n // 8), :: max(1, k // 8)]
 
 
-# Rows of a call from which on it takes a copy that nobody asked for. To make one takes as long as 6
-# to 10 products of 16 rows gain by it (Zen 4, bfloat16, [3072, 1280] and [4096, 1280]): a long
-# prompt makes one, a short one and a batch that decodes don't. A call's own rows alone decide, so
-# that the same call gives the same bits whatever came before it.
+# Rows of a call from which on it takes a copy that nobody asked for: to make one takes as long as
+# some products of few rows gain by it, so that a long prompt makes one, a short one and a batch that
+# decodes don't. A call's own rows alone decide: the same call gives the same bits whatever came
+# before it.
 PATIENCE = 128
 
 

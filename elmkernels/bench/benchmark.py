@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..openelm.config import OpenELMConfig
 from .machine import busy
 
 Results = dict[str, Any]
@@ -21,6 +22,19 @@ EAGER, ACCELERATED, COMPILED = "eager", "accelerated", "compiled"
 OURS, LLAMA = "ours", "llama.cpp"  # kinds of runners; ours are accelerated, in any format
 EVERY_LOGIT = f"{EAGER}, every logit"
 TORCH = "torch baseline"
+
+_SMALL = OpenELMConfig(
+    num_transformer_layers=2, model_dim=128, head_dim=64, num_gqa_groups=2, vocab_size=512,
+    ffn_dim_divisor=64, qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 2.0),
+    normalize_qk_projections=True, share_input_output_layers=True,
+)  # fmt: skip
+
+
+def shape_of(model: str, full: bool = True) -> OpenELMConfig:
+    """A model's shape by its name; if not full, one of two small layers of different widths, which
+    shows that a benchmark runs.
+    """
+    return OpenELMConfig.from_name(model) if full else _SMALL
 
 
 class Report:
