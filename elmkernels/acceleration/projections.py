@@ -198,8 +198,9 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 # Rows of a call from which on it takes a copy that nobody asked for: to make one takes as long as
-# some products of few rows gain by it. A long prompt makes one, a short one and a batch that decodes
-# don't. A call's own rows alone decide: the same call gives the same bits whatever came before it.
+# some products of few rows gain by it. A long prompt makes one, a short one and a batch that
+# decodes don't. A call's own rows alone decide: the same call gives the same bits whatever came
+# before it.
 PATIENCE = 128
 
 
