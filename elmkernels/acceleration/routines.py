@@ -219,7 +219,9 @@ def _measured(dtype: torch.dtype, prepacked: bool | None, threads: int) -> Plan:
     # Six weights in turn, so that few rows read from memory as they do in a model.
     first = torch.randn(4096, 1280, generator=generator).mul_(0.03).to(dtype)
     weights = [first, *(first.roll(rows, 0) for rows in range(1, 6))]
-    prepacks = [] if prepacked is False else [prepacked_copy(w) for w in weights]
+    # Many rows are bound by their products: two weights in turn say as much, in less memory.
+    packed = {True: weights, False: [], None: weights[:2]}[prepacked]
+    prepacks = [prepacked_copy(w) for w in packed]
     fewer = [] if prepacked is None else prepacks
     tasks = (1, 40, fewer), (8, 30, fewer), (16, 20, fewer), (256, 10, prepacks)
     with torch.inference_mode():
