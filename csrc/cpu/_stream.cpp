@@ -164,33 +164,42 @@ void stream_bytes(const Weight& w, const Activation* x, int64_t begin, int64_t e
   }
 }
 
-// One load of nibbles: each 16-bit lane has four of them, which are four columns of 4 bits, or the
-// low and high halves of two columns of 8 bits. `scale` is that of each 32-bit lane's columns.
-template <int Bits, int Batch, class P>
-inline void add_nibbles(Bf16Pairs raw, Vec scale, const P* const (&values)[Batch], int64_t c,
-                        Vec (&sums)[Batch]) {
-  const Bf16Pairs q[4] = {nibble_plus_128<0>(raw), nibble_plus_128<1>(raw), nibble_plus_128<2>(raw),
-                          nibble_plus_128<3>(raw)};
+// A load of nibbles of each of some rows: each 16-bit lane has four of them, which are four columns
+// of 4 bits, or the low and high halves of two columns of 8 bits. `scale` is that of each 32-bit
+// lane's columns. The rows share each load of activations: those cost more than the codes.
+template <int Bits, int Rows, int Batch, class P>
+inline void add_nibbles(const Bf16Pairs (&raw)[Rows], const Vec (&scale)[Rows],
+                        const P* const (&values)[Batch], int64_t c, Vec (&sums)[Rows][Batch]) {
+  Bf16Pairs q[4][Rows];
+  UNROLL for (int i = 0; i < Rows; ++i) {
+    q[0][i] = nibble_plus_128<0>(raw[i]);
+    q[1][i] = nibble_plus_128<1>(raw[i]);
+    q[2][i] = nibble_plus_128<2>(raw[i]);
+    q[3][i] = nibble_plus_128<3>(raw[i]);
+  }
   UNROLL for (int b = 0; b < Batch; ++b) {
     // Of 8 bits, the halves; of 4 bits, two sums that don't wait for each other.
-    Vec low = vec(0.0f), high = vec(0.0f);
-    const P* at = values[b] + c;
-    constexpr int64_t second = Bf16Pairs::size, third = Bits == 8 ? second : 2 * second;
-    if constexpr (std::is_same_v<P, float>) {
-      low = dot_less_136(q[0], at, low);
-      high = dot_less_136(q[1], at + second, high);
-      low = dot_less_136(q[2], at + third, low);
-      high = dot_less_136(q[3], at + third + second, high);
-    } else {
-      low = dot(q[0], at, low);
-      high = dot(q[1], at + (Bits == 8 ? 0 : second), high);
-      low = dot(q[2], at + third, low);
-      high = dot(q[3], at + (Bits == 8 ? second : third + second), high);
+    Vec low[Rows], high[Rows];
+    UNROLL for (int i = 0; i < Rows; ++i) low[i] = high[i] = vec(0.0f);
+    const auto add = [&](const Bf16Pairs (&part)[Rows], int64_t first, Vec (&to)[Rows])
+                         __attribute__((always_inline)) {
+      const auto x = load_met(values[b] + c + first * Bf16Pairs::size);
+      UNROLL for (int i = 0; i < Rows; ++i) to[i] = dot_nibbles(part[i], x, to[i]);
+    };
+    add(q[0], 0, low);
+    add(q[1], Bits == 8 ? 0 : 1, high);
+    add(q[2], Bits == 8 ? 1 : 2, low);
+    add(q[3], Bits == 8 ? 1 : 3, high);
+    UNROLL for (int i = 0; i < Rows; ++i) {
+      const Vec dots = Bits == 8 ? fma(high[i], vec(16.0f), low[i]) : low[i] + high[i];
+      sums[i][b] = fma(scale[i], dots, sums[i][b]);
     }
-    const Vec dots = Bits == 8 ? fma(high, vec(16.0f), low) : low + high;
-    sums[b] = fma(scale, dots, sums[b]);
   }
 }
+
+// Rows of codes that share the loads of `Batch` rows of activations: as many as registers allow.
+template <int Batch>
+constexpr int kCodeRows = Batch <= 2 ? 4 : 2;
 
 // Sums of rows that wait until there is one for each lane: a tree adds all of them up at once.
 template <int Batch>
@@ -213,6 +222,8 @@ inline void code_rows(const Weight& w, const Activation* x, int64_t r, const Spr
     prefetch_scales(scales[i], biases[i], groups);
     UNROLL for (int b = 0; b < Batch; ++b) sums[i][b] = vec(0.0f);
   }
+  // The rows lie one behind the other, and so are asked for: as one stream.
+  const uint8_t* ahead = w.row(r + Rows - 1);
   int64_t c = 0;
   for (int64_t first = 0; first < groups; first += Vec::size) {
     const int64_t count = std::min<int64_t>(Vec::size, groups - first);
@@ -233,7 +244,7 @@ inline void code_rows(const Weight& w, const Activation* x, int64_t r, const Spr
     };
     for (; lanes <= last; lanes += a_block * Vec::size)
       for (int64_t n = 0; n < a_group; ++n, c += block) {
-        UNROLL for (int i = 0; i < Rows; ++i) prefetch_weights(w.row(r + i) + c * Bits / 8);
+        UNROLL for (int i = 0; i < Rows; ++i, ahead += 64) prefetch_weights(ahead);
         step(Full{});
       }
     if (count % a_block) step(Tail{(w.k - c) * Bits / 8});
@@ -248,7 +259,7 @@ inline void code_rows(const Weight& w, const Activation* x, int64_t r, const Spr
 template <int Bits, int Batch, class S, int Rows, class Add>
 inline void stream_codes(const Weight& w, const Activation* x, int64_t begin, int64_t end,
                          float* out, int64_t stride, float zero, Add&& add) {
-  const Spread spread(w.group * Bits / 32);  // a 32-bit lane meets 32 / Bits columns
+  const Spread& spread = spread_of(w.group * Bits / 32);  // a lane meets 32 / Bits columns
   Waiting<Batch> waiting;
   for (auto& row : waiting)
     for (auto& sums : row) sums = vec(0.0f);
@@ -284,10 +295,13 @@ void stream_nibbles(const Weight& w, const Activation* x, int64_t begin, int64_t
     else
       return load_pairs(codes, part);
   };
-  stream_codes<Bits, Batch, S, 1>(
+  stream_codes<Bits, Batch, S, kCodeRows<Batch>>(
       w, x, begin, end, out, stride, zero,
       [&](auto& codes, auto part, auto& scale, int64_t c, auto& sums) {
-        add_nibbles<Bits, Batch>(pairs(codes[0], part), scale[0], values, c, sums[0]);
+        constexpr int rows = std::extent_v<std::remove_reference_t<decltype(scale)>>;
+        Bf16Pairs raw[rows];
+        UNROLL for (int i = 0; i < rows; ++i) raw[i] = pairs(codes[i], part);
+        add_nibbles<Bits, rows, Batch>(raw, scale, values, c, sums);
       });
 }
 
@@ -299,7 +313,7 @@ void stream_int8(const Weight& w, const Activation* x, int64_t begin, int64_t en
   using Block = Int8Block<Bits>;
   const Block* blocks[Batch];
   for (int b = 0; b < Batch; ++b) blocks[b] = int8_blocks<Bits>(x[b]);
-  stream_codes<Bits, Batch, S, Batch == 1 ? 1 : 2>(
+  stream_codes<Bits, Batch, S, kCodeRows<Batch>>(
       w, x, begin, end, out, stride, Block::zero,
       [&](auto& codes, auto part, auto& scale, int64_t c, auto& sums) {
         constexpr int rows = std::extent_v<std::remove_reference_t<decltype(scale)>>;

@@ -138,15 +138,32 @@ inline void unpack_segment(const uint8_t* p, const Exponents& table, Bf16Pairs (
 // group: lanes[first] begins with group `first`.
 struct Spread {
   alignas(64) int32_t lanes[Vec::size][Vec::size];
-  explicit Spread(int64_t run) {
+  constexpr explicit Spread(int64_t run) : lanes() {
     for (int64_t first = 0; first < Vec::size; ++first)
       for (int64_t i = 0; i < Vec::size; ++i)
         lanes[first][i] = static_cast<int32_t>(std::min(Vec::size - 1, first + i / run));
   }
 };
-
-// dot() with 136 less in each lane: 128 + q becomes q - 8, which is centred.
-inline Vec dot_less_136(Bf16Pairs a, const float* x, Vec acc) {
-  acc = fma(even_lanes(a) - vec(136.0f), load(x, Full{}), acc);
-  return fma(odd_lanes(a) - vec(136.0f), load(x + Vec::size, Full{}), acc);
+// Made once: of groups of 32, 64 and 128 columns of 4 or 8 bits.
+inline constexpr Spread kSpreads[4] = {Spread(4), Spread(8), Spread(16), Spread(32)};
+inline const Spread& spread_of(int64_t run) {
+  return kSpreads[run <= 4 ? 0 : run <= 8 ? 1 : run <= 16 ? 2 : 3];
 }
+
+// Activations that a vector of pairs meets, once in registers for several rows of a weight.
+struct FloatPairs {
+  Vec even, odd;
+};
+inline FloatPairs load_met(const float* x) {
+  return {load(x, Full{}), load(x + Vec::size, Full{})};
+}
+// dot() for the nibbles of one phase. With floats there is 136 less in each lane: 128 + q becomes
+// q - 8, which is centred.
+inline Vec dot_nibbles(Bf16Pairs a, FloatPairs x, Vec acc) {
+  acc = fma(even_lanes(a) - vec(136.0f), x.even, acc);
+  return fma(odd_lanes(a) - vec(136.0f), x.odd, acc);
+}
+#if defined(__AVX512BF16__)
+inline Bf16Pairs load_met(const bf16* x) { return load_pairs(x, Full{}); }
+inline Vec dot_nibbles(Bf16Pairs a, Bf16Pairs x, Vec acc) { return dot(a, x, acc); }
+#endif
