@@ -1,7 +1,8 @@
 // Products of few rows of activations with a weight that streams from memory, each byte of it once.
 //
-// A row of the weight at a time: that is one contiguous stream. Rows side by side, in the same
-// pages, were read more slowly: two are only where loads of activations cost more than that.
+// A row of a dense weight at a time: that is one contiguous stream. Rows of codes are some at a
+// time, as loads of activations cost more than those of codes; what comes next is asked for in the
+// order of memory, beyond the last of them.
 // `Batch` rows of activations share the pass. What the sum of a row does, and in which order,
 // depends on k alone: not on the batch, nor on the number of threads. Packed12 sums in the order of
 // BFloat16, so that both give the same bits.
@@ -222,7 +223,7 @@ inline void code_rows(const Weight& w, const Activation* x, int64_t r, const Spr
     prefetch_scales(scales[i], biases[i], groups);
     UNROLL for (int b = 0; b < Batch; ++b) sums[i][b] = vec(0.0f);
   }
-  // The rows lie one behind the other, and so are asked for: as one stream.
+  // The rows lie one behind the other, and so are asked for: as one stream, behind the last.
   const uint8_t* ahead = w.row(r + Rows - 1);
   int64_t c = 0;
   for (int64_t first = 0; first < groups; first += Vec::size) {

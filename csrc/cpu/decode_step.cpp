@@ -161,23 +161,23 @@ class Step {
     for (size_t i = 0; i < decoder_.layers.size(); ++i) {
       const Layer<T>& layer = decoder_.layers[i];
       const auto normed = [&](const T* norm, const Weight& w) { arrange_normed(norm, w); };
-      next_ = {&layer.out_proj, layer.out_proj.n};
+      next(layer.out_proj, layer.out_proj.n);
       rows(
           layer.qkv_proj, [&] { normed(layer.attn_norm, layer.qkv_proj); },
           [&](int64_t b, int64_t r, int64_t count, const float* sums) {
             rounded(sums, count, state_.qkv.data() + b * state_.qkv_width + r);
           });
       attend(layer);
-      next_ = {&layer.proj_1, layer.proj_2.k};
+      next(layer.proj_1, layer.proj_2.k);
       add_to_hidden(layer.out_proj, state_.attended.data(), state_.q_width);
-      next_ = {&layer.proj_2, layer.proj_2.n};
+      next(layer.proj_2, layer.proj_2.n);
       feed_forward(layer.proj_1, [&] { normed(layer.ffn_norm, layer.proj_1); });
       const bool last = i + 1 == decoder_.layers.size();
       const Weight& after = last ? decoder_.head : decoder_.layers[i + 1].qkv_proj;
-      next_ = {&after, after.n};
+      next(after, after.n);
       add_to_hidden(layer.proj_2, state_.gated.data(), state_.ffn);
     }
-    next_ = {};
+    ahead_ = {};
     rows(
         decoder_.head, [&] { arrange_normed(decoder_.norm, decoder_.head); },
         [&](int64_t b, int64_t r, int64_t count, const float* sums) {
@@ -220,13 +220,12 @@ class Step {
     stream<T>(w, count, own_.activations.rows.data(), begin, end, out, kBlock);
   }
 
-  // The first rows of this thread's share of the weight that comes next, into L2: the memory works
-  // on while the threads wait for each other, normalize and arrange.
-  void fetch_next() const {
-    if (next_.weight == nullptr) return;
-    const Range mine = thread_.share_of(next_.rows);
-    const int64_t bytes = std::min(kDistances.next, mine.size() * next_.weight->row_bytes);
-    prefetch(next_.weight->row(mine.first), bytes);
+  // Where the next weight begins for this thread: a stage shares out `shared` of its rows.
+  void next(const Weight& w, int64_t shared) {
+    const Range mine = thread_.share_of(shared);
+    const int64_t bytes = mine.size() * w.row_bytes;
+    ahead_ = Ahead(w.row(mine.first), std::min(kDistances.next, bytes));
+    if (w.affine() && bytes > 0) ahead_.scales_of(w, mine.first);
   }
 
   // done(b, first row, rows, sums) for this thread's blocks of a weight's rows, whose activations
@@ -238,7 +237,7 @@ class Step {
       for (int64_t b = 0; b < state_.batch; ++b)
         done(b, first, last - first, own_.sums.data() + b * kBlock);
     };
-    thread_.stage(w.n, kBlock, arranged, work, [&] { fetch_next(); });
+    thread_.stage(w.n, kBlock, arranged, work, [&] { ahead_.fetch(); });
   }
 
   void add_to_hidden(const Weight& w, const T* from, int64_t stride) {
@@ -269,7 +268,7 @@ class Step {
         });
       }
     };
-    thread_.stage(ffn, kBlock, arranged, work, [&] { fetch_next(); });
+    thread_.stage(ffn, kBlock, arranged, work, [&] { ahead_.fetch(); });
   }
 
   // QK norm, RoPE, the cache write and attention, a key/value head of a sequence at a time.
@@ -279,7 +278,7 @@ class Step {
       const auto nothing = [] {};
       thread_.stage(items, 1, nothing, [&](int64_t i, int64_t) {
         attend_head(layer, state_.runs[i / heads], i % heads, half);
-      });
+      }, [&] { ahead_.fetch(); });
     });
   }
 
@@ -317,10 +316,7 @@ class Step {
   State<T>& state_;
   Scratch<T>& own_;
   TeamThread& thread_;
-  struct {
-    const Weight* weight = nullptr;
-    int64_t rows = 0;  // that its stage shares out
-  } next_;
+  Ahead ahead_;  // of the weight that comes next
   T* logits_;
   const bool chooses_;
 };

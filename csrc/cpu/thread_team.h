@@ -33,8 +33,10 @@ class Progress {
       syscall(SYS_futex, &done_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  bool spin(uint32_t total, int pauses) const {
-    for (; pauses > 0 && !reached(total); --pauses) _mm_pause();
+  // meanwhile() is called at each turn.
+  template <class Meanwhile>
+  bool spin(uint32_t total, int pauses, Meanwhile&& meanwhile) const {
+    for (; pauses > 0 && !reached(total); --pauses) meanwhile();
     return pauses > 0;
   }
 
@@ -89,7 +91,7 @@ class TeamThread {
 
   // The next stage: prepare() once, if there is anything to do, then work(first, last) for chunks
   // of n things, of which no two threads have the same; and the end of the stage. ahead() is called
-  // before this thread may have to wait: what it fetches comes while it does.
+  // once before this thread may have to wait, and at each turn that it does.
   template <class Prepare, class Work, class Ahead>
   void stage(int64_t n, int64_t chunk, Prepare&& prepare, Work&& work, Ahead&& ahead) {
     ++stage_;
@@ -115,14 +117,14 @@ class TeamThread {
     // On a machine that is free all end together: then nobody looks through the others' shares.
     report();
     ahead();
-    if (team_.progress.spin(total_, kBriefly)) return;
+    if (team_.progress.spin(total_, kBriefly, ahead)) return;
     for (int i = 1; i < team_.shares(); ++i) take_from((number_ + i) % team_.shares());
     report();
-    if (!team_.progress.spin(total_, kLonger)) team_.progress.sleep(total_);
+    if (!team_.progress.spin(total_, kLonger, ahead)) team_.progress.sleep(total_);
   }
   template <class Prepare, class Work>
   void stage(int64_t n, int64_t chunk, Prepare&& prepare, Work&& work) {
-    stage(n, chunk, prepare, work, [] {});
+    stage(n, chunk, prepare, work, [] { _mm_pause(); });
   }
 
  private:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..generation.sampling import argmax
 from ..generation.step import next_logits
 from ..openelm.cache import KVCache
 from ..openelm.costs import matmul_operations, token_bytes
@@ -168,7 +169,7 @@ def generation(
             cache.truncate(length)
             token = first
             for _ in range(steps):
-                token = next_logits(model, token, cache).argmax(-1)
+                token = argmax(next_logits(model, token, cache))
             return token
 
         return run

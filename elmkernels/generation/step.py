@@ -18,7 +18,7 @@ from ..openelm.model import OpenELM
 from ..ops.decode_step import MAX_BATCH
 from ..surgery import given_backend, is_accelerated
 from . import groups
-from .sampling import check_choices, largest, unless_nan
+from .sampling import argmax, check_choices, largest, unless_nan
 
 MOST_TOKENS = MAX_BATCH  # of one call, of all rows together
 
@@ -116,7 +116,7 @@ def _several(
         padded = model(ids, cache=cache, counts=counts)
         logits = torch.cat([padded[b, :n] for b, n in enumerate(counts) if n])
     if chosen is not None:
-        chosen.copy_(logits.argmax(-1))
+        chosen.copy_(argmax(logits))
     return logits
 
 

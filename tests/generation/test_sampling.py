@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from elmkernels.generation.sampling import (
+    argmax,
     Sampler,
     Sampling,
     check_choices,
@@ -275,3 +276,16 @@ def test_what_has_no_effect_at_temperature_0_is_refused(options, temperature):
     with pytest.raises(ValueError, match=said):
         Sampling(**options, **temperature)
     assert Sampling(**options, temperature=0.5).top_k == options.get("top_k")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("odd", [None, float("nan"), float("-inf"), float("inf")])
+def test_argmax_is_that_of_torch(dtype, odd):
+    """The first of many that are equal, of NaN or of infinities."""
+    torch.manual_seed(0)
+    for size in (1, 2, 31, 500):
+        logits = torch.randint(-3, 3, (4, size)).to(dtype)
+        if odd is not None:
+            logits[torch.rand(logits.shape) < 0.1] = odd
+            logits[3] = odd
+        assert torch.equal(argmax(logits), logits.argmax(-1))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...generation.sampling import argmax
 from ...openelm.model import OpenELM
 from ...reference import rms_norm
 from ...reference.qk_norm_rope import rotate
@@ -107,7 +108,7 @@ class NaiveRunner(Runner):
         def decode() -> list[list[int]]:
             cache, chosen = list(held), [begun]
             for _ in range(task.steps):
-                chosen.append(naive(chosen[-1][:, None], cache)[:, -1].argmax(-1))
+                chosen.append(argmax(naive(chosen[-1][:, None], cache)[:, -1]))
             return torch.stack(chosen, 1).tolist()
 
         return decode

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...generation.sampling import argmax
 from ..benchmark import COMPILED, EAGER
 from ..runners import Run, Runner, Task
 
@@ -117,7 +118,7 @@ class PeerRunner(Runner):
             at, chosen = start.clone(), [first]
             for _ in range(steps):
                 logits = self._logits(call, chosen[-1][:, None], cache, at)
-                chosen.append(logits.argmax(-1))
+                chosen.append(argmax(logits))
                 at += 1
             return torch.stack(chosen, 1).tolist()
 

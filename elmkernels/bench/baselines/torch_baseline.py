@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...generation.cuda_graph import BUCKET
+from ...generation.sampling import argmax
 from ...openelm.model import OpenELM
 from ...testing.cases.qk_norm_rope import rotate
 from ..benchmark import COMPILED, EAGER, TORCH
@@ -135,7 +136,7 @@ class TorchBaselineRunner(Runner):
     def _next(self, call: Callable, tokens: Tensor, at: Tensor, seen: int | None) -> Tensor:
         if self.options is not None:
             torch.compiler.cudagraph_mark_step_begin()
-        return call(tokens[:, None], at, seen).argmax(-1)
+        return argmax(call(tokens[:, None], at, seen))
 
     def _compiled(self, baseline: TorchBaseline) -> Callable:
         if self.options is None:
