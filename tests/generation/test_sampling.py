@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from elmkernels.generation.sampling import (
-    argmax,
     Sampler,
     Sampling,
+    argmax,
     check_choices,
     draw,
     penalize,
