@@ -63,7 +63,7 @@ MUTATIONS = {
         "rms_norm", "270M_hidden", FP32, r"rsqrt\.approx", "sqrt.approx", None, "parity",
     ),
     "a sum that becomes a difference": (
-        "add_rms_norm", "270M_hidden", FP32, r"add\.f32", "sub.f32", 0, "parity",
+        "add_rms_norm", "270M_hidden", FP32, r"add\.rn\.f32", "sub.rn.f32", 0, "parity",
     ),
     "an exponential of the other sign": (
         "swiglu", "270M", FP32, r"ex2\.approx(\S*) *\t*(%r\d+), (%r\d+);",
