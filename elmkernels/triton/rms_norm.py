@@ -14,6 +14,8 @@ rows or more, whose bytes are ten times those, and one that has all rows stores 
 No product is fused into a sum: of a sum of two lanes each lane would round the other's product
 alone, and lanes that share a row would disagree about it, with whichever stores last being right.
 
+Forward each program reads the weight again, half as much as its row: from the first cache.
+
 Bytes a row of n in a type of b bytes, each from memory once: forward 2nb, backward 3nb (+ nb with
 extra), plus 8n a program, if there are several, for dweight. The floor is those bytes over the
 memory's bandwidth. No configuration has been measured on a GPU yet; the table says so.
@@ -68,7 +70,7 @@ FORWARD = (
 
 _SHORT = "compiled: 1024 elements a tile; with 2048, float32 spills registers on sm_100"
 _LOOP = "reasoned: 8 to 16 warps on a multiprocessor, each with 16 to 24 columns of three tensors"
-_FEWER = "reasoned: programs are few, so each is wide: 20 KB of loads in flight"
+_FEWER = "reasoned: programs are few, so each is wide; executed: dweight's parts add 7% of traffic"
 
 BACKWARD = (
     Tile(NVIDIA, 64, None, 16, 4, _SHORT, per_sm=4),

@@ -138,13 +138,13 @@ def _launched(one: Executed) -> Launched:
     )  # fmt: skip
 
 
-def cases_of(op: str, rows: int = ROWS, models: Sequence[str] = MODELS) -> list[Case]:
+def cases_of(op: str, rows: Sequence[int] = (ROWS,), models: Sequence[str] = MODELS) -> list[Case]:
     """The calls that are metered: of ops without products a layer of each model, of others a small
     case of each kind of kernel.
 
     Args:
         op: its name.
-        rows: tokens at once, of the former.
+        rows: how many tokens at once, of the former.
         models: of the former.
 
     Raises:
@@ -157,7 +157,7 @@ def cases_of(op: str, rows: int = ROWS, models: Sequence[str] = MODELS) -> list[
     if traits(op).whole_model:
         fail("op", "one that Triton has kernels for", repr(op))
     names = [model.removeprefix("OpenELM-") for model in models]
-    return [case for name in names for case in OPS[op].bench_cases(name, (rows,), 0)]
+    return [case for name in names for case in OPS[op].bench_cases(name, tuple(rows), 0)]
 
 
 def measure(op: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Iterator[Pass]:

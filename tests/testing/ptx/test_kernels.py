@@ -17,7 +17,7 @@ from docs.generate import kernels  # noqa: E402
 from elmkernels.testing import CASES  # noqa: E402
 from elmkernels.testing.cases.draw import Case  # noqa: E402
 from elmkernels.testing.cases.weights import FORMS  # noqa: E402
-from elmkernels.testing.parity import DTYPES, Expected, assert_parity  # noqa: E402
+from elmkernels.testing.parity import Expected, assert_parity  # noqa: E402
 from elmkernels.testing.ptx import Device, Settings, executed  # noqa: E402
 
 # The widths of the models, then layouts and edges, of ops with products each kind of kernel; the
@@ -60,7 +60,7 @@ QUICK = {
 }  # fmt: skip
 
 
-# Without matrix units their products are many: in float32 these are slow.
+# In float32 these are slow too.
 LONG = ("head_dim_128", "long_token", "varlen_head_dim_128")
 
 
@@ -72,11 +72,9 @@ def is_quick(op: str, case: Case, dtype: torch.dtype) -> bool:
 
 def chosen(quick: bool) -> list:
     return [
-        pytest.param(op, case, dtype, id=f"{op}-{case.name}-{str(dtype).removeprefix('torch.')}")
-        for op in QUICK
-        for case in CASES[op]
-        for dtype in DTYPES.values()
-        if dtype in case.dtypes and is_quick(op, case, dtype) == quick
+        pytest.param(*one, id=f"{one[0]}-{one[1].name}-{str(one[2]).removeprefix('torch.')}")
+        for one in kernels.calls()
+        if is_quick(*one) == quick
     ]
 
 
@@ -114,7 +112,6 @@ WHOLE = {
 
 
 def test_every_kernel_there_is_is_launched():
-    launched = set()
     with executed(Device(Settings(races=False))) as device:
         for op, names in WHOLE.items():
             for case in (c for c in CASES[op] if c.name in names):
@@ -123,6 +120,8 @@ def test_every_kernel_there_is_is_launched():
         launched = {tuple(done.kernel.split(".")) for done in device.launches}
     assert launched == kernels.launched()
     assert set(WHOLE) == set(QUICK) == set(kernels.ops())
+    for op, names in kernels.LEFT.items():
+        assert set(names) <= {c.name for c in CASES[op]}, "left out, but no case"
 
 
 @pytest.mark.parametrize("op", QUICK)

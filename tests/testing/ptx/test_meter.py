@@ -28,7 +28,7 @@ ROW_OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
 def test_the_least_sectors(op, model, rows):
     """Of the memory that a launch touches; of the norms' backward by each access of a warp too,
     from a few rows on that fill a program's warps."""
-    (case,) = cases_of(op, rows, (model,))
+    (case,) = cases_of(op, (rows,), (model,))
     found = passes(op, case)
     for direction, most in MOST.items():
         one = found[direction]
@@ -40,7 +40,7 @@ def test_the_least_sectors(op, model, rows):
 
 
 def test_what_is_read_again_is_named():
-    (case,) = cases_of("rms_norm", 17, ("OpenELM-270M",))
+    (case,) = cases_of("rms_norm", (17,), ("OpenELM-270M",))
     found = passes("rms_norm", case)
     assert found["forward"].again == {"weight": 17.0}, "once a row, each a program's"
     tensors = found["forward"].launches[0].tensors
@@ -67,9 +67,10 @@ def test_every_case_is_there():
 
 
 def test_the_command(capsys):
-    found = run_json(capsys, "traffic", "rms_norm", "--model", "OpenELM-270M", "--rows", "2")
+    found = run_json(capsys, "traffic", "rms_norm", "--model", "OpenELM-270M", "--rows", "2,3")
     assert found["complete"] and found["architecture"] == "sm_80"
-    assert [r["direction"] for r in found["records"]] == ["forward", "backward"]
+    assert [r["direction"] for r in found["records"]] == ["forward", "backward"] * 2
+    assert [r["case"] for r in found["records"]][::2] == ["270M_rows_2", "270M_rows_3"]
     assert all(r["distinct"] > 0 and r["launches"] for r in found["records"])
 
 
@@ -78,6 +79,7 @@ def test_the_command(capsys):
     [
         (["decode_step"], "op must be one of rms_norm"),
         (["rms_norm", "--rows", "0"], "rows"),
+        (["rms_norm", "--rows", "17,"], "rows"),
         (["rms_norm", "--model", "OpenELM-7B"], "OpenELM-7B"),
     ],
 )
