@@ -169,7 +169,8 @@ def builds(op: str, arch: str) -> list[Build]:
         for kernel, constants, warps in rows:
             key = tuple(sorted(constants.items()))
             found[Build(kernel, key, warps, dtype, weight)] = None
-            if set(kernel.arg_names) & set(PARTIAL) and kernel is not common._sum_partials:
+            adds = set(kernel.arg_names) & set(PARTIAL) and kernel is not common._sum_partials
+            if adds and arch == "sm_80":
                 found[Build(kernel, key, warps, dtype, weight, alone=weight != "fp32")] = None
     return list(found)
 
