@@ -10,14 +10,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import api, figures, margins, serving, support, traffic
+from . import api, figures, kernels, margins, serving, support, traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES: dict[str, Callable[[], str]] = {"docs/api.md": api.page, "docs/support.md": support.page}
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": figures.six_results},
     "docs/benchmarks.md": figures.TABLES,
-    "docs/gpu.md": {"traffic": traffic.traffic},
+    "docs/gpu.md": {
+        "executed": kernels.executed,
+        "least": traffic.least,
+        "traffic": traffic.traffic,
+    },
     "docs/huggingface.md": {"transformers": lambda: figures.transformers("transformers-270m-cpu")},
     "docs/serving.md": {"throughput": lambda: serving.throughput("vllm-270m-cpu")},
     "docs/parity.md": {"margins": margins.margins, "processors": margins.processors},

@@ -89,6 +89,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positives(text: str) -> list[int]:
+    """A parser of one or more integers from 1, separated by commas."""
+    return [positive(one.strip()) for one in text.split(",")]
+
+
 def add_json(to: Any) -> None:
     to.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
 

@@ -11,7 +11,7 @@ from ..testing.cases import CASES
 from ..testing.ptx.meter import MODELS, ROWS, Pass, cases_of, measure
 from .console import OK, Output, Progress, WrongInput, checked
 from .console import measure as carried_out
-from .options import add_dtypes, add_json, add_out, dtypes_of, new_command, positive, some_of
+from .options import add_dtypes, add_json, add_out, dtypes_of, new_command, positives, some_of
 
 NAME = "traffic"
 OPS = tuple(op for op in CASES if not traits(op).whole_model)
@@ -40,7 +40,11 @@ def add_parser(commands: Any) -> None:
         help="whose widths the ops without products take (default: all four)",
     )
     parser.add_argument(
-        "--rows", type=positive, default=ROWS, metavar="N", help=f"of them (default {ROWS})"
+        "--rows",
+        type=positives,
+        action="extend",
+        metavar="N[,...]",
+        help=f"of them (default {ROWS})",
     )
     add_out(parser, "results.json")
     add_json(parser)
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     def work() -> None:
         for op in ops:
             progress(f"{NAME} {op}")
-            for case in checked(cases_of, op, args.rows, args.model or MODELS):
+            for case in checked(cases_of, op, args.rows or (ROWS,), args.model or MODELS):
                 for dtype in dtypes:
                     for one in measure(op, case, dtype) if dtype in case.dtypes else ():
                         passes.append(one)

@@ -5,8 +5,9 @@ backward kernel is this op's too: it takes dsum as the gradient that the sum has
     dx = dsum + rstd * (dz - z * mean(dz * z)),   dweight = sum over rows of dnormed * round(z).
 
 Bytes a row of n in a type of b bytes, each from memory once: forward 4nb (two read, two written),
-backward 4nb (3nb without dsum), plus 8n a program for dweight. The floor is those bytes over the
-memory's bandwidth. No configuration has been measured on a GPU yet; the table says so.
+backward 4nb (3nb without dsum), plus 8n a program, if there are several, for dweight. The floor is
+those bytes over the memory's bandwidth. No configuration has been measured on a GPU yet; the table
+says so.
 """
 
 import torch

@@ -71,6 +71,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def persistent_programs(tile: Tile, rows: int, least: int, device: torch.device) -> int:
+    """How many programs share rows: each gets a tile and at least `least` rows, if there are as
+    many, so that what a program reads and leaves for itself is little beside its rows."""
+    most = min(triton.cdiv(rows, tile.tile), tile.per_sm * multiprocessors(device))
+    return max(1, min(most, rows // least))
+
+
 def guard(x: Tensor) -> AbstractContextManager:
     """Launch on x's own device: Triton launches on the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -170,12 +177,23 @@ def _sum_partials(partial, out, programs, n, BLOCK_P: tl.constexpr, BLOCK_N: tl.
     tl.store(out + cols, tl.sum(total, 0), mask=cols < n)
 
 
+def partials_of(programs: int, weight: Tensor, added: bool = False) -> Tensor:
+    """[programs, n] for what each adds to a weight's gradient: of a single program it is the
+    gradient. `added`: what a program does not only store there, but adds to."""
+    if programs == 1 and not added:
+        return torch.empty(1, *weight.shape, dtype=weight.dtype, device=weight.device)
+    make = torch.zeros if added else torch.empty
+    return make(programs, *weight.shape, dtype=torch.float32, device=weight.device)
+
+
 SUM_BLOCKS = {"BLOCK_P": 64, "BLOCK_N": 32}
 
 
 def sum_partials(partial: Tensor, like: Tensor) -> Tensor:
-    """fp32 [programs, n] summed over the programs, in a fixed order, in the dtype of `like`."""
+    """[programs, n] summed over the programs, in a fixed order, in the dtype of `like`."""
     programs, n = partial.shape
+    if programs == 1 and partial.dtype == like.dtype:
+        return partial[0]
     out = torch.empty(n, dtype=like.dtype, device=like.device)
     grid = (triton.cdiv(n, SUM_BLOCKS["BLOCK_N"]),)
     _sum_partials[grid](partial, out, programs, n, **SUM_BLOCKS, num_warps=4)

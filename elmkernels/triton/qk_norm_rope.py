@@ -11,7 +11,8 @@ nothing; a slot outside the cache is not written.
 Backward rotates by the opposite angle, du = (dy_a cos + dy_b sin, dy_b cos - dy_a sin), then, with
 z = x * rstd and dz = du * weight: dx = rstd * (dz - z * mean(dz * z)), dweight = sum of
 du * round(z) over the heads of q or of k; dv is copied. Persistent programs keep one fp32 row of
-each dweight; a second kernel adds those in a fixed order.
+each dweight; a second kernel adds those in a fixed order. The two rows go to memory and back: so a
+program has at least LEAST_HEADS heads, and one that has all of them stores the dweights itself.
 
 Bytes a token in a type of b bytes, each from memory once: forward 2 (q + kv) head_dim b (cached:
 2 (q + 2 kv)), backward 3 (q + kv) head_dim b + 2 kv head_dim b; the table and the positions stay in
@@ -31,7 +32,8 @@ from .common import (
     Tile,
     arch,
     guard,
-    multiprocessors,
+    partials_of,
+    persistent_programs,
     pick,
     sum_partials,
     units,
@@ -41,7 +43,9 @@ from .common import (
 _FEW = "reasoned: many one-warp programs, one or two 16-byte loads of each half a thread"
 _MANY = "reasoned: 2048 elements a program, one 16-byte load of each half a thread"
 _BIG = "reasoned: the smallest tile"
-_LOOP = "reasoned: 1024 elements a tile keep four sums and four inputs in registers"
+_LOOP = "reasoned: 1024 elements a tile in registers; executed: dweights' parts add 6% of traffic"
+
+LEAST_HEADS = 48  # of a program of the backward: 16 bytes a column beside 288, in half types
 
 # `width` is head_dim, `rows` the number of heads of all tokens.
 FORWARD = (
@@ -102,14 +106,10 @@ def _angles(positions, p0, p1, batch, at, table, table_length, cols, wanted, HAL
 
 
 @triton.jit
-def _weights(q_weight, k_weight, is_q, cols, HALF: tl.constexpr):
-    """Each row's weight, in fp32, as two halves."""
-    in_half = cols < HALF
-    q_a = tl.load(q_weight + cols, mask=in_half, other=0.0).to(tl.float32)
-    q_b = tl.load(q_weight + HALF + cols, mask=in_half, other=0.0).to(tl.float32)
-    k_a = tl.load(k_weight + cols, mask=in_half, other=0.0).to(tl.float32)
-    k_b = tl.load(k_weight + HALF + cols, mask=in_half, other=0.0).to(tl.float32)
-    return tl.where(is_q, q_a, k_a), tl.where(is_q, q_b, k_b)
+def _halves(weight, cols, HALF: tl.constexpr):
+    """A weight in fp32, as two halves."""
+    a = tl.load(weight + cols, mask=cols < HALF, other=0.0).to(tl.float32)
+    return a, tl.load(weight + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -149,7 +149,10 @@ def _fwd(
     b = raw_b.to(tl.float32)
     if NORM:
         rounded: tl.constexpr = q_weight.dtype.element_ty
-        w_a, w_b = _weights(q_weight, k_weight, is_q, cols, HALF)
+        wq_a, wq_b = _halves(q_weight, cols, HALF)
+        wk_a, wk_b = _halves(k_weight, cols, HALF)
+        w_a = tl.where(is_q, wq_a, wk_a)
+        w_b = tl.where(is_q, wq_b, wk_b)
         rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
         a = ((a * rstd).to(dtype).to(tl.float32) * w_a).to(rounded).to(tl.float32)
         b = ((b * rstd).to(dtype).to(tl.float32) * w_b).to(rounded).to(tl.float32)
@@ -245,6 +248,8 @@ def _bwd(
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)[None, :]
     if NORM:
+        wq_a, wq_b = _halves(q_weight, cols, HALF)
+        wk_a, wk_b = _halves(k_weight, cols, HALF)
         dwq_a = tl.zeros([ROWS, BLOCK], tl.float32)
         dwq_b = tl.zeros([ROWS, BLOCK], tl.float32)
         dwk_a = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -272,7 +277,6 @@ def _bwd(
             x_row = qkv + (batch * x0 + token * x1) * VEC + head.to(tl.int64) * (2 * HALF)
             a = tl.load(x_row + cols, mask=is_q | is_k, other=0.0).to(tl.float32)
             b = tl.load(x_row + HALF + cols, mask=is_q | is_k, other=0.0).to(tl.float32)
-            w_a, w_b = _weights(q_weight, k_weight, is_q, cols, HALF)
             rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
             a = a * rstd
             b = b * rstd
@@ -282,8 +286,8 @@ def _bwd(
             dwq_b += tl.where(is_q, dw_b, 0.0)
             dwk_a += tl.where(is_k, dw_a, 0.0)
             dwk_b += tl.where(is_k, dw_b, 0.0)
-            dz_a = tl.where(is_q | is_k, du_a * w_a, 0.0)
-            dz_b = tl.where(is_q | is_k, du_b * w_b, 0.0)
+            dz_a = tl.where(is_q | is_k, du_a * tl.where(is_q, wq_a, wk_a), 0.0)
+            dz_b = tl.where(is_q | is_k, du_b * tl.where(is_q, wq_b, wk_b), 0.0)
             mean = tl.sum(dz_a * a + dz_b * b, 1)[:, None] / (2 * HALF)
             du_a = rstd * (dz_a - a * mean)
             du_b = rstd * (dz_b - b * mean)
@@ -309,12 +313,10 @@ def qk_norm_rope_bwd(
     heads = q_heads + 2 * kv_heads
     rows = qkv.shape[0] * qkv.shape[1] * heads
     constants, tile = plan(BACKWARD, head_dim, rows, arch(qkv.device))
-    programs = min(triton.cdiv(rows, tile.tile), tile.per_sm * multiprocessors(qkv.device))
+    programs = persistent_programs(tile, rows, LEAST_HEADS if norm else 1, qkv.device)
     vec = vec_of(head_dim, qkv, dq, dk, dv)
-    partials = [
-        torch.empty(programs, head_dim, dtype=torch.float32, device=qkv.device) if norm else None
-        for _ in "qk"
-    ]
+    weights = (q_weight, k_weight)
+    partials = [partials_of(programs, w) if norm else None for w in weights]
     with guard(qkv):
         _bwd[(programs,)](
             dq, dk, dv, qkv, q_weight.contiguous() if norm else None,
@@ -326,4 +328,4 @@ def qk_norm_rope_bwd(
         )  # fmt: skip
         if not norm:
             return dqkv, qkv.new_empty(0), qkv.new_empty(0)
-        return dqkv, sum_partials(partials[0], q_weight), sum_partials(partials[1], k_weight)
+        return dqkv, *(sum_partials(p, w) for p, w in zip(partials, weights, strict=True))

@@ -8,13 +8,17 @@ Columns past 2 x MAX_HEAD are looped over and read twice (no OpenELM width is).
 Backward, with z = x * rstd and dz = dy * weight:
     dx = rstd * (dz - z * mean(dz * z)) (+ extra),   dweight = sum over rows of dy * round(z).
 Persistent programs keep one fp32 row of dweight each; a second kernel adds those in a fixed order.
+That row goes to memory and back, and each program reads the weight: so a program has LEAST_ROWS
+rows or more, whose bytes are ten times those, and one that has all rows stores dweight itself.
 
 No product is fused into a sum: of a sum of two lanes each lane would round the other's product
 alone, and lanes that share a row would disagree about it, with whichever stores last being right.
 
+Forward each program reads the weight again, half as much as its row: from the first cache.
+
 Bytes a row of n in a type of b bytes, each from memory once: forward 2nb, backward 3nb (+ nb with
-extra), plus 8n a program for dweight. The floor is those bytes over the memory's bandwidth.
-No configuration has been measured on a GPU yet; the table says so.
+extra), plus 8n a program, if there are several, for dweight. The floor is those bytes over the
+memory's bandwidth. No configuration has been measured on a GPU yet; the table says so.
 """
 
 from functools import lru_cache
@@ -30,7 +34,8 @@ from .common import (
     Tile,
     arch,
     guard,
-    multiprocessors,
+    partials_of,
+    persistent_programs,
     pick,
     row_offset,
     rows_of,
@@ -38,6 +43,7 @@ from .common import (
 )
 
 MAX_HEAD = 2048
+LEAST_ROWS = 20  # of a program of the backward: 10n bytes beside 120n, in half types
 
 _NARROW = "reasoned: 2048 elements a program, 16 a thread"
 _FEW = "reasoned: one 16-byte load a thread, for the shortest way through one row"
@@ -64,12 +70,15 @@ FORWARD = (
 
 _SHORT = "compiled: 1024 elements a tile; with 2048, float32 spills registers on sm_100"
 _LOOP = "reasoned: 8 to 16 warps on a multiprocessor, each with 16 to 24 columns of three tensors"
+_FEWER = "reasoned: programs are few, so each is wide; executed: dweight's parts add 7% of traffic"
 
 BACKWARD = (
     Tile(NVIDIA, 64, None, 16, 4, _SHORT, per_sm=4),
     Tile(NVIDIA, 128, None, 8, 4, _SHORT, per_sm=4),
     Tile(NVIDIA, 256, None, 4, 4, _SHORT, per_sm=4),
     Tile(NVIDIA, 512, None, 2, 4, _SHORT, per_sm=4),
+    Tile(NVIDIA, 2047, 8192, 4, 16, _FEWER, per_sm=1),
+    Tile(NVIDIA, 4095, 8192, 2, 16, _FEWER, per_sm=1),
     Tile(NVIDIA, 2047, None, 1, 4, _LOOP, per_sm=4),
     Tile(NVIDIA, 4095, None, 1, 8, _LOOP, per_sm=2),
     Tile(NVIDIA, None, None, 1, 16, _LOOP, per_sm=1),
@@ -77,6 +86,8 @@ BACKWARD = (
     Tile(AMD, 128, None, 8, 2, _SHORT, per_sm=4),
     Tile(AMD, 256, None, 4, 2, _SHORT, per_sm=4),
     Tile(AMD, 512, None, 2, 2, _SHORT, per_sm=4),
+    Tile(AMD, 2047, 8192, 4, 8, _FEWER, per_sm=1),
+    Tile(AMD, 4095, 8192, 2, 8, _FEWER, per_sm=1),
     Tile(AMD, 2047, None, 1, 2, _LOOP, per_sm=4),
     Tile(AMD, 4095, None, 1, 4, _LOOP, per_sm=2),
     Tile(AMD, None, None, 1, 8, _LOOP, per_sm=1),
@@ -250,10 +261,8 @@ def norm_bwd(
     n = x.shape[-1]
     r = rows_of(dy, x, x if extra is None else extra, multiple=n)
     constants, tile = plan(BACKWARD, n, r.count, arch(x.device))
-    programs = min(triton.cdiv(r.count, tile.tile), tile.per_sm * multiprocessors(x.device))
-    partial = (torch.zeros if constants["WIDE"] else torch.empty)(
-        programs, n, dtype=torch.float32, device=x.device
-    )
+    programs = persistent_programs(tile, r.count, LEAST_ROWS, x.device)
+    partial = partials_of(programs, weight, added=constants["WIDE"])
     with guard(x):
         _bwd[(programs,)](
             *r.tensors, weight.contiguous(), dx, partial, r.count, n // r.vec, *r.sizes,

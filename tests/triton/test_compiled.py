@@ -34,7 +34,8 @@ MODELS = [OpenELMConfig.from_name(name) for name in VARIANTS]
 FEW, MANY = 8, 1 << 16
 SHARED_LIMIT = 32 * 1024
 
-FP32 = ("partial", "dq_partial", "dk_partial", "table", "dloss", "losses")
+PARTIAL = ("partial", "dq_partial", "dk_partial")
+FP32 = (*PARTIAL, "table", "dloss", "losses")
 INT64 = ("positions", "slots", "targets")
 FLOATS = ("eps", "z_loss", "smoothing")
 KERNELS = {
@@ -53,13 +54,15 @@ INTEGERS = re.compile(
 
 @dataclass(frozen=True)
 class Build:
-    """One compilation: a kernel, its constants, and the types of its tensors."""
+    """One compilation: a kernel, its constants, and the types of its tensors. `alone`: as a single
+    program, which stores the weight's gradient where several would leave parts of it."""
 
     kernel: object
     constants: tuple[tuple[str, object], ...]
     warps: int
     dtype: str
     weight: str
+    alone: bool = False
 
     def signature(self) -> dict[str, str]:
         constants, found = dict(self.constants), {}
@@ -70,12 +73,13 @@ class Build:
                 found[name] = "i32"
             elif name in FLOATS:
                 found[name] = "fp32"
-            elif name in FP32:
+            elif name in FP32 and not (self.alone and name in PARTIAL):
                 found[name] = "*fp32"
             elif name in INT64:
                 found[name] = "*i64"
             else:
-                found[name] = "*" + (self.weight if "weight" in name else self.dtype)
+                of_weight = "weight" in name or name in PARTIAL
+                found[name] = "*" + (self.weight if of_weight else self.dtype)
         return found
 
     def compile(self, arch: str):
@@ -165,6 +169,9 @@ def builds(op: str, arch: str) -> list[Build]:
         for kernel, constants, warps in rows:
             key = tuple(sorted(constants.items()))
             found[Build(kernel, key, warps, dtype, weight)] = None
+            adds = set(kernel.arg_names) & set(PARTIAL) and kernel is not common._sum_partials
+            if adds and arch == "sm_80":
+                found[Build(kernel, key, warps, dtype, weight, alone=weight != "fp32")] = None
     return list(found)
 
 

@@ -21,6 +21,9 @@ _NORM_SHAPES = {
     "width_1000": (5, 1000),
     "width_12289": (3, 12289),
     "many_rows": (515, 320),
+    # Enough for several programs that each add to the weight's gradient, of the models' widths.
+    "parts_of_1280": (67, 1280),
+    "parts_of_3072": (45, 3072),
     "many_short_rows": (2051, 24),
 }
 

@@ -67,11 +67,14 @@ def fma32(a: Array, b: Array, c: Array, mode: str = "rn") -> Array:
     total = product + wide
     near = total.astype(np.float32)
     # Two roundings differ from one only in the middle between two numbers, or below the normal
-    # ones, where the middle is elsewhere.
+    # ones, where the middle is elsewhere. Zeros are exact.
     middle = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
-    if middle.any() or (np.abs(total) < 2 * TINY32).any():
-        near = odd_sum(product, wide).astype(np.float32)
-        near = np.where(near == 0, total.astype(np.float32), near)
+    twice = middle | ((np.abs(total) < 2 * TINY32) & (total != 0))
+    if twice.any():
+        at = np.flatnonzero(twice)
+        parts = (np.broadcast_to(x, total.shape)[at] for x in (product, wide))
+        once = odd_sum(*parts).astype(np.float32)
+        near[at] = np.where(once == 0, near[at], once)
     return near
 
 

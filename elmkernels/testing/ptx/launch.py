@@ -31,7 +31,6 @@ from .state import Launch, Settings
 from .traffic import Traffic
 
 ARCH, WARP = 80, 32
-MULTIPROCESSORS = 4  # few: then persistent programs loop at small sizes
 CTYPES = {
     "i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1": "u1", "u8": "u1",
     "u16": "u2", "u32": "u4", "u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8",
@@ -47,12 +46,15 @@ class Executed:
         grid: of blocks.
         threads: in a block.
         traffic: what it moved, if that was counted.
+        tensors: of it, the sectors that accesses touch of each tensor, and how many different;
+            tensors of one storage are together.
     """
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     traffic: Traffic | None
+    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,18 +64,20 @@ class Device:
     Attributes:
         settings: of every execution.
         launches: those so far.
+        multiprocessors: that it seems to have; few make persistent programs loop at small sizes.
         rewrite: changes the PTX text before it is executed, as mutations do.
         launching: whether a launcher runs, whose memory is known from when it is made.
     """
 
     settings: Settings = field(default_factory=Settings)
     launches: list[Executed] = field(default_factory=list)
+    multiprocessors: int = 4
     rewrite: Callable[[str], str] | None = None
     launching: bool = False
     _programs: dict[tuple[str, str], Program] = field(default_factory=dict, repr=False)
     _fresh: dict[int, tuple[Any, np.ndarray]] = field(default_factory=dict, repr=False)
 
-    def launch(self, ptx: str, name: str, shape: tuple, shared: int, arguments: list) -> None:
+    def launch(self, ptx: str, name: str, shape: tuple, shared: int, arguments: dict) -> None:
         """Execute a kernel.
 
         Args:
@@ -81,26 +85,31 @@ class Device:
             name: the kernel's in there.
             shape: (grid, threads in a block, what to call it).
             shared: bytes of dynamic shared memory.
-            arguments: (type, value) of each parameter; tensors for pointers.
+            arguments: {name: (type, value)} of the parameters; tensors for pointers.
         """
         grid, threads, label = shape
         text = self.rewrite(ptx) if self.rewrite else ptx
         if (text, name) not in self._programs:
             self._programs[text, name] = Program(parse(text), name, self.settings.share)
         program = self._programs[text, name]
-        memory, pointers, storages = self._memory([v for _, v in arguments])
+        memory, pointers, storages = self._memory([v for _, v in arguments.values()])
         params = bytearray(program.param_bytes)
         variables = program.function.params
         if len(variables) < len(arguments):
             raise PtxError(f"{name} has {len(variables)} parameters, got {len(arguments)}")
-        for i, (kind, value) in enumerate(arguments):
+        for i, (kind, value) in enumerate(arguments.values()):
             raw = np.uint64(pointers[i]) if kind[0] == "*" else np.dtype(CTYPES[kind]).type(value)
             where = variables[i].offset
             params[where : where + raw.nbytes] = raw.tobytes()
         block = (program.function.threads or threads, 1, 1)
         launch = Launch(grid, block, shared, bytes(params), memory, self.settings)
         traffic = execute(program, launch)
-        self.launches.append(Executed(label, grid, launch.threads, traffic))
+        done = Executed(label, grid, launch.threads, traffic)
+        if traffic is not None:
+            for at, region in enumerate(memory.regions):
+                of = [n for n, (_, v) in arguments.items() if _is_of(v, storages[at])]
+                done.tensors[" ".join(of)] = traffic.of(region.begin, region.size)
+        self.launches.append(done)
         for i, storage in enumerate(storages):
             data, marks = memory.data(i)
             _bytes_of(storage)[:] = data
@@ -147,6 +156,10 @@ class Device:
     def written(self, t: Tensor) -> None:
         """Torch has written a tensor."""
         self._fresh.pop(t.untyped_storage().data_ptr(), None)
+
+
+def _is_of(value: Any, storage: Any) -> bool:
+    return isinstance(value, Tensor) and value.untyped_storage().data_ptr() == storage.data_ptr()
 
 
 def _bytes_of(storage: Any) -> np.ndarray:
@@ -198,8 +211,8 @@ class _Launcher:
 
     def __call__(self, *call: Any) -> None:
         """(grid, stream, function, packed, metadata, two hooks), then the kernel's arguments."""
-        kinds = list(self.src.signature.values())
-        given = [(k, v) for k, v in zip(kinds, call[9:], strict=True) if k != "constexpr"]
+        pairs = zip(self.src.signature.items(), call[9:], strict=True)
+        given = {name: (kind, v) for (name, kind), v in pairs if kind != "constexpr"}
         module = self.src.fn.fn.__module__.rpartition(".")[2]
         threads = WARP * self.metadata.num_warps
         shape = (call[:3], threads, f"{module}.{self.src.fn.__name__}")
@@ -295,7 +308,7 @@ def executed(device: Device | None = None) -> Iterator[Device]:
     inner = [importlib.import_module("elmkernels.triton.common"), *modules]
     changes: list[tuple[Any, str, Any]] = []
     for module in inner:
-        for name, value in (("arch", f"sm_{ARCH}"), ("multiprocessors", MULTIPROCESSORS)):
+        for name, value in (("arch", f"sm_{ARCH}"), ("multiprocessors", device.multiprocessors)):
             if hasattr(module, name):
                 changes.append((module, name, lambda _, value=value: value))
     changes.append((knobs.runtime, "add_stages_inspection_hook", _compiled_to_ptx))

@@ -34,6 +34,8 @@ SMALL = {
 }  # fmt: skip
 MODELS = ("OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B")
 ROWS = 17
+AGAIN = 0.01  # of the least bytes: more is named
+MULTIPROCESSORS = 108  # of an A100, which sm_80 is
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Launched:
     shared: int
     conflicts: int
     issued: dict[str, int]
+    tensors: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Pass:
         elements: that it gives.
         launches: its kernels, in order. `asked`, `sectors` and `distinct` are bytes, loads and
             stores together; `shared` is accesses of shared memory by warps, `conflicts` the cycles
-            that these take beyond one each; `issued` is instructions of warps by class.
+            that these take beyond one each; `issued` is instructions of warps by class; `tensors`
+            are the sectors of each tensor and how many different, by the kernel's names for it.
     """
 
     op: str
@@ -76,6 +80,17 @@ class Pass:
     def total(self, name: str) -> int:
         """The sum of an attribute of the launches."""
         return sum(getattr(launched, name) for launched in self.launches)
+
+    @property
+    def again(self) -> dict[str, float]:
+        """How many times over accesses touch the sectors of a tensor, if that is more than once
+        beside the least: what caches have to hold."""
+        found: dict[str, float] = {}
+        for launched in self.launches:
+            for name, (sectors, distinct) in launched.tensors.items():
+                if SECTOR * (sectors - distinct) > AGAIN * self.least:
+                    found[name] = max(found.get(name, 0.0), sectors / distinct)
+        return found
 
     @property
     def issued(self) -> Counter:
@@ -119,16 +134,17 @@ def _launched(one: Executed) -> Launched:
     return Launched(
         one.kernel, one.grid, one.threads, t.asked.total(), SECTOR * t.sectors.total(),
         SECTOR * sum(map(len, t.touched.values())), accesses, cycles - accesses, dict(t.issued),
+        one.tensors,
     )  # fmt: skip
 
 
-def cases_of(op: str, rows: int = ROWS, models: Sequence[str] = MODELS) -> list[Case]:
+def cases_of(op: str, rows: Sequence[int] = (ROWS,), models: Sequence[str] = MODELS) -> list[Case]:
     """The calls that are metered: of ops without products a layer of each model, of others a small
     case of each kind of kernel.
 
     Args:
         op: its name.
-        rows: tokens at once, of the former.
+        rows: how many tokens at once, of the former.
         models: of the former.
 
     Raises:
@@ -141,7 +157,7 @@ def cases_of(op: str, rows: int = ROWS, models: Sequence[str] = MODELS) -> list[
     if traits(op).whole_model:
         fail("op", "one that Triton has kernels for", repr(op))
     names = [model.removeprefix("OpenELM-") for model in models]
-    return [case for name in names for case in OPS[op].bench_cases(name, (rows,), 0)]
+    return [case for name in names for case in OPS[op].bench_cases(name, tuple(rows), 0)]
 
 
 def measure(op: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Iterator[Pass]:
@@ -162,7 +178,8 @@ def measure(op: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Iterator[
     inputs = make(case, dtype, "cpu", seed)
     outputs: list[torch.Tensor] = []
     ended = 0
-    with executed(Device(Settings(traffic=True))) as device:
+    device = Device(Settings(traffic=True), multiprocessors=MULTIPROCESSORS)
+    with executed(device):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal ended

@@ -20,14 +20,16 @@ class Traffic:
     Attributes:
         asked: bytes that threads load from and store to global memory.
         sectors: that the accesses of warps touch, each access by itself.
-        touched: sectors of memory that were loaded, and that were stored, by their numbers.
+        touched: how often each sector of memory was loaded, and stored, by its number.
         shared: accesses of shared memory by warps, and the cycles that these take.
         issued: instructions of warps by class.
     """
 
     asked: Counter = field(default_factory=Counter)
     sectors: Counter = field(default_factory=Counter)
-    touched: dict[str, set[int]] = field(default_factory=lambda: {"load": set(), "store": set()})
+    touched: dict[str, Counter] = field(
+        default_factory=lambda: {"load": Counter(), "store": Counter()}
+    )
     shared: Counter = field(default_factory=Counter)
     issued: Counter = field(default_factory=Counter)
 
@@ -40,7 +42,16 @@ class Traffic:
             keys.append(keys[0] + 1)
         unique = np.unique(np.concatenate(keys))
         self.sectors[kind] += unique.size
-        self.touched[kind].update(np.unique(unique & ((1 << 40) - 1)).tolist())
+        self.touched[kind].update((unique & ((1 << 40) - 1)).tolist())
+
+    def of(self, begin: int, size: int) -> tuple[int, int]:
+        """How many sectors the accesses of warps touch of some bytes, and how many different."""
+        sectors = distinct = 0
+        first, last = begin // SECTOR, (begin + size - 1) // SECTOR
+        for counts in self.touched.values():
+            here = [counts[i] for i in range(first, last + 1) if i in counts]
+            sectors, distinct = sectors + sum(here), distinct + len(here)
+        return sectors, distinct
 
     def bank(self, kind: str, at: Array, size: int, lanes: Array) -> None:
         """`size` bytes of shared memory: words of 4 bytes in 32 banks. Wider accesses take a warp

@@ -63,7 +63,7 @@ MUTATIONS = {
         "rms_norm", "270M_hidden", FP32, r"rsqrt\.approx", "sqrt.approx", None, "parity",
     ),
     "a sum that becomes a difference": (
-        "add_rms_norm", "270M_hidden", FP32, r"add\.f32", "sub.f32", 0, "parity",
+        "add_rms_norm", "270M_hidden", FP32, r"add\.rn\.f32", "sub.rn.f32", 0, "parity",
     ),
     "an exponential of the other sign": (
         "swiglu", "270M", FP32, r"ex2\.approx(\S*) *\t*(%r\d+), (%r\d+);",
@@ -88,6 +88,38 @@ MUTATIONS = {
     ),
     "shared memory that nobody wrote": (
         "rms_norm", "270M_hidden", BF16, r"(@%p\d+ )?st\.shared[^;]*;", "", 0, "uninitialized",
+    ),
+    "a copy that nothing waits for": (
+        "attention", "chunk", BF16, r"cp\.async\.wait_group[^;]*;", "", 0, "uninitialized",
+    ),
+    "a dropped barrier of tiles": ("attention", "chunk", BF16, r"bar\.sync\s+0;", "", 3, "race"),
+    "a matrix that isn't transposed": (
+        "attention", "chunk", BF16, r"\.trans\.shared", ".shared", 0, "parity",
+    ),
+    "a weight of the other sign": (
+        "attention", "chunk", BF16, r"ex2\.approx\.ftz\.f32 *\t*(%r\d+), (%r\d+);",
+        r"neg.f32 \2, \2; ex2.approx.ftz.f32 \1, \2;", 0, "parity",
+    ),
+    "an edge of keys one further": (
+        "attention", "chunk", BF16, r"setp\.lt\.s32", "setp.le.s32", None, None,
+    ),
+    "a row of a weight too many": (
+        "linear", "affine4_32_rows_5", BF16, r"setp\.lt\.s32", "setp.le.s32", 0, "bounds",
+    ),
+    "lanes of a sum that disagree": (
+        "linear", "plain_rows_3", BF16, r", 16, 31, -1", ", 8, 31, -1", 0, "race",
+    ),
+    "escapes that don't wait": (
+        "linear", "packed12_many_escapes_rows_12", BF16, r"bar\.sync\s+0;", "", None, "race",
+    ),
+    "a loss of one column more": (
+        "linear_cross_entropy", "vocabulary_17", FP32, r"setp\.lt\.s32", "setp.le.s32", None, None,
+    ),
+    "a dropped barrier of a loss": (
+        "linear_cross_entropy", "vocabulary_17", FP32, r"bar\.sync\s+0;", "", 0, "race",
+    ),
+    "parts of a gradient that lie elsewhere": (
+        "rms_norm", "parts_of_1280", FP32, r"mul\.lo\.s64", "add.s64", None, "alignment",
     ),
 }  # fmt: skip
 
