@@ -15,7 +15,10 @@ from . import api, figures, kernels, margins, serving, support, traffic
 ROOT = Path(__file__).resolve().parents[2]
 PAGES: dict[str, Callable[[], str]] = {"docs/api.md": api.page, "docs/support.md": support.page}
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"results": figures.six_results},
+    "README.md": {
+        "results": figures.six_results,
+        "paper": lambda: figures.paper_in_short(figures.PAPER[0]),
+    },
     "docs/benchmarks.md": figures.TABLES,
     "docs/gpu.md": {
         "executed": kernels.executed,

@@ -234,9 +234,21 @@ def transformers(name: str) -> str:
     return table(head, rows)
 
 
+def first_of(*names: str) -> str:
+    """The first of the runs that is there."""
+    return next(n for n in names if (RESULTS / n / "results.json").is_file())
+
+
+def paper_chart(folder: str, *names: str) -> str:
+    """folder: where results are, seen from the document."""
+    name = first_of(*names)
+    model = results(name)["model"].replace("_", ".")
+    return f"![The paper's comparison, {model}]({folder}/{name}/chart.png)"
+
+
 def paper(*names: str) -> str:
     """The first of the runs that is there."""
-    found = results(next(n for n in names if (RESULTS / n / "results.json").is_file()))
+    found = results(first_of(*names))
     measured = found["runners"]
     naive = measured["naive"]["tokens_per_second"]
     rows = []
@@ -251,9 +263,31 @@ def paper(*names: str) -> str:
     return table(["model", *head, "weights, MiB"], rows)
 
 
+def paper_in_short(name: str) -> str:
+    """Both parts together and the chart, if there is such a run: without one, how to make it."""
+    if not (RESULTS / name / "results.json").is_file():
+        return f"No run is committed yet: `elmkernels bench paper --out benchmarks/results/{name}`."
+    found = results(name)
+    rates = {n: r["tokens_per_second"]["total"] for n, r in found["runners"].items()}
+    model = found["model"].replace("_", ".")
+    rows = [
+        [
+            f"{model}, {n}" if found["runners"][n]["agree"] else n,
+            speed(r),
+            times(r / rates["naive"]),
+        ]
+        for n, r in rates.items()
+    ]
+    sizes = found["sizes"]
+    head = f"tokens/s of a prompt of {sizes['prompt']} and {sizes['steps']} tokens after it"
+    lines = [table(["model", head, "of naive"], rows), "", paper_chart("benchmarks/results", name)]
+    return "\n".join(lines)
+
+
 PAPER = "paper-1_1b-cpu", "paper-270m-cpu"
 TABLES: dict[str, Callable[[], str]] = {
     "paper": lambda: paper(*PAPER),
+    "paper-chart": lambda: paper_chart("../benchmarks/results", *PAPER),
     "generation": lambda: generation("generate-270m-cpu", "generate-1_1b-cpu"),
     "training": lambda: training("training-270m-cpu"),
     "loss": lambda: loss("loss-cpu"),

@@ -6,6 +6,7 @@ shared; both have a gated feed-forward. transformers is imported late and is no 
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,9 @@ class PeerRunner(Runner):
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         shared = config.hidden_size // config.num_attention_heads
         layer_bytes = 2 * shared * config.num_key_value_heads * weight.itemsize
+        # transformers 5.24 gave the argument another name, and warns of the old one.
+        taken = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in taken else "past_key_values"
         self.cache_token_bytes = config.num_hidden_layers * layer_bytes
 
     def run(self, task: Task) -> Run:
@@ -135,7 +139,11 @@ class PeerRunner(Runner):
         if self.options is not None:
             torch.compiler.cudagraph_mark_step_begin()
         out = call(
-            input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            position_ids=at,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.cache_name: cache},
         )
         return out.logits[:, -1].clone()
 
