@@ -11,6 +11,7 @@ import numpy as np
 from .floats import Array
 
 SECTOR, BANKS = 32, 32
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Traffic:
         asked: bytes that threads load from and store to global memory.
         sectors: that the accesses of warps touch, each access by itself.
         touched: sectors of memory that were loaded, and that were stored, by their numbers.
+        times: how often each sector was loaded, and stored.
         shared: accesses of shared memory by warps, and the cycles that these take.
         issued: instructions of warps by class.
     """
@@ -28,6 +30,7 @@ class Traffic:
     asked: Counter = field(default_factory=Counter)
     sectors: Counter = field(default_factory=Counter)
     touched: dict[str, set[int]] = field(default_factory=lambda: {"load": set(), "store": set()})
+    times: dict[str, Array] = field(default_factory=lambda: {"load": _NONE, "store": _NONE})
     shared: Counter = field(default_factory=Counter)
     issued: Counter = field(default_factory=Counter)
 
@@ -40,7 +43,11 @@ class Traffic:
             keys.append(keys[0] + 1)
         unique = np.unique(np.concatenate(keys))
         self.sectors[kind] += unique.size
-        self.touched[kind].update(np.unique(unique & ((1 << 40) - 1)).tolist())
+        numbers = unique & ((1 << 40) - 1)
+        self.touched[kind].update(np.unique(numbers).tolist())
+        now = np.bincount(numbers, minlength=self.times[kind].size)
+        now[: self.times[kind].size] += self.times[kind]
+        self.times[kind] = now
 
     def bank(self, kind: str, at: Array, size: int, lanes: Array) -> None:
         """`size` bytes of shared memory: words of 4 bytes in 32 banks. Wider accesses take a warp
