@@ -7,28 +7,31 @@
 
 namespace decode {
 
-// Inputs of sequences [first, first + rows) into shared memory, zeros behind them.
+// Inputs of sequences [first, first + rows) into shared memory, zeros behind them and in the other
+// rows: weights are multiplied with all B.
 template <int B, class T>
 DEVICE_CALL void place_inputs(Block block, const Step<T>& s, int first, int rows) {
   const ProjectShared<T, B> shared(block.shared());
   const Task<T>& t = *shared.task;
   const int k = static_cast<int>(t.weight.k), stride = shared.stride();
   block.warps([&](Warp warp) {
-    for (int b = 0; b < rows; ++b) {
+#pragma unroll 1
+    for (int b = 0; b < B; ++b) {
       const T* from = t.inputs + (first + b) * t.inputs_stride;
+      const int end = b < rows ? k : 0;
       T* to = shared.inputs + b * stride;
       PerLane<Floats<1>> squares;
       warp.each([&](int lane) {
         float sum = 0.0f;
 #pragma unroll 4
         for (int c = warp.index * kLanes + lane; c < stride; c += kBlock) {
-          const T x = c < k ? fresh(from + c) : narrow<T>(0.0f);
+          const T x = c < end ? fresh(from + c) : narrow<T>(0.0f);
           to[input_place<T>(c)] = x;
           sum += wide(x) * wide(x);
         }
         squares[lane].v[0] = sum;
       });
-      if (t.norm == nullptr) continue;
+      if (t.norm == nullptr || b >= rows) continue;
       warp.template sum<kLanes>(squares);
       warp.each([&](int lane) {
         if (lane == 0) shared.squares[b * kWarps + warp.index] = squares[lane].v[0];

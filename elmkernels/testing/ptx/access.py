@@ -11,19 +11,25 @@ import numpy as np
 from .alu import DTYPES, unknown
 from .faults import Fault
 from .floats import Array
-from .memory import GLOBAL, LOCAL, PARAM, SHARED, WINDOW, WRITTEN, Space
+from .memory import LOCAL, PARAM, SHARED, TRACKED, WINDOW, WRITTEN, Space, apart
 from .races import Clock, thread_name
 from .source import BYTES, Instruction, Mem, Reg, Symbol, Variable, Vec
 from .state import Lanes, Restart, Source, State, source
 
 Run = Callable[[State, Lanes], None]
 SPACES = ("global", "shared", "local", "param", "const")
+_STRONG = {"acquire", "release", "acq_rel", "relaxed", "volatile", "mmio"}
 
 
 def space_of(ins: Instruction) -> str:
     """The space that an instruction names, "" for generic addresses."""
     found = (s.partition("::")[0] for s in ins.suffixes)
     return next((s for s in found if s in SPACES), "")
+
+
+def strong(suffixes: tuple[str, ...]) -> bool:
+    """Whether other blocks see a load or a store in an order."""
+    return bool(_STRONG & set(suffixes)) and "cta" not in suffixes
 
 
 class Address:
@@ -47,16 +53,14 @@ class Address:
 def locate(
     state: State, space: str, address: Array, lanes: Lanes
 ) -> tuple[str, Space, Array, Lanes]:
-    """The space of addresses, by their window if they are generic, and offsets into it."""
+    """The space of addresses, by the first one's window if they are generic, and offsets into
+    it."""
     if space == "":
-        windows = np.unique(address // WINDOW)
-        if windows.size > 1:
-            raise Fault("bounds", "generic addresses of several spaces in one access")
-        window = int(windows[0]) * WINDOW
+        window = int(address[0]) // WINDOW * WINDOW
         space = {SHARED: "shared", LOCAL: "local", PARAM: "param"}.get(window, "global")
         address = address - {"shared": SHARED, "local": LOCAL, "param": PARAM}.get(space, 0)
     if space == "global":
-        return space, state.memory, address - GLOBAL, lanes
+        return space, state.memory, state.memory.offset(address), lanes
     if space == "shared":
         owner, stride, memory = state.slot, state.shared_stride, state.shared
     else:
@@ -97,32 +101,68 @@ def _shadow(state: State, space: str) -> tuple:
 
 
 def load(
-    state: State, space: str, address: Array, lanes: Lanes, shape: tuple[int, int]
+    state: State,
+    space: str,
+    address: Array,
+    lanes: Lanes,
+    shape: tuple[int, int],
+    suffixes: tuple[str, ...] = (),
 ) -> list[Array]:
-    """`count` neighbours of `size` bytes: (size, count) is the shape."""
+    """`count` neighbours of `size` bytes: (size, count) is the shape. The suffixes say what kind of
+    load it is."""
     size, count = shape
+    if (parts := apart(space, address)) is not None:
+        found = [np.empty(address.size, f"u{size}") for _ in range(count)]
+        for part in parts:
+            chosen = state.of(state.lane, lanes)[part]
+            values = load(state, space, address[part], chosen, shape, suffixes)
+            for whole, value in zip(found, values, strict=True):
+                whole[part] = value
+        return found
     if space == "param" or (space == "" and (address // WINDOW * WINDOW == PARAM).all()):
         offset = address - (0 if space else PARAM)
         raw = state.params[offset[:, None] + np.arange(size * count)]
         return list(np.ascontiguousarray(raw).view(f"u{size}").T)
     space, memory, at, lanes = locate(state, space, address, lanes)
     some, _ = touch(state, space, memory, at, size * count, lanes, "load")
-    if some and _held(state, space):
+    if state.order is not None and space == "global" and strong(suffixes):
+        for place, thread in zip(at.tolist(), state.of(state.thread, lanes).tolist(), strict=True):
+            state.order.acquire(place, thread, suffixes)
+    elif some and _held(state, space):
         shadow, unit = _shadow(state, space)
-        shadow.read(*_units(at, size * count, unit, state.clock(lanes)))
+        units, clock = _units(at, size * count, unit, state.clock(lanes))
+        if "nc" in suffixes:
+            shadow.constant(units, clock)
+        shadow.read(units, clock)
     return memory.load(at, size, count)
 
 
 def store(
-    state: State, space: str, address: Array, lanes: Lanes, values: list[Array], size: int
+    state: State,
+    space: str,
+    address: Array,
+    lanes: Lanes,
+    values: list[Array],
+    size: int,
+    suffixes: tuple[str, ...] = (),
 ) -> None:
     """The reverse."""
+    if (parts := apart(space, address)) is not None:
+        for part in parts:
+            chosen = state.of(state.lane, lanes)[part]
+            some = [value[part] for value in values]
+            store(state, space, address[part], chosen, some, size, suffixes)
+        return
     space, memory, at, lanes = locate(state, space, address, lanes)
     total = size * len(values)
+    if space == "global":
+        state.memory.changes += 1
+        _tell(state, at, lanes, suffixes)
     _, every = touch(state, space, memory, at, total, lanes, "store")
-    if _held(state, space):
+    if _held(state, space) and (state.order is None or not strong(suffixes)):
         if not every:
-            raise Restart(memory.region(int(at[0])))
+            new = (memory.marks[at] & TRACKED) == 0  # of one instruction there may be several
+            raise Restart(memory.region(int(at[new][0])))
         changed = np.zeros(at.size, bool)
         for before, value in zip(memory.load(at, size, len(values)), values, strict=True):
             changed |= before != value
@@ -133,6 +173,18 @@ def store(
     for after, value in zip(memory.load(at, size, len(values)), values, strict=True):
         if (after != value).any():
             _torn(state, at, lanes, (after, value))
+
+
+def _tell(state: State, at: Array, lanes: Lanes, suffixes: tuple[str, ...]) -> None:
+    """Stores to global memory, of which strong ones tell other blocks what came before."""
+    threads, epochs = state.of(state.thread, lanes), state.of(state.barriers, lanes)
+    if state.order is None:
+        return
+    if not strong(suffixes):
+        state.order.store(threads, epochs)
+        return
+    for place, thread, epoch in zip(at.tolist(), threads.tolist(), epochs.tolist(), strict=True):
+        state.order.release(place, thread, epoch, suffixes)
 
 
 def _torn(state: State, at: Array, lanes: Lanes, found: tuple[Array, Array]) -> None:
@@ -164,7 +216,8 @@ def ld(ins: Instruction) -> Run:
     address, signed = Address(where, space), kind[0] == "s"
 
     def run(state: State, lanes: Lanes) -> None:
-        values = load(state, space, address.of(state, lanes), lanes, (size, count))
+        where, kinds = address.of(state, lanes), ins.suffixes
+        values = load(state, space, where, lanes, (size, count), kinds)
         for register, value in zip(targets, values, strict=True):
             if isinstance(register, Reg):
                 state.set(register.number, value.view(f"i{size}") if signed else value, lanes)
@@ -203,7 +256,7 @@ def st(ins: Instruction) -> Run:
 
     def run(state: State, lanes: Lanes) -> None:
         values = [state.full(s, lanes) for s in sources]
-        store(state, space, address.of(state, lanes), lanes, values, size)
+        store(state, space, address.of(state, lanes), lanes, values, size, ins.suffixes)
 
     return run
 
@@ -310,9 +363,20 @@ def atom(ins: Instruction) -> Run:
 
     def run(state: State, lanes: Lanes) -> None:
         where = address.of(state, lanes)
+        if apart(space, where) is not None:
+            raise unknown(ins, "several spaces at once")
         values = [state.full(s, lanes) for s in sources]
         named, memory, at, _ = locate(state, space, where, lanes)
         touch(state, named, memory, at, size, lanes, "load")
+        if named == "global" and state.order is not None:
+            state.memory.changes += 1
+            for place, one in zip(at.tolist(), state.of(state.lane, lanes).tolist(), strict=True):
+                thread = int(state.thread[one])
+                if "cta" in ins.suffixes:
+                    continue
+                if gives:
+                    state.order.acquire(place, thread, ins.suffixes)
+                state.order.release(place, thread, int(state.barriers[one]), ins.suffixes)
         view = memory.bytes.view(dtype)
         before = np.empty(at.size, dtype)
         for i, place in enumerate(at // size):

@@ -129,7 +129,7 @@ class Device:
             key = storage.data_ptr()
             if key not in storages:
                 storages[key], there[key] = storage, np.zeros(storage.nbytes(), bool)
-            there[key] |= _touched(t)
+            there[key] |= touched(t)
         found, names = [], {}
         for i, key in enumerate(storages):
             written = self._fresh[key][1] if key in self._fresh else True
@@ -167,7 +167,7 @@ def _bytes_of(storage: Any) -> np.ndarray:
     return flat.numpy()
 
 
-def _touched(t: Tensor) -> np.ndarray:
+def touched(t: Tensor) -> np.ndarray:
     """Which bytes of its storage a tensor's elements are in."""
     found = torch.zeros(t.untyped_storage().nbytes() // t.element_size() + 1, dtype=torch.bool)
     view = found.as_strided(t.shape, t.stride(), t.storage_offset())

@@ -19,6 +19,18 @@ GLOBAL, SHARED, LOCAL, PARAM = 0x7F0000000000, 1 << 40, 2 << 40, 3 << 40
 WINDOW = 1 << 40
 
 
+def apart(space: str, address: Array) -> list[Array] | None:
+    """Which addresses are in one space, if they are generic and in several."""
+    if space or address.size < 2:
+        return None
+    windows = address >> WINDOW.bit_length() - 1
+    if (windows == windows[0]).all():
+        return None
+    inner = np.where(windows <= 3, windows, 0)  # those of shared, local, parameters
+    numbers = np.unique(inner)
+    return None if numbers.size == 1 else [np.flatnonzero(inner == n) for n in numbers]
+
+
 class Region(NamedTuple):
     """A named stretch of a space."""
 
@@ -150,15 +162,48 @@ class Tensors(Space):
         for (name, _, data, marks), begin in zip(storages, begins, strict=True):
             self.bytes[begin : begin + data.size] = data
             self.add(Region(name, begin, data.size), marks)
-        self._addresses = [s[1] for s in storages]
         self._begins = begins
+        self.changes = 0  # stores and atomics so far
 
     def address(self, storage: int, offset: int) -> int:
         """What a kernel is given for the byte at `offset` of a storage."""
         return GLOBAL + self._begins[storage] + offset
+
+    def offset(self, address: Array) -> Array:
+        """Where addresses are in this space."""
+        return address - GLOBAL
 
     def data(self, storage: int) -> tuple[Array, Array]:
         """The bytes and the marks of a storage."""
         region = self.regions[storage]
         cut = slice(region.begin, region.begin + region.size)
         return self.bytes[cut], self.marks[cut]
+
+
+class Storages(Tensors):
+    """Global memory at the addresses that it has: pointers within it are left as they are.
+
+    Args:
+        storages: as `Tensors` takes them; they don't overlap.
+    """
+
+    def __init__(self, storages: list[tuple[str, int, Array, Array]]):
+        storages = sorted(storages, key=lambda s: s[1])
+        super().__init__(storages)
+        self._own = np.array([s[1] for s in storages], np.int64)
+        self._places = np.array(self._begins, np.int64)
+        self._sizes = np.array([s[2].size for s in storages], np.int64)
+
+    def address(self, storage: int, offset: int) -> int:
+        """The address itself."""
+        return int(self._own[storage]) + offset
+
+    def offset(self, address: Array) -> Array:
+        """Where addresses are; those of nothing are in the guard of what is before them, as much
+        aligned as they are."""
+        near = np.maximum(np.searchsorted(self._own, address, "right") - 1, 0)
+        inner, size = address - self._own[near], self._sizes[near]
+        over, under = inner >= size, inner < 0
+        inner = np.where(over & (inner >= size + 256), size + (inner - size) % 256, inner)
+        inner = np.where(under, inner % 256 - 256, inner)
+        return self._places[near] + inner

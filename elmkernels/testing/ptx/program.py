@@ -1,19 +1,20 @@
 """A kernel made ready: each instruction a function on the state, each label a number."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from . import access, warps
-from .access import Run
+from .access import Run, space_of, strong
 from .alu import DTYPES, Pure, pure, unknown
-from .memory import LOCAL, SHARED
+from .calls import flat
+from .memory import LOCAL, PARAM, SHARED
 from .source import BYTES, Const, Instruction, Module, Reg, Symbol, Vec
 from .state import Lanes, State, source
 
 # What has no effect that can be seen here.
-SILENT = {"membar", "fence", "prefetch", "prefetchu", "discard", "griddepcontrol", "nop", "pmevent"}
+SILENT = {"prefetch", "prefetchu", "discard", "griddepcontrol", "nop", "pmevent"}
 TIME = {"nanosleep"}
 
 
@@ -22,7 +23,7 @@ class Step:
     """One instruction: what it does, or how it leads elsewhere.
 
     `control` is "" or "bra", "exit", "bar", "trap"; `target` is where a branch leads, or the number
-    of a barrier.
+    of a barrier. `polls`: it loads what threads of other blocks may be waited for.
     """
 
     ins: Instruction
@@ -30,6 +31,7 @@ class Step:
     control: str = ""
     target: int = 0
     kind: str = ""
+    polls: bool = False
 
 
 def _compute(ins: Instruction, p: Pure) -> Run:
@@ -84,6 +86,8 @@ def _move(ins: Instruction) -> Run:
     one = source(value, kind)
 
     def move(state: State, lanes: Lanes) -> None:
+        if one.register >= 0 and state.regs[one.register] is None:
+            return  # a way that has no value for it: who uses the target is a fault
         state.set(target.number, state.get(one, lanes).copy(), lanes)
 
     return move
@@ -92,8 +96,9 @@ def _move(ins: Instruction) -> Run:
 def _cvta(ins: Instruction) -> Run:
     """cvta[.to].space: between an address in a window and a generic one."""
     target, value = ins.operands
-    window = {"shared": SHARED, "local": LOCAL}.get(access.space_of(ins), 0)
-    if not isinstance(target, Reg) or access.space_of(ins) == "param":
+    windows = {"shared": SHARED, "local": LOCAL, "param": PARAM}
+    window = windows.get(access.space_of(ins), 0)
+    if not isinstance(target, Reg):
         raise unknown(ins)
     step = np.uint64(window) if "to" not in ins.suffixes else np.uint64(-window % (1 << 64))
     one, number = source(value, "u64"), target.number
@@ -112,6 +117,30 @@ def _policy(ins: Instruction) -> Run:
     return lambda state, lanes: state.set(target.number, np.zeros(1, np.uint64), lanes)
 
 
+def _synchronizes(ins: Instruction) -> bool:
+    """Whether it can order blocks: an atomic or a strong access that all of them see."""
+    if space_of(ins) not in ("global", "") or "cta" in ins.suffixes:
+        return False
+    return ins.op in ("atom", "red") or (ins.op in ("ld", "st") and strong(ins.suffixes))
+
+
+def _polls(ins: Instruction) -> bool:
+    """Whether it reads what a thread may wait for in a loop."""
+    wide = replace(ins, suffixes=tuple(s for s in ins.suffixes if s != "cta"))
+    return ins.op in ("ld", "atom") and _synchronizes(wide)
+
+
+def _fence(ins: Instruction) -> Run:
+    """membar and fence: those for a block alone order no blocks."""
+    wide = bool({"gl", "sys", "gpu", "cluster"} & set(ins.suffixes))
+
+    def fence(state: State, lanes: Lanes) -> None:
+        if wide and state.order is not None:
+            state.order.fence(state.of(state.thread, lanes), state.of(state.barriers, lanes))
+
+    return fence
+
+
 def _nothing(state: State, lanes: Lanes) -> None:
     return None
 
@@ -120,6 +149,7 @@ _BUILDERS: dict[str, Callable[[Instruction], Run]] = {
     "ld": access.ld, "ldu": access.ld, "st": access.st, "ldmatrix": access.ldmatrix,
     "atom": access.atom, "red": access.atom, "shfl": warps.shfl, "vote": warps.vote,
     "redux": warps.redux, "mma": warps.mma, "mov": _move, "cvta": _cvta, "createpolicy": _policy,
+    "membar": _fence, "fence": _fence,
 }  # fmt: skip
 CLASSES = {
     "ld": "load", "ldu": "load", "st": "store", "ldmatrix": "load", "cp": "copy", "shfl": "warp",
@@ -156,20 +186,23 @@ class Program:
     def __init__(self, module: Module, name: str, share: float = 0.0):
         if name not in module.functions:
             raise ValueError(f"name must be one of {', '.join(module.kernels)}, got {name!r}")
-        self.module, self.function, self.share = module, module.functions[name], share
+        self.module, self.function, self.share = module, flat(module, name), share
         self.params = {v.name: v for v in self.function.params}
         self.param_bytes = max((v.offset + v.size for v in self.function.params), default=0)
-        self.symbols: dict[str, int] = {}
+        self.symbols = {v.name: v.offset for v in self.function.params}
         self.static_shared, self.local = self._place()
         self.steps = [self._step(ins) for ins in self.function.instructions]
         self.steps.append(Step(Instruction("ret", (), (), None, "ret", ""), None, "exit"))
         after = {i + 1 for i, s in enumerate(self.steps) if s.control}
         self.leaders = {0, *self.function.labels.values(), *after}
         self.unit, self.global_unit = self._unit("shared"), self._unit("global")
+        self.synchronizes = any(_synchronizes(s.ins) for s in self.steps)
 
     def _place(self) -> tuple[int, int]:
         """Addresses of shared and local variables; an unsized one begins behind all others."""
-        shared = [v for v in (*self.module.variables, *self.function.variables)]
+        used = {n for ins in self.function.instructions for n in ins.names}
+        shared = [v for v in self.module.variables if v.name in used]
+        shared += self.function.variables
         end, local = 0, 0
         for v in sorted((v for v in shared if v.space == "shared"), key=lambda v: v.size == 0):
             end = -(-end // 16) * 16
@@ -216,7 +249,7 @@ class Program:
         if ins.op == "ld" and access.space_of(ins) == "param":
             return Step(ins, access.ld_param(ins, self.params), kind=kind)
         if ins.op in _BUILDERS:
-            return Step(ins, _BUILDERS[ins.op](ins), kind=kind)
+            return Step(ins, _BUILDERS[ins.op](ins), kind=kind, polls=_polls(ins))
         computed = pure(ins, self.share)
         if computed is None:
             raise unknown(ins, "the instruction")

@@ -6,6 +6,7 @@ thread at a barrier waits for the others of its block; if nobody can go on, that
 """
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from .faults import Fault
 from .floats import Array
 from .memory import TRACKED
 from .program import Program, Step
-from .races import Shadow
-from .state import Lanes, Launch, Restart, State
+from .races import Order, Shadow
+from .state import Apart, Lanes, Launch, Restart, State
 from .traffic import Traffic
 
 LONGEST = 1_000_000  # turns of groups, each up to a branch: more is a loop without an end
@@ -30,9 +31,20 @@ class Runner:
         self.parked = np.full(state.count, -1)  # where a thread goes on after its barrier
         self.barrier = np.full(state.count, -1)
         self.issued = np.zeros(len(program.steps), np.int64)
+        self.polled = np.zeros(state.count, bool)
+        self.spinning: dict[int, Lanes] = {}
+        self.gathering: dict[int, tuple[Array, Fault]] = {}  # parts of warps, and what if it stays
 
-    def run(self) -> None:
-        """Raises a Fault that names the instruction."""
+    def run(self) -> bool:
+        """Go on until all threads have ended, or those that could go on wait in a loop for what
+        other blocks store. Raises a Fault that names the instruction.
+
+        Returns:
+            Whether all have ended.
+        """
+        for pc, lanes in self.spinning.items():
+            self._add(pc, lanes)
+        self.spinning = {}
         for turn in itertools.count():
             if not self.groups:
                 break
@@ -40,6 +52,10 @@ class Runner:
                 raise Fault("barrier", f"{LONGEST} branches, and threads still run")
             pc = min(self.groups)
             self._go(pc, self.groups.pop(pc))
+        if self.spinning:
+            return False
+        for _, fault in self.gathering.values():
+            raise fault
         waiting = self.parked >= 0
         if waiting.any():
             lane = int(np.flatnonzero(waiting)[0])
@@ -53,6 +69,7 @@ class Runner:
                 f"{step.ins}, which wait elsewhere",
             )
         self._count()
+        return True
 
     def _count(self) -> None:
         if self.state.traffic is not None:
@@ -91,7 +108,7 @@ class Runner:
 
     def _go(self, pc: int, lanes: Lanes) -> None:
         """Threads that stand at one instruction, until others are behind them or meet them."""
-        steps, leaders, state = self.program.steps, self.program.leaders, self.state
+        steps, leaders = self.program.steps, self.program.leaders
         while True:
             if self.groups and pc in leaders:
                 if pc in self.groups:
@@ -99,28 +116,47 @@ class Runner:
                 if self.groups and min(self.groups) < pc:
                     self._add(pc, lanes)
                     return
-            step = steps[pc]
+            if pc in self.gathering:
+                lanes = self._join(lanes, self.gathering.pop(pc)[0])
             try:
-                does, rest, some, others = self._guarded(step, lanes)
-                if some and state.traffic is not None:
-                    size = state.count if does is None else does.size
-                    self.issued[pc] += -(-size // 32)
-                if step.run is not None:
-                    if some:
-                        step.run(state, does)
-                    pc += 1
-                    continue
-                if some:
-                    self._control(step, pc, does)
+                found = self._step(steps[pc], pc, lanes)
+            except Apart as apart:
+                fault = apart.at(str(steps[pc].ins))
+                if steps[pc].ins.guard is not None:
+                    raise fault from None
+                lanes = self._gather(pc, lanes, apart, fault)
+                if not lanes.size:
+                    return
+                found = self._step(steps[pc], pc, lanes)
             except Fault as fault:
-                raise fault.at(str(step.ins)) from None
-            if not others:
+                raise fault.at(str(steps[pc].ins)) from None
+            if not found[0]:
                 return
-            pc, lanes = pc + 1, rest
+            pc, lanes = pc + 1, found[1]
+
+    def _step(self, step: Step, pc: int, lanes: Lanes) -> tuple[bool, Lanes]:
+        """One instruction; whether any of these threads go on behind it, and which."""
+        does, rest, some, others = self._guarded(step, lanes)
+        if some and step.run is not None:
+            step.run(self.state, does)
+            if step.polls:
+                self.polled[slice(None) if does is None else does] = True
+        elif some:
+            self._control(step, pc, does)
+        if some and self.state.traffic is not None:
+            size = self.state.count if does is None else does.size
+            self.issued[pc] += -(-size // 32)
+        return (True, lanes) if step.run is not None else (others, rest)
+
+    def _gather(self, pc: int, lanes: Lanes, apart: Apart, fault: Fault) -> Array:
+        """Parts of warps wait where they are for the rest; returns the whole ones."""
+        own = self._lanes(lanes)
+        self.gathering[pc] = (own[~np.isin(own, apart.ready)], fault)
+        return apart.ready
 
     def _control(self, step: Step, pc: int, lanes: Lanes) -> None:
         if step.control == "bra":
-            self._add(step.target, lanes)
+            self._branch(step, pc, lanes)
         elif step.control == "bar":
             self._wait(step, pc, lanes)
         elif step.control == "trap":
@@ -134,20 +170,33 @@ class Runner:
             if (self.parked >= 0).any():
                 self._release()
 
+    def _branch(self, step: Step, pc: int, lanes: Lanes) -> None:
+        """Who loads in a loop what other blocks may store lets the others go on first."""
+        own = self._lanes(lanes)
+        if step.target <= pc and self.polled[own].any():
+            polled = self.polled[own]
+            self.polled[own] = False
+            before = self.spinning.get(step.target, own[:0])
+            self.spinning[step.target] = np.union1d(own[polled], self._lanes(before))
+            lanes = own[~polled]
+            if not lanes.size:
+                return
+        self._add(step.target, lanes)
+
     def _lanes(self, lanes: Lanes) -> Array:
         return self.state.lane if lanes is None else lanes
 
     def _wait(self, step: Step, pc: int, lanes: Lanes) -> None:
         """bar.sync: all threads of a warp come to it together, all of a block go on together."""
         if lanes is None:
-            self.state.barriers += 1
+            self.state.passed(None)
             self._add(pc + 1, None)
             return
-        here = np.zeros(self.state.count, bool)
-        here[lanes] = True
-        warps = here.reshape(-1, 32)
-        if (warps.any(1) & (~warps & self.alive.reshape(-1, 32)).any(1)).any():
-            raise Fault("barrier", "a barrier for a part of a warp")
+        here: Array = np.zeros((self.state.count // 32, 32), bool)
+        here[lanes // 32, lanes % 32] = True
+        parts = np.any(here, axis=1) & np.any(~here & self.alive.reshape(-1, 32), axis=1)
+        if np.any(parts):
+            raise Apart("a barrier for a part of a warp", lanes[~np.repeat(parts, 32)[lanes]])
         self.parked[lanes], self.barrier[lanes] = pc + 1, step.target
         self._release()
 
@@ -162,7 +211,8 @@ class Runner:
             for pc in np.unique(self.parked[go]):
                 lanes = np.flatnonzero(go & (self.parked == pc))
                 self._add(int(pc), None if lanes.size == self.state.count else lanes)
-            self.state.barriers[whole[slots]] += 1
+            if whole.any():
+                self.state.passed(np.flatnonzero(whole[slots]))
             self.parked[go] = self.barrier[go] = -1
 
 
@@ -208,16 +258,34 @@ def execute(program: Program, launch: Launch) -> Traffic | None:
 
 
 def _execute(program: Program, launch: Launch) -> Traffic | None:
-    settings, order = launch.settings, _order(launch)
+    settings, blocks, threads = launch.settings, _order(launch), launch.threads
     units = launch.memory.bytes.size // program.global_unit
-    shadow = Shadow(units, launch.threads) if settings.races else None
+    order = Order(len(blocks), threads) if program.synchronizes else None
+    shadow = Shadow(units, threads, order) if settings.races else None
     traffic = Traffic() if settings.traffic else None
-    many = max(1, settings.lanes // launch.threads)
+    many = max(1, settings.lanes // threads)
+
+    def runner(first: int) -> Runner:
+        state = State(
+            launch, blocks[first : first + many], program.function.registers, program.symbols,
+            program.sizes(launch.shared), (program.unit, program.global_unit), shadow, traffic,
+        )  # fmt: skip
+        state.order = order
+        return Runner(program, state)
+
     with np.errstate(all="ignore"):
-        for first in range(0, len(order), many):
-            state = State(
-                launch, order[first : first + many], program.function.registers, program.symbols,
-                program.sizes(launch.shared), (program.unit, program.global_unit), shadow, traffic,
-            )  # fmt: skip
-            Runner(program, state).run()
+        runners = (runner(first) for first in range(0, len(blocks), many))
+        _in_turns(runners, launch)
     return traffic
+
+
+def _in_turns(runners: Iterable[Runner], launch: Launch) -> None:
+    """Some blocks after others; those that wait for others take turns until all have ended."""
+    while waiting := [runner for runner in runners if not runner.run()]:
+        before = launch.memory.changes
+        rest = [runner for runner in waiting if not runner.run()]
+        if len(rest) == len(waiting) and before == launch.memory.changes:
+            pc = next(iter(rest[0].spinning))
+            where = rest[0].program.steps[pc].ins
+            raise Fault("barrier", f"blocks wait at {where} for what no other block will store")
+        runners = rest

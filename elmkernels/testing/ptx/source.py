@@ -4,6 +4,7 @@ The parser knows the grammar, not the instructions: what an opcode means is in `
 `warps` and `machine`. Scopes of inner braces may declare registers anew.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -75,6 +76,19 @@ class Instruction:
     def type(self) -> str:
         """The last suffix that is a type; "" if none is."""
         return next((s for s in reversed(self.suffixes) if s in BYTES), "")
+
+    @property
+    def names(self) -> set[str]:
+        """What it names that is no register."""
+        flat = [o.base if isinstance(o, Mem) else o for o in self.operands]
+        return {o.name for o in flat if isinstance(o, Symbol)}
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The function that it calls, if it is a call of one by its name."""
+        if self.op != "call":
+            return ()
+        return tuple(o.name for o in self.operands if isinstance(o, Symbol))
 
     def __str__(self) -> str:
         return f"`{self.text}` ({self.line})" if self.line else f"`{self.text}`"
@@ -317,11 +331,18 @@ def constant(text: str) -> Const | None:
     return None
 
 
-def parse(text: str) -> Module:
+def _threads(header: str) -> int | None:
+    """How many threads a block has, or may have at most, if the kernel says so."""
+    bound = re.search(r"\.(?:reqntid|maxntid)\s+(\d+(?:\s*,\s*\d+)*)", header)
+    return math.prod(int(n) for n in bound[1].split(",")) if bound else None
+
+
+def parse(text: str, only: str | None = None) -> Module:
     """A PTX file.
 
     Args:
         text: what Triton or nvcc wrote.
+        only: the kernel that is read, with the functions that it calls; None for all.
 
     Returns:
         The module.
@@ -337,7 +358,7 @@ def parse(text: str) -> Module:
     files = dict(re.findall(r"\.file\s+(\d+)\s+\"([^\"]*)\"", text))
     target = re.search(r"\.target\s+(\w+)", text)
     module = Module({}, [], target[1] if target else "")
-    place, outside = 0, []
+    place, outside, bodies = 0, [], {}
     while match := _HEADER.search(text, place):
         outside.append(text[place : match.start()])
         kind, results, name, params = match.groups()
@@ -346,11 +367,16 @@ def parse(text: str) -> Module:
             place = semicolon + 1
             continue
         function = Function(name, kind == "entry", _variables(params), _variables(results))
-        bound = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", text[match.end() : brace])
-        function.threads = int(bound[1]) if bound else None
+        function.threads = _threads(text[match.end() : brace])
         place = _closing(text, brace) + 1
-        _Body(function, files).parse(text[brace + 1 : place - 1])
+        bodies[name] = text[brace + 1 : place - 1]
         module.functions[name] = function
+    names = [*bodies] if only is None else [only] if only in bodies else []
+    for name in names:  # which grows by what is called
+        _Body(module.functions[name], files).parse(bodies[name])
+        called = {c for i in module.functions[name].instructions for c in i.calls}
+        names += sorted(c for c in called if c in bodies and c not in names)
+    module.functions = {name: module.functions[name] for name in bodies if name in names}
     outside.append(text[place:])
     end = {"shared": 0, "global": 0, "const": 0}
     for statement in "\n".join(outside).split(";"):

@@ -15,7 +15,7 @@ from .alu import DTYPES
 from .faults import Fault, PtxError
 from .floats import Array
 from .memory import GUARD, LOCAL, SHARED, THERE, TRACKED, Region, Space, Tensors
-from .races import Clock, Shadow
+from .races import Clock, Order, Shadow
 from .source import BYTES, Const, Operand, Reg, Symbol
 from .traffic import Traffic
 
@@ -49,6 +49,16 @@ def source(operand: Operand, kind: str) -> Source:
     mask = (1 << (8 * dtype.itemsize)) - 1
     bits = np.array([operand.bits & mask], f"u{dtype.itemsize}")
     return Source(-1, bits.view(dtype), dtype)
+
+
+class Apart(Fault):
+    """Some lanes of a warp came to what all of it must come to; those of other warps, which are
+    whole, are `ready`. If the others never come it is a fault.
+    """
+
+    def __init__(self, what: str, ready: Array):
+        super().__init__("barrier", what)
+        self.ready = ready
 
 
 class Restart(Exception):
@@ -122,6 +132,7 @@ class State:
         traffic: Traffic | None,
     ):
         self.launch, self.symbols, self.shadow, self.traffic = launch, symbols, shadow, traffic
+        self.order: Order | None = None  # of blocks that can order each other
         threads = self.threads = launch.threads
         self.count = threads * len(blocks)
         self.lane = np.arange(self.count)
@@ -219,13 +230,20 @@ class State:
         """An array of all lanes, cut to these."""
         return array if lanes is None else array[lanes]
 
+    def passed(self, lanes: Lanes) -> None:
+        """These lanes, whole blocks, have passed a barrier."""
+        chosen = slice(None) if lanes is None else lanes
+        self.barriers[chosen] += 1
+        if self.order is not None:
+            self.order.barrier(self.thread[chosen])
+
     def clock(self, lanes: Lanes) -> Clock:
         """Who these lanes are, for the checker of races."""
         arrays = (self.thread, self.barriers, self.syncs)
         return Clock(*(self.of(a, lanes) for a in arrays))
 
     def whole_warps(self, lanes: Lanes, mask: int, what: str) -> None:
-        """Raise a Fault unless all lanes that `mask` names are here, in each warp that is."""
+        """Raise an Apart unless all lanes that `mask` names are here, in each warp that is."""
         if lanes is None:
             return
         here = np.zeros(self.count, bool)
@@ -236,10 +254,10 @@ class State:
         if missing.any():
             warp = int(np.flatnonzero(missing)[0])
             thread = int(self.thread[32 * warp])
-            raise Fault(
-                "barrier",
+            raise Apart(
                 f"{what} names lanes {mask & 0xFFFFFFFF:#x} of the warp of thread "
                 f"{thread % self.threads} of block {thread // self.threads}, others came to it",
+                lanes[~missing[lanes // 32]],
             )
 
     def window(self, space: str) -> int:

@@ -138,7 +138,11 @@ def test_threads_race_in_global_memory():
 
 def test_a_register_is_written_first():
     with pytest.raises(Fault, match="register: %r5 is read before it is written"):
-        run("mov.u32 %r10, %r5;", X)
+        run("add.u32 %r10, %r5, 1;", X)
+    # A move of it alone does no harm: compilers write one on ways that need no value.
+    run("mov.u32 %r9, %r5;\n mov.u32 %r10, 1;", X)
+    with pytest.raises(Fault, match="register: %r9 is read before it is written"):
+        run("mov.u32 %r9, %r5;\n add.u32 %r10, %r9, 1;", X)
 
 
 BRANCH = """
