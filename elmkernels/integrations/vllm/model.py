@@ -37,7 +37,7 @@ from vllm.sequence import IntermediateTensors
 
 from ...openelm.config import OpenELMConfig
 from ...reference import rope_table
-from . import ops, shapes, weights
+from . import ops, products, shapes, weights
 
 
 class Parts:
@@ -232,6 +232,7 @@ class OpenELMForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
         self.logits_processor = LogitsProcessor(self.shape.vocab_size)
         self.make_empty_intermediate_tensors = self.transformer.make_empty_intermediate_tensors
         ops.report()
+        products.few_rows(self, vllm_config.model_config.dtype)
         if not get_pp_group().is_first_rank:
             warm_up(vllm_config)
 
