@@ -68,6 +68,13 @@ GROUPED: dict[tuple[str, int, torch.dtype], Row] = {
     (BF16, 0, torch.float32): Row(8, _DECODED),
 }
 
+# The most rows of a product with a plain weight that `linear`'s kernel multiplies inside vLLM; what
+# has more rows is vLLM's own, prepacked: {kind, dtype}. No row: all is vLLM's. Four runs on a busy
+# machine, whose figures were not kept.
+SERVED: dict[tuple[str, torch.dtype], Row] = {
+    (BF16, torch.bfloat16): Row(64, f"{_ZEN4}, busy: OpenELM-270M, 1 to 64 rows, against oneDNN's"),
+}
+
 
 def row(table: dict[Any, Row], *key: Any) -> Row | None:
     """The row of this kind of processor, or of the one that was measured most; None if neither has

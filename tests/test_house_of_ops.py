@@ -84,7 +84,7 @@ OTHER_WORDS = {
     "elmkernels/integrations/huggingface/attention.py": {"attention"},
     "elmkernels/integrations/huggingface/liger.py": {"rms_norm", "swiglu"},
     "elmkernels/integrations/vllm/switch.py": {
-        *("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"),
+        *("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "linear"),
     },
     "elmkernels/openelm/config.py": {"rms_norm"},
     "elmkernels/openelm/shared_weight.py": {"linear_cross_entropy"},

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-OFF = ["-elmkernels_rms_norm", "-elmkernels_qk_norm_rope", "-elmkernels_swiglu"]
+OFF = [f"-elmkernels_{name}" for name in ("rms_norm", "qk_norm_rope", "swiglu", "linear")]
 # vLLM's compilation options of each of its ways; eager is what a server with adapters runs.
 VLLM: dict[str, dict[str, Any]] = {
     "vllm ours": {},

@@ -3,9 +3,30 @@
 #include "cpu/op.h"
 #include "cpu/weights/dense.h"
 #include "cpu/weights/parts.h"
+#include "cpu/weights/several.h"
 #include "cpu/weights/stream.h"
 
 namespace {
+
+// Whether a weight's bytes are read once for up to kSeveral rows, not for each kMaxBatch of them.
+template <class T>
+int64_t most_at_once(const Weight& w, int64_t batch) {
+#if defined(__AVX512BF16__)
+  if (std::is_same_v<T, bf16> && w.form == Form::BFloat16 && batch > kMaxBatch) return kSeveral;
+#endif
+  return kMaxBatch;
+}
+
+// stream() of up to most_at_once() rows.
+template <class T>
+void stream_any(const Weight& w, int batch, const Activation* x, int64_t begin, int64_t end,
+                float* out, int64_t stride) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>)
+    if (batch > kMaxBatch) return stream_several(w, batch, x, begin, end, out, stride);
+#endif
+  stream<T>(w, batch, x, begin, end, out, stride);
+}
 
 Tensor product(const Tensor& x, const Weight& w) {
   const Rows in(x);
@@ -16,18 +37,20 @@ Tensor product(const Tensor& x, const Weight& w) {
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     T* out = ::data<T>(y);
+    const int64_t most = most_at_once<T>(w, batch);
     parallel_rows(w.n, k, [&](int64_t begin, int64_t end) {
-      Activations room(kMaxBatch, w);
-      for (int64_t first = 0; first < batch; first += kMaxBatch) {
-        const int64_t count = std::min<int64_t>(kMaxBatch, batch - first);
-        const int compiled = compiled_batch(count);
+      Activations room(std::min(most, round_up(batch, kMaxBatch)), w);
+      // Rows of the weight whose floats wait in a cache for their rounding.
+      const int64_t block = most > kMaxBatch ? 96 : 256;
+      float sums[64 * 96];
+      for (int64_t first = 0; first < batch; first += most) {
+        const int64_t count = std::min(most, batch - first);
+        const int compiled = count > kMaxBatch ? static_cast<int>(count) : compiled_batch(count);
         for (int64_t b = 0; b < compiled; ++b)
           arrange(w, in.at<T>(first + std::min(b, count - 1)), room.rows[b]);
-        constexpr int64_t block = 256;  // rows whose floats wait in L1 for their rounding
-        float sums[kMaxBatch * block];
         for (int64_t r = begin; r < end; r += block) {
           const int64_t rows = std::min(block, end - r);
-          stream<T>(w, static_cast<int>(count), room.rows.data(), r, r + rows, sums, block);
+          stream_any<T>(w, static_cast<int>(count), room.rows.data(), r, r + rows, sums, block);
           for (int64_t b = 0; b < count; ++b)
             sweep(rows, [&](int64_t i, auto part) {
               store(out + (first + b) * w.n + r + i, load(sums + b * block + i, part), part);

@@ -10,7 +10,7 @@ from elmkernels.backends import SDPA, choose
 from elmkernels.bench import tune
 from elmkernels.bench.timing import Timing
 from elmkernels.cli.main import main
-from elmkernels.processors import ATTENTION, BF16, GROUPED, KIND, OWN, Row
+from elmkernels.processors import ATTENTION, BF16, GROUPED, KIND, OWN, SERVED, Row
 
 SMALL = tune.TuneSizes(8, 1, 128, (9, 17), 0.0, 1)
 
@@ -90,7 +90,7 @@ def test_a_kind_without_rows_is_told(monkeypatch, times):
 
 def test_every_row_says_where_it_was_measured():
     kinds = {processors.TILES, BF16, processors.AVX512, processors.AVX2, processors.OTHER}
-    for table in (ATTENTION, GROUPED):
+    for table in (ATTENTION, GROUPED, SERVED):
         for key, row in table.items():
             assert key[0] in kinds and "cores" in row.where
     assert KIND in kinds

@@ -187,16 +187,15 @@ def test_adapters(layerwise, tmp_path):
     "config, options",
     [
         (LAYERWISE, {"pipeline_parallel_size": 2}),
-        (EVEN, {"tensor_parallel_size": 2}),
+        (LAYERWISE, {"pipeline_parallel_size": 2} | EAGER),
+        (EVEN, {"tensor_parallel_size": 2} | EAGER),
     ],
-    ids=["stages", "shared layers"],
+    ids=["stages", "stages, eager", "shared layers"],
 )
 def test_two_processes(tmp_path, config, options):
     """Layers in two stages; each layer on both, one of which has a single key/value head."""
     model = save(config, tmp_path)
-    found, log = run_engine(
-        tmp_path, [{"prompts": PROMPTS, "sampling": GREEDY}], **EAGER, **options
-    )
+    found, log = run_engine(tmp_path, [{"prompts": PROMPTS, "sampling": GREEDY}], **options)
     assert found is not None, log[-3000:]
     assert tokens(found[0]) == expected(model)
 

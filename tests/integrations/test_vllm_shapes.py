@@ -13,9 +13,10 @@ from helpers.checkpoints import CONFIG
 import elmkernels.integrations.vllm as plugin
 from elmkernels import OpenELM, OpenELMConfig
 from elmkernels.backends import BACKENDS
-from elmkernels.integrations.vllm import shapes, switch, versions, weights
+from elmkernels.integrations.vllm import pages, shapes, switch, versions, weights
 from elmkernels.openelm.checkpoint import read_config
 from elmkernels.openelm.config import VARIANTS
+from elmkernels.processors import Row
 from elmkernels.weights.storage import read_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +175,7 @@ def test_a_tensor_that_is_missing_is_named():
 
 
 def test_which_ops_run_is_said_in_one_line():
-    names = list(switch.CUSTOM_OPS)
+    names = [name for name in switch.CUSTOM_OPS if name != "elmkernels_linear"]
     line = switch.line(dict.fromkeys(names, "avx2"), "cpu")
     assert line.startswith("elmkernels runs rms_norm (avx2), add_rms_norm (avx2), qk_norm_rope")
     assert "vLLM" not in line
@@ -190,6 +191,38 @@ def test_an_op_takes_a_backend_that_can_run_here(name):
     assert backend is None or BACKENDS[backend].missing is None
     assert (backend is None) is (switch.missing("cpu") is not None)
     assert switch.backend_of(name, "xpu") is None
+
+
+def test_products_of_few_rows_are_ours_where_that_was_measured(monkeypatch):
+    monkeypatch.setattr(switch, "SERVED", {("kind", torch.bfloat16): Row(16, "2 cores")})
+    monkeypatch.setattr(switch, "KIND", "kind")
+    there = switch.missing("cpu") is None
+    assert switch.most_rows(torch.bfloat16, "cpu") == (16 if there else 0)
+    assert switch.most_rows(torch.float32, "cpu") == switch.most_rows(torch.bfloat16, "cuda") == 0
+    assert switch.products_line(16, torch.bfloat16, "cpu").startswith("elmkernels multiplies up to")
+    said = switch.products_line(0, torch.float32, "cpu")
+    assert said.startswith("vLLM's own run linear: ") and (not there or "float32" in said)
+
+
+@pytest.mark.parametrize("shapes_of", [[(3, 5)], [(1, 1)] * 3, [(70, 129), (8, 64)], [(0, 4)]])
+def test_large_pages_hold_copies(shapes_of):
+    """Each its own, from a cache line on, also if they outgrow what is asked for at once."""
+    kept = pages.LargePages()
+    given = [torch.randn(size).bfloat16() for size in shapes_of] * 3
+    found = [kept.copy(tensor) for tensor in given]
+    for tensor, copy in zip(given, found, strict=True):
+        assert torch.equal(tensor, copy) and copy.is_contiguous()
+        assert not tensor.numel() or copy.data_ptr() % 64 == 0
+    found[0].fill_(7)
+    assert all(torch.equal(a, b) for a, b in zip(given[1:], found[1:], strict=True))
+
+
+def test_large_pages_go_on_in_more_memory(monkeypatch):
+    monkeypatch.setattr(pages, "_CHUNK", 8192)
+    kept = pages.LargePages()
+    given = [torch.randn(n) for n in (1000, 900, 5000, 3)]
+    found = [kept.copy(tensor) for tensor in given]
+    assert all(torch.equal(a, b) for a, b in zip(given, found, strict=True))
 
 
 def test_a_version_that_was_not_run_is_warned_of():
@@ -218,10 +251,9 @@ def test_the_entry_point_is_the_plugin():
 
 
 def test_nothing_of_the_plugin_needs_vllm_to_be_read():
-    """What the package's __init__ imports is this package's own."""
-    for name in ("__init__", "shapes", "weights", "switch", "versions"):
+    """What the package's __init__ imports is this package's own, and torch."""
+    there = sys.stdlib_module_names | {"torch"}
+    for name in ("__init__", "shapes", "weights", "switch", "versions", "pages"):
         path = Path(plugin.__file__).with_name(f"{name}.py")
         tops = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)]
-        assert all(
-            a.name.partition(".")[0] in sys.stdlib_module_names for n in tops for a in n.names
-        )
+        assert all(a.name.partition(".")[0] in there for n in tops for a in n.names)

@@ -12,17 +12,19 @@ struct Distances {
   int64_t weights;  // bytes; into L2
   int64_t scales;   // bytes; into L1: two more streams, of a line every other row
   int64_t next;     // bytes of the weight of the next stage, at most, while a thread waits; into L2
+  int64_t several;  // bytes, if many activations share a pass; into L2
 };
 
 #if defined(__AVX512BF16__)
 // AMD EPYC (Zen 4, 2 cores), two threads: weights at 2, 4, 8 and 16 KB in decode_step of 270M with
 // 4 and 8 bits, where 8 KB had the best rounds of a busy machine; scales at 512 and 1024 bytes in
 // rows of 1280 and 5120 columns. `next` at 8, 16 and 64 KB differed by less than the rounds did.
-constexpr Distances kDistances{8192, 512, 32768};
+// `several` at 15, 46 and 123 KB with 16 activations, in large pages.
+constexpr Distances kDistances{8192, 512, 32768, 65536};
 #elif defined(__AVX512F__)
-constexpr Distances kDistances{8192, 512, 32768};  // not measured: as above
+constexpr Distances kDistances{8192, 512, 32768, 65536};  // not measured: as above
 #else
-constexpr Distances kDistances{8192, 512, 32768};  // not measured: as above
+constexpr Distances kDistances{8192, 512, 32768, 65536};  // not measured: as above
 #endif
 
 // Nibbles gain most, bfloat16 gains a little. Segments of packed12 were slower and go without.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention as PagedAttention
 from vllm.model_executor.layers.linear import (
@@ -37,7 +37,7 @@ from vllm.sequence import IntermediateTensors
 
 from ...openelm.config import OpenELMConfig
 from ...reference import rope_table
-from . import ops, shapes, weights
+from . import ops, products, shapes, weights
 
 
 class Parts:
@@ -197,6 +197,16 @@ class Transformer(nn.Module):
         return x
 
 
+def warm_up(vllm_config: VllmConfig) -> None:
+    """Have vLLM's runner on a CPU run a later stage once, even if nothing is compiled: there alone
+    it makes the buffers that take the stage before's output, and fails at the first request without
+    them. The layers, which are built, stay as they are: this mode compiles in other runners only.
+    """
+    compilation = vllm_config.compilation_config
+    if current_platform.is_cpu() and compilation.mode == CompilationMode.NONE:
+        compilation.mode = CompilationMode.STOCK_TORCH_COMPILE
+
+
 class OpenELMForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
     """The model that vLLM makes of a folder whose architecture has this name."""
 
@@ -222,6 +232,9 @@ class OpenELMForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
         self.logits_processor = LogitsProcessor(self.shape.vocab_size)
         self.make_empty_intermediate_tensors = self.transformer.make_empty_intermediate_tensors
         ops.report()
+        products.few_rows(self, vllm_config.model_config.dtype)
+        if not get_pp_group().is_first_rank:
+            warm_up(vllm_config)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.transformer.embed_input_ids(input_ids)

@@ -1,12 +1,16 @@
 """Which ops of this package a model in vLLM runs; nothing here knows vLLM."""
 
+import torch
+
 from ...backends import REFERENCE, Reason, choose, missing_kernels
+from ...processors import KIND, SERVED
 
 # vLLM's name of each of its custom ops that is ours: the ops of this package that it is.
 CUSTOM_OPS = {
     "elmkernels_rms_norm": ("rms_norm", "add_rms_norm"),
     "elmkernels_qk_norm_rope": ("qk_norm_rope",),
     "elmkernels_swiglu": ("swiglu",),
+    "elmkernels_linear": ("linear",),
 }
 
 
@@ -49,3 +53,22 @@ def line(chosen: dict[str, str | None], device: str) -> str:
         why = missing(device) or "switched off by custom_ops"
         parts.append(f"vLLM's own run {', '.join(theirs)}: {why}")
     return "; ".join(parts)
+
+
+def most_rows(dtype: torch.dtype, device: str) -> int:
+    """How many rows a product may have that `linear`'s kernel is faster at than vLLM's own, which
+    reads a layout of its own; 0 if that was not measured on such a processor.
+    """
+    found = SERVED.get((KIND, dtype))
+    if device != "cpu" or found is None or backend_of("elmkernels_linear", device) is None:
+        return 0
+    return found.choice
+
+
+def products_line(most: int, dtype: torch.dtype, device: str) -> str:
+    """What is logged once about products."""
+    if most:
+        backend = backend_of("elmkernels_linear", device)
+        return f"elmkernels multiplies up to {most} rows ({backend}), vLLM's own more"
+    why = missing(device) or f"{dtype} was not measured to be faster on {KIND} processors"
+    return f"vLLM's own run linear: {why}"
