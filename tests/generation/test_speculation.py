@@ -9,7 +9,7 @@ from helpers.golden import load_hf_tiny
 
 from elmkernels.checks import is_integer
 from elmkernels.generation import speculation
-from elmkernels.generation.drafts import Lookup, ModelDraft, self_draft
+from elmkernels.generation.drafts import ModelDraft, self_draft
 from elmkernels.generation.sampling import Sampler, Sampling, warp
 from elmkernels.openelm import OpenELM, OpenELMConfig, Session, accelerate, generate, stream
 
@@ -250,41 +250,6 @@ def test_the_copy_of_compressed_models():
         change(model)
         plain = generate(model, RAGGED[:2], 12)
         assert generate(model, RAGGED[:2], 12, draft="self", draft_tokens=3) == plain
-
-
-def test_lookup_finds_the_longest_match():
-    lookup = Lookup(2)
-    ids = [[1, 2, 3, 9, 7, 2, 3, 8, 5, 1, 2, 3], [1, 2, 1, 2]]
-    found = lookup.propose(ids, [0, 1], lambda kind, row: 4, None)
-    assert found == [[9, 7, 2, 3], [1, 2, 1, 2]]
-    assert lookup.propose([[4, 5, 6], [1]], [0, 1], lambda *_: 4, None) == [[], []]
-
-
-@pytest.mark.parametrize("written", [[50], [50, 51], []], ids=["replaced", "longer", "left out"])
-def test_lookup_goes_on_after_what_was_edited(written):
-    """A copy of 20 tokens, one of which becomes others; the token after it is found again, though
-    it stands elsewhere too, later.
-    """
-    shown = [*range(1, 9), 30, *range(9, 20)]
-    lookup = Lookup(1)
-    ids = [*shown, 40, 9, 41, *shown[:8]]
-    asked: list[int] = []
-
-    def ask(kind: int, row: int) -> int:
-        asked.append(kind)
-        return 3
-
-    assert lookup.propose([ids], [0], ask, None) == [[30, 9, 10]]
-    ids += written
-    for end in range(1, len(written) + 1):
-        row = ids[: len(ids) - len(written) + end]
-        assert lookup.propose([row], [0], ask, None) == [[]], "a new word is nowhere"
-    ids.append(9)
-    assert lookup.propose([ids], [0], ask, None) == [[10, 11, 12]] and asked == [8, 1]
-    ids += [10, 11, 12, 13]
-    assert lookup.propose([ids], [0], ask, None) == [[14, 15, 16]] and asked[-1] >= 4
-    # Without a copy that was followed, one token says nothing.
-    assert Lookup(1).propose([[9, 10, 11, 9]], [0], ask, None) == [[]]
 
 
 # Each option alone, then all: the distribution of what is emitted is the model's.
