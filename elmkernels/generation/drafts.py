@@ -77,16 +77,21 @@ class Draft(Protocol):
 class Lookup:
     """What followed the last tokens of a row where it held them before: the longest match wins,
     then the latest. A guess that reaches the row's end goes on with itself.
+
+    Text that is edited leaves what it copies at a word and comes back right after it. So if little
+    matches, the last token alone is looked for NEARBY the place that a long match has reached.
     """
 
     name = LOOKUP
     model: OpenELM | None = None
     SHORTEST, LONGEST, CANDIDATES = 2, 16, 16
+    LONG, NEARBY = 4, 4
 
     def __init__(self, batch: int) -> None:
         self.whole = True
         self._known: list[dict[tuple[int, ...], list[int]]] = [{} for _ in range(batch)]
         self._read = [self.SHORTEST] * batch
+        self._behind = [0] * batch  # how far before a row's end its copy goes on; 0: none does
 
     def begin(self) -> None:
         self.__init__(len(self._known))
@@ -101,7 +106,7 @@ class Lookup:
         for b in rows:
             place, length = self._match(b, ids[b])
             if length:
-                # 2, 3, 4 to 7, 8 to 15 and more tokens that match: so many kinds.
+                # 1 (nearby), 2, 3, 4 to 7, 8 to 15 and more tokens that match: so many kinds.
                 kind = length if length < 4 else 4 if length < 8 else 8 if length < 16 else 16
                 held = list(ids[b][place:])
                 for i in range(ask(kind, b)):
@@ -122,7 +127,22 @@ class Lookup:
                 length += 1
             if length > best[1]:
                 best = place, length
+        if best[1] < self.LONG and (place := self._nearby(b, ids)):
+            best = place, 1
+        elif best[1] >= self.LONG:
+            self._behind[b] = len(ids) - best[0]
         return best
+
+    def _nearby(self, b: int, ids: Sequence[int]) -> int:
+        """Where the copy goes on after the last token, 0 if that isn't found there."""
+        if self._behind[b]:
+            expected = len(ids) - self._behind[b]
+            for i in range(self.NEARBY + 1):
+                for place in (expected + i, expected - i):
+                    if 0 < place < len(ids) and ids[place - 1] == ids[-1]:
+                        self._behind[b] = len(ids) - place
+                        return place
+        return 0
 
 
 class ModelDraft:
@@ -161,34 +181,43 @@ class ModelDraft:
         rows = [b for b in rows if limits[b] > 0]
         if not rows:
             return guesses
-        logits = self._caught_up(ids, rows)
-        while True:
+        new = self._caught_up(ids, rows)
+        while not (choose is None and self._go_on(rows, new, limits, guesses)):
+            logits = self._logits(rows, new)
             chosen = largest(logits).tolist() if choose is None else choose(logits, rows, guesses)
             for b, token in zip(rows, chosen, strict=True):
                 guesses[b] += [token] * (token >= 0)
             rows = [b for b, token in zip(rows, chosen, strict=True) if token >= 0]
             rows = [b for b in rows if len(guesses[b]) < limits[b]]
-            if not rows or (choose is None and self._go_on(rows, limits, guesses)):
-                return guesses
-            tokens = [guesses[b][-1:] if b in rows else [] for b in range(len(ids))]
+            if not rows:
+                break
+            new = [guesses[b][-1:] if b in rows else [] for b in range(len(ids))]
             for b in rows:
-                self.ids[b] += tokens[b]
-            logits = several_logits(self.model, tokens, self.cache)
+                self.ids[b] += new[b]
+        return guesses
 
-    def _go_on(self, rows: list[int], limits: dict[int, int], guesses: list[list[int]]) -> bool:
-        """All other guesses at once; False if that can't be."""
+    def _go_on(
+        self,
+        rows: list[int],
+        new: list[list[int]],
+        limits: dict[int, int],
+        guesses: list[list[int]],
+    ) -> bool:
+        """All guesses that are left at once, after tokens that aren't in the cache; False if that
+        can't be.
+        """
         steps = max(limits[b] - len(guesses[b]) for b in rows)
         held = self.cache.rows
-        if max(held) + steps > self.cache.max_length:
+        most = max(held[b] + len(new[b]) for b in rows) + steps - 1
+        if most > self.cache.max_length or sum(map(len, new)) > MOST_TOKENS:
             return False
-        tokens = [guesses[b][-1:] if b in rows else [] for b in range(len(held))]
-        found = go_on_greedily(self.model, tokens, self.cache, steps)
+        found = go_on_greedily(self.model, new, self.cache, steps)
         if found is None:
             return False
         for b, more in zip(rows, found.t().tolist(), strict=True):
-            self.ids[b] += [*tokens[b], *more[:-1]]  # what was written, before it is counted
+            self.ids[b] += more[:-1]  # what was written, before it is counted
             guesses[b] += more[: limits[b] - len(guesses[b])]
-        self.cache.advance([steps * (b in rows) for b in range(len(held))])
+        self.cache.advance([len(row) + (steps - 1) * bool(row) for row in new])
         return True
 
     def _kept(self, b: int, truth: Sequence[int]) -> int:
@@ -201,8 +230,8 @@ class ModelDraft:
         self._sure[b] = at
         return at
 
-    def _caught_up(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
-        """The logits after each of some rows, [len(rows), vocab_size]."""
+    def _caught_up(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[int]]:
+        """What of some rows is still to be read, now that the cache holds nothing else of them."""
         kept = self.cache.rows
         for b in rows:
             kept[b] = self._kept(b, ids[b])
@@ -218,8 +247,12 @@ class ModelDraft:
             self.ids[b] += new[b]
         for b, held in enumerate(kept):
             del self.ids[b][held + len(new[b]) :]
-        longest = max(map(len, new))
-        if sum(map(len, new)) <= MOST_TOKENS and max(kept) + longest <= self.cache.max_length:
+        return new
+
+    def _logits(self, rows: Sequence[int], new: Sequence[Sequence[int]]) -> Tensor:
+        """Those after the new tokens of some rows, [len(rows), vocab_size]."""
+        most = max(self.cache.rows) + max(map(len, new))
+        if sum(map(len, new)) <= MOST_TOKENS and most <= self.cache.max_length:
             logits = several_logits(self.model, new, self.cache)
             ends = torch.tensor([len(new[b]) for b in rows]).cumsum(0) - 1
             return logits if len(logits) == len(rows) else logits[ends.to(logits.device)]

@@ -128,30 +128,34 @@ def _place(tokens: Sequence[Sequence[int]], held: Sequence[int]) -> list[tuple[i
 def go_on_greedily(
     model: OpenELM, tokens: Sequence[Sequence[int]], cache: KVCache, steps: int
 ) -> Tensor | None:
-    """Steps after one token of some rows, of which nothing is read until the last; nothing is
-    counted. For what no NaN is looked for in: guesses.
+    """Steps of some rows, of which nothing is read until the last; nothing is counted. For what no
+    NaN is looked for in: guesses.
 
     Args:
         model: the model, accelerated or not.
-        tokens: of each row of the cache, one or none.
+        tokens: of each row of the cache, those that the first step reads; at most MOST_TOKENS.
         cache: a KVCache of as many rows, with room for the steps.
-        steps: how many.
+        steps: how many: each gives one token of each row that has any.
 
     Returns:
-        int64 [steps, rows with a token], or None if no single call is a step.
+        int64 [steps, rows with tokens], or None if no single call is a step.
     """
-    known = in_one_call(model, cache, steps)
+    counts = [len(row) for row in tokens if row]
+    known = in_one_call(model, cache, max(counts) + steps - 1)
     if known is None:
         return None
     ids, positions, sequences = torch.tensor(_place(tokens, cache.rows)).t().contiguous()
-    found, backend = ids.new_empty(steps, len(ids)), given_backend(model, "decode_step")
+    found, backend = ids.new_empty(steps, len(counts)), given_backend(model, "decode_step")
     for step in range(steps):
-        chosen = found[step]
+        chosen = found[step] if len(ids) == len(counts) else torch.empty_like(ids)
         ops.decode_step(
             known.weights, ids, positions, cache.arena, sequences=sequences, chosen=chosen,
             backend=backend,
         )  # fmt: skip
-        ids = chosen
+        if len(ids) != len(counts):
+            last = torch.tensor(counts).cumsum(0) - 1
+            positions, sequences, found[step] = positions[last], sequences[last], chosen[last]
+        ids = found[step]
         positions += 1
     return found
 

@@ -60,3 +60,30 @@ def test_the_pace_takes_what_pays():
     # It finds text again that can be guessed, after some that can't.
     spent, plain = Clock(0.0, 0.05, lambda at: at > 600).run(2000)
     assert plain / spent > 2
+
+
+def test_a_kind_that_does_not_pay_is_left_out_beside_one_that_does():
+    """Tried again now and then, and taken up at once when its guesses are kept."""
+
+    def tried(pace: Pace, kept: bool, rounds: int) -> int:
+        count = 0
+        for i in range(rounds):
+            kind = 1 + i % 2  # 1 is kept, 2 as this says
+            wanted = pace.wants(ModelDraftLike(), [[0] * 9], [0])  # or a plain pass is measured
+            n = pace.guesses(kind, 0) if wanted else 0
+            assert n or kind == 2 or not wanted
+            if n:
+                count += kind == 2
+                pace.checked({0: (n, n if kind == 1 or kept else 0)}, 1.0 + 0.3 * n, 0.0)
+            else:
+                pace.passed(1, 1.0, 0.0)
+        return count
+
+    pace = Pace(None)
+    pace.begin(1000, 0.001)
+    for _ in range(3):
+        pace.passed(1, 1.0, 0.0)
+    early = tried(pace, False, 40)
+    late = tried(pace, False, 260)
+    assert early >= 4 and 5 <= late <= 20, (early, late)
+    assert tried(pace, True, 200) >= 60

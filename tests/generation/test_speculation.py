@@ -9,7 +9,7 @@ from helpers.golden import load_hf_tiny
 
 from elmkernels.checks import is_integer
 from elmkernels.generation import speculation
-from elmkernels.generation.drafts import Lookup, ModelDraft, self_draft
+from elmkernels.generation.drafts import ModelDraft, self_draft
 from elmkernels.generation.sampling import Sampler, Sampling, warp
 from elmkernels.openelm import OpenELM, OpenELMConfig, Session, accelerate, generate, stream
 
@@ -250,14 +250,6 @@ def test_the_copy_of_compressed_models():
         change(model)
         plain = generate(model, RAGGED[:2], 12)
         assert generate(model, RAGGED[:2], 12, draft="self", draft_tokens=3) == plain
-
-
-def test_lookup_finds_the_longest_match():
-    lookup = Lookup(2)
-    ids = [[1, 2, 3, 9, 7, 2, 3, 8, 5, 1, 2, 3], [1, 2, 1, 2]]
-    found = lookup.propose(ids, [0, 1], lambda kind, row: 4, None)
-    assert found == [[9, 7, 2, 3], [1, 2, 1, 2]]
-    assert lookup.propose([[4, 5, 6], [1]], [0, 1], lambda *_: 4, None) == [[], []]
 
 
 # Each option alone, then all: the distribution of what is emitted is the model's.
