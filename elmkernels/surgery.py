@@ -98,6 +98,12 @@ def plain_tensor(x: object) -> bool:
     return type(x) in _TENSORS
 
 
+def has_tensor_hooks(weight: Tensor) -> bool:
+    """Whether something waits for the gradient of a Parameter."""
+    after = getattr(weight, "_post_accumulate_grad_hooks", None)
+    return bool(weight._backward_hooks or after)
+
+
 def plain(module: nn.Module | None) -> bool:
     """Whether a shortcut may go past a module: its class is exactly one that is known, or the fused
     subclass of one (so it is no wrapper, no adapter and not parametrized), whose methods nobody has
@@ -112,7 +118,8 @@ def plain(module: nn.Module | None) -> bool:
         for owner, name, function in _KNOWN[kind]:
             if name in own or getattr(owner, name) is not function:
                 return False
-    for weight in module.__dict__["_parameters"].values():
+    # Of a dict that makes weights dense for whoever reads it (`weights.prepacked`), none is read.
+    for weight in dict.values(module.__dict__["_parameters"]):
         if weight is not None and type(weight) not in _TENSORS:
             return False
     return True
@@ -126,7 +133,7 @@ def missing_own(module: nn.Module) -> str | None:
         return "it is parametrized"
     if "forward" in vars(module) or "_slow_forward" in vars(module):
         return "it has a forward of its own"
-    for name, weight in module._parameters.items():
+    for name, weight in dict.items(module.__dict__["_parameters"]):
         if weight is not None and type(weight) not in _TENSORS:
             return f"its {name} is a {type(weight).__name__}, not a plain tensor"
     return None

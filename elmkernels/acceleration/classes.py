@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from ..surgery import as_made, known
+from ..weights.prepacked import plain_parameters
 
 F = TypeVar("F", bound=Callable[..., Any])
 STATE = "_fused"
@@ -114,6 +115,7 @@ def unfuse(module: nn.Module) -> None:
     if isinstance(module, Fused):
         module.__class__ = own_class(type(module))
         vars(module).pop(STATE, None)
+        plain_parameters(module)
 
 
 def undo_of(model: nn.Module) -> Callable[[], None]:
@@ -122,6 +124,7 @@ def undo_of(model: nn.Module) -> Callable[[], None]:
 
     def undo() -> None:
         for module, cls, state in before:
+            plain_parameters(module)
             if module.__class__ is not cls:
                 module.__class__ = cls
             if state is None:

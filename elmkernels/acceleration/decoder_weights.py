@@ -11,6 +11,7 @@ from ..openelm import layers as reference
 from ..openelm.model import OpenELM
 from ..surgery import GLOBAL_HOOKS, HOOKS, as_made, methods_of, plain, rounding_of, untouched
 from ..weights.formats import DecoderWeights, Form, Layer, Weight, is_compressed
+from .projections import Linear
 
 
 def decoder_weights_of(model: OpenELM) -> DecoderWeights:
@@ -113,6 +114,11 @@ def snapshot_of(model: OpenELM) -> Snapshot:
     return known
 
 
+def forget_snapshot(model: nn.Module) -> None:
+    """Let go of a model's weights: it is about to hold them otherwise."""
+    _KNOWN.pop(model, None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 def _replaceable(module: nn.Module) -> set[str]:
     """What a module has of its own if somebody has replaced what it computes."""
     return {"forward", "_compiled_call_impl", *(name for _, name, _ in methods_of(type(module)))}
@@ -158,6 +164,8 @@ def _matrix(path: str, module: Any, kind: type[nn.Module] = nn.Linear) -> Weight
     weight = _compressed(path, module)
     if weight is not None:
         return weight
+    if isinstance(module, Linear) and module.products.alone:
+        _refuse(path, "holds its weight prepacked alone")
     if not hasattr(module, "compressed"):
         _plain(path, module, kind)
     if getattr(module, "bias", None) is not None:

@@ -7,8 +7,10 @@ It belongs to the weight, not to a caller, and is used for one state of the weig
 version, address and dtype are compared at every call (a load, a move, most optimizers), and because
 fused optimizers don't count versions, so are the steps of all optimizers. Whoever uses the weight
 with gradients drops the copy, the loss as well, and none is made or used while the weight has a
-gradient. A write through `weight.data` (merging an adapter) torch doesn't see: some numbers of the
-weight are compared for it, which one that changes few of them may miss: `accelerate` again then.
+gradient. By choice it stands instead of the weight, which is made again for whoever asks for it
+(`weights.prepacked`). A write through `weight.data` (merging an adapter) torch doesn't see: some
+numbers of the weight are compared for it, which one that changes few of them may miss: `accelerate`
+again then.
 """
 
 import weakref
@@ -26,8 +28,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..derivatives import unusual
 from ..openelm import layers
 from ..openelm.compressed import product
-from ..surgery import known, plain_tensor
+from ..surgery import has_tensor_hooks, known, plain_tensor
 from ..weights.formats import Weight, form_of
+from ..weights.prepacked import Held, Prepacked, parameters_of, prepacked_bytes, prepacked_copy
 from .classes import Fused, setting, while_fused
 from .routines import (
     LINEAR,
@@ -39,7 +42,6 @@ from .routines import (
     mv,
     onednn,
     onednn_takes,
-    prepacked_copy,
     stream,
 )
 
@@ -108,18 +110,63 @@ class Linear(Fused):
 
     @while_fused
     def forward(self, x: Tensor) -> Tensor:
+        if self._fused.alone and not torch.compiler.is_compiling():
+            held = self.hold(x)
+            if held is not None:
+                return onednn(x, held.packed)
         weight = self.weight
         if self.bias is not None or not plain_tensor(weight):
             return super().forward(x)
         return self._fused(x, weight)
 
+    def hold(self, x: Tensor | None = None) -> Held | None:
+        """The weight, held prepacked alone from now on; None if it can't be, or must be dense for
+        a product with x.
+        """
+        own = parameters_of(self)
+        if type(own) is not Prepacked:
+            own = vars(self)["_parameters"] = Prepacked(own)
+        facts = own.facts
+        if self.bias is not None or facts is None or _waited_for(own):
+            return None
+        dtype, trained = facts
+        if x is not None and (
+            unusual()
+            or _by_torch(x, dtype)
+            or torch.is_autocast_enabled("cpu")
+            or (torch.is_grad_enabled() and (x.requires_grad or trained))
+        ):
+            return None
+        return own.hold() if onednn_takes(dtype) else None
+
     def train(self, mode: bool = True) -> Any:
         if mode:
             self._fused.drop()
+            own = parameters_of(self)
+            if isinstance(own, Prepacked):
+                own.dense()
         return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._fused.plan}"
+
+
+def _waited_for(parameters: Prepacked) -> bool:
+    """Whether something hangs on a weight that is dense now."""
+    weight = dict.get(parameters, "weight")
+    return weight is not None and has_tensor_hooks(weight)
+
+
+def hold_all(model: nn.Module) -> list[int]:
+    """Hold the weights of projections prepacked alone that may be, one at a time. Returns the bytes
+    of each, 0 if it stays dense.
+    """
+    found = []
+    for module in model.modules():
+        if isinstance(module, Linear) and module.products.alone:
+            held = module.hold()
+            found.append(0 if held is None else prepacked_bytes(held.packed))
+    return found
 
 
 @dataclass
@@ -206,11 +253,14 @@ PATIENCE = 128
 
 class Products:
     """x @ weight.T by a plan, with a prepacked copy of the weight if the plan asks for it.
-    backend: of `ops.linear`. patience: a call of fewer rows goes without the copy.
+    backend: of `ops.linear`. patience: a call of fewer rows goes without the copy. alone: whether
+    the copy stands instead of the weight.
     """
 
-    def __init__(self, plan: Plan, backend: str | None = None, patience: int = 0) -> None:
-        self.plan, self.backend, self.patience = plan, backend, patience
+    def __init__(
+        self, plan: Plan, backend: str | None = None, patience: int = 0, alone: bool = False
+    ) -> None:
+        self.plan, self.backend, self.patience, self.alone = plan, backend, patience, alone
         self._weight: weakref.ref[Tensor] | None = None  # the last that was prepacked here
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -219,12 +269,7 @@ class Products:
         if _autocast_training(x, weight):
             with torch.autocast(x.device.type, enabled=False):
                 return _AutocastLinear.apply(x, weight, torch.get_autocast_dtype("cpu"))
-        if (
-            torch.compiler.is_compiling()  # Inductor makes its own choice
-            or x.dtype != weight.dtype  # autocast
-            or x.device.type != "cpu"
-            or x.numel() == 0
-        ):
+        if _by_torch(x, weight.dtype):
             return F.linear(x, weight)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             forget(weight)
@@ -279,6 +324,16 @@ class Products:
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's layout can't be pickled or deep-copied: a copy prepacks again at its first call.
         return vars(self) | {"_weight": None}
+
+
+def _by_torch(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product with a weight of a dtype is F.linear's, whatever the plan is."""
+    return (
+        torch.compiler.is_compiling()  # Inductor makes its own choice
+        or x.dtype != dtype  # autocast
+        or x.device.type != "cpu"
+        or x.numel() == 0
+    )
 
 
 def _autocast_training(x: Tensor, weight: Tensor) -> bool:

@@ -89,6 +89,15 @@ class Report:
         return "\n".join(lines + self.notes)
 
 
+def alone_note(held: list[int]) -> str:
+    """held: bytes of each weight that is held prepacked alone, 0 of one that stays dense."""
+    found = [nbytes for nbytes in held if nbytes]
+    return (
+        f"{len(found)} of {len(held)} projections hold their weight prepacked alone, "
+        f"{sum(found) / 2**20:.0f} MiB: who asks for one gets it dense, with the same bits"
+    )
+
+
 def fallbacks(device: torch.device, choices: dict[str, BackendChoice]) -> list[str]:
     """Which backends a GPU can't run, why, and what each op that has them takes instead."""
     # How a model is decoded is told by its decode modes.

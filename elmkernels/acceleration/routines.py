@@ -9,7 +9,7 @@ another than `F.linear` only if it is clearly faster. All of them accumulate in 
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..backends import REFERENCE, choose
+from ..checks import fail
 from ..ops._flops import counts, of_linear
 from ..ops.linear import MAX_ROWS
+from ..weights.prepacked import prepacked_copy
 
 FEW_ROWS = 16  # up to here a product waits for memory; beyond it, for arithmetic
 SEVERAL_ROWS = 64  # of batches that decode: up to here what a library packs at every call shows
@@ -30,6 +32,7 @@ COPY_MARGIN = 0.95
 LINEAR, MV, ONEDNN, PREPACKED = "F.linear", "torch.mv", "oneDNN", "oneDNN prepacked"
 STREAM = "ops.linear"  # this package's kernel, up to MAX_ROWS rows
 AS_MANY = "as many_rows"
+ALONE = "only"  # accelerate's argument `prepack`
 
 # Whether a GPU multiplies up to 8 rows by a plain weight with this package's kernel instead of
 # cuBLAS's (see `small_batch`). Reasoned, not measured: both wait for the weight's bytes, but five
@@ -90,6 +93,25 @@ class Plan:
         if rows <= (MAX_ROWS if several or self.few_rows == STREAM else FEW_ROWS):
             return self.few_rows
         return self.several_rows if several and rows <= SEVERAL_ROWS else self.many_rows
+
+
+def check_alone(prepack: str, device: torch.device, dtype: torch.dtype, plan: Plan | None) -> None:
+    """Raise unless weights of a dtype can be held prepacked alone."""
+    if prepack != ALONE:
+        fail("prepack", f"True, False, {ALONE!r} or None", repr(prepack))
+    if device.type != "cpu":
+        fail("prepack", f"None or False on {device.type}, {ALONE!r} is for a CPU", repr(prepack))
+    if plan is not None and plan.inference != {PREPACKED}:
+        needs = f"None or {PREPACKED!r} for any number of rows, as prepack is {ALONE!r}"
+        fail("plan", needs, ", ".join(sorted(plan.inference)))
+    if not onednn_takes(dtype):
+        raise RuntimeError(f"prepack={ALONE!r} needs oneDNN to multiply {dtype}: it doesn't here")
+
+
+def alone_plan(plan: Plan) -> Plan:
+    """A plan for weights that are held prepacked alone: no other routine has one to read."""
+    names = dict.fromkeys(("one_row", "few_rows", "many_rows"), PREPACKED)
+    return replace(plan, **names, several_rows=AS_MANY)
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -154,11 +176,6 @@ def agrees(candidate: Callable[[], Tensor], x: Tensor, weight: Tensor) -> bool:
         if not bool(((candidate().double() - truth).abs() <= allowed).all()):
             return False
     return True
-
-
-def prepacked_copy(weight: Tensor) -> Tensor:
-    """A copy of weight [n, k] in oneDNN's blocked layout."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
 
 def streams() -> bool:

@@ -7,6 +7,7 @@ is in the report. Every module stays the same object.
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from ..surgery import Mark, has_mark, mark_of, set_mark
 from . import fused, projections, small_batch
 from .classes import Fused, fuse, own_class, undo_of, unfuse
 from .decode_modes import modes_of
+from .decoder_weights import forget_snapshot
 from .foreign import ForeignState
 from .layout import BLOCKS, NORMS, OUTPUTS, PROJECTIONS, Block, Layout, examine, wrapped_in
 from .masks import Masks
 from .models import BodyState, ModelState
 from .projections import PATIENCE
-from .report import Report, fallbacks
-from .routines import Plan, measure_plan
+from .report import Report, alone_note, fallbacks
+from .routines import ALONE, Plan, alone_plan, check_alone, measure_plan
 from .trying import given_by, missing_likeness, sample
 
 
@@ -39,7 +41,7 @@ def accelerate(
     model: nn.Module,
     *,
     backend: str | None = None,
-    prepack: bool | None = None,
+    prepack: bool | str | None = None,
     plan: Plan | None = None,
     activations: str | None = None,
 ) -> Report:
@@ -57,7 +59,10 @@ def accelerate(
         prepack: whether projections may keep a prepacked copy of their weights, which takes as
             much memory again, where that measures faster. None: where it is so much faster that
             copies pay, and if ROOM (4) times what all of them take is free; a call of 128
-            rows or more then makes and takes them (see `acceleration.projections`).
+            rows or more then makes and takes them (see `acceleration.projections`). "only": the
+            copies stand instead of the weights, for all products without gradients. Who asks for
+            a weight (`.weight`, `state_dict`, `train()`, a move) gets it dense, bit by bit, until
+            the next product, or as long as someone has it. Decoding goes by the layers, slower.
         plan: the projections' routines, as an earlier Report's `gemm` says them, instead of
             measuring which are fastest here.
         activations: "int8" rounds what weights of 8 or 4 bits are multiplied by to 8 bits, on a
@@ -76,14 +81,7 @@ def accelerate(
         >>> model = elmkernels.OpenELM.from_pretrained("OpenELM-270M")
         >>> print(elmkernels.accelerate(model))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
-    if prepack is not None and not isinstance(prepack, bool):
-        raise TypeError(f"prepack must be True, False or None, got {prepack!r}")
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
+    _check_types(model, backend, prepack, plan)
     layout = examine(model)
     device = _device_of(layout.norm().weight)  # an embedding may be compressed
     dtype = layout.norm().weight.dtype
@@ -91,24 +89,43 @@ def accelerate(
     if activations is not None:
         _check_rounding(layout, device, activations)
     arguments = {"backend": backend, "prepack": prepack, "plan": plan, "activations": activations}
-    patience, short = 0, None
+    if isinstance(prepack, str):
+        check_alone(prepack, device, dtype, plan)
+        plan = plan and Plan(training=plan.training)
+        if all(isinstance(b.parts[p], Compressed) for b in layout.blocks for p in PROJECTIONS):
+            fail("prepack", "None or False: no projection has a dense weight", repr(prepack))
+    patience, short, alone = 0, None, prepack == ALONE
     if plan is None:
         plan = Plan()
         if device.type == "cpu":
-            plan, short = _measured_plan(layout, dtype, prepack)
+            copies = None if prepack is None else prepack is True
+            plan, short = _measured_plan(layout, dtype, copies)
             patience = PATIENCE if prepack is None else 0
-    swap = _Swap(layout, choices, plan, patience, activations)
+    swap = _Swap(layout, choices, plan, patience, activations, alone)
     undo = _undo_of(layout)
     try:
         _clear(layout.root)
         swap.all()
         set_mark(layout.root, Mark(arguments, swap.named))
-        report = _report(swap, device, backend)
+        forget_snapshot(layout.root)
+        held = projections.hold_all(layout.root)
+        report = _report(swap, device, backend, held)
         report.notes += [] if short is None else [short]
         return report
     except BaseException:
         undo()
         raise
+
+
+def _check_types(model: object, backend: object, prepack: object, plan: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
+    if not isinstance(prepack, bool | str | None):
+        raise TypeError(f"prepack must be True, False, 'only' or None, got {prepack!r}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
 
 
 def _check_rounding(layout: Layout, device: torch.device, activations: object) -> None:
@@ -195,9 +212,10 @@ class _Swap:
         plan: Plan,
         patience: int,
         activations: str | None,
+        alone: bool,
     ) -> None:
         self.layout, self.plan, self.choices, self.patience = layout, plan, choices, patience
-        self.activations = activations
+        self.activations, self.alone = activations, alone
         self.named = {op: choice.named for op, choice in choices.items()}
         self.counts: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
@@ -289,13 +307,20 @@ class _Swap:
         """The routines of a projection."""
         return projections.Products(self.plan, self.named["linear"], self.patience)
 
+    def projected(self, module: nn.Module) -> projections.Products:
+        """Of a module, whose weight may be held prepacked alone unless it is looked up too."""
+        own: Any = self.layout.body.token_embeddings
+        if not self.alone or module._parameters.get("weight") is own._parameters.get("weight"):
+            return self.products()
+        return projections.Products(alone_plan(self.plan), self.named["linear"], alone=True)
+
     def projection(self, module: nn.Module) -> None:
         if isinstance(module, Compressed):
             module.backend = self.named["linear"]
             module.activations = self.activations if module.compressed().takes_int8 else None
             self.kept[type(module).__name__] += 1
         else:
-            self.put(module, projections.Linear, self.products(), "projections")
+            self.put(module, projections.Linear, self.projected(module), "projections")
 
     def head(self, name: str, module: nn.Module) -> None:
         """The output projection, and how logits and losses are made."""
@@ -312,8 +337,8 @@ class _Swap:
             self.put(module, fused.FusedLossHead, state, "loss heads")
 
 
-def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
-    """Of a model in which all modules have their classes."""
+def _report(swap: _Swap, device: torch.device, asked: str | None, held: list[int]) -> Report:
+    """Of a model in which all modules have their classes. held: of `projections.hold_all`."""
     choices, plan, layout = swap.choices, swap.plan, swap.layout
     foreign = layout.convention.foreign
     backends = {op: choices[op].resolved for op in never_fall_back()}
@@ -346,7 +371,10 @@ def _report(swap: _Swap, device: torch.device, asked: str | None) -> Report:
             f"up to {MAX_ROWS} rows without gradients: norms, SwiGLU and additions in the products "
             f"with {which} weights"
         )
-    if plan.prepacks:
+    if swap.alone:
+        report.gemm = alone_plan(plan)
+        report.notes.append(alone_note(held))
+    elif plan.prepacks:
         report.prepacked_bytes = _copies_bytes(layout)
     if device.type == "cuda":
         report.decode_modes = modes_of(layout.root, device)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..acceleration import routines
+from ..weights.prepacked import prepacked_copy
 from .timing import copies_of, interleave, synchronize
 
 Probes = dict[str, tuple[Callable[[], object], float]]  # {name: (call, the work it does)}
@@ -107,7 +108,7 @@ def _products(
         "F.linear": lambda: F.linear(x, weight),
     }
     if device.type == "cpu" and routines.onednn_takes(dtype):
-        prepacked = routines.prepacked_copy(weight)
+        prepacked = prepacked_copy(weight)
         found["prepacked"] = lambda: routines.onednn(x, prepacked)
     return found
 

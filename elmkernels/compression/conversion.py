@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..acceleration.layout import PROJECTIONS, native
+from ..acceleration.routines import ALONE
 from ..acceleration.swap import accelerate, restore
 from ..backends import Reason
 from ..openelm.compressed import Compressed, CompressedEmbedding, weight_of
@@ -148,11 +149,16 @@ def convert(
 
 
 def _still_possible(model: OpenELM, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What `accelerate` was given; without rounded activations if no weight is left for them."""
+    """What `accelerate` was given; without rounded activations, or weights that are held prepacked
+    alone, if no weight is left for them.
+    """
     held = (m.compressed() for m in model.modules() if isinstance(m, Compressed))
-    if any(weight.takes_int8 for weight in held):
-        return arguments
-    return arguments | {"activations": None}
+    if not any(weight.takes_int8 for weight in held):
+        arguments = arguments | {"activations": None}
+    projections = (model.get_submodule(name) for name in matrices(model, embeddings=False))
+    if arguments["prepack"] == ALONE and all(isinstance(m, Compressed) for m in projections):
+        arguments = arguments | {"prepack": None, "plan": None}
+    return arguments
 
 
 def plain(module: Compressed, weight: Tensor, padding_index: int | None = None) -> nn.Module:

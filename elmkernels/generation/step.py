@@ -217,7 +217,6 @@ def in_one_call(
         or cache.dtype != model.activation_dtype
         or (cache.kv_heads, cache.head_dim) != (model.config.num_kv_heads, model.config.head_dim)
         or torch.is_autocast_enabled("cpu")
-        or (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()))
         or torch.compiler.is_compiling()
     ):
         return None
@@ -225,6 +224,8 @@ def in_one_call(
     try:
         known = snapshot_of(model)
     except ValueError:
+        return None
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
         return None
     wanted = known.compressed or is_accelerated(model)
     fits = known.dtypes == {cache.dtype} and len(known.weights.layers) == len(cache.kv_heads)

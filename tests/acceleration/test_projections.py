@@ -17,7 +17,6 @@ from elmkernels.acceleration import swap
 from elmkernels.acceleration.classes import fuse
 from elmkernels.acceleration.projections import _COPIES, PATIENCE, Linear, Products
 from elmkernels.acceleration.routines import ONEDNN, PREPACKED, Plan
-from elmkernels.surgery import is_accelerated
 
 
 class TestPrepackedWeights:
@@ -185,12 +184,6 @@ class TestCopiesNobodyAskedFor:
         assert all(f"would take {needed / 2**20:.0f} MiB" in note for note in said)
         patience = model.layers[0].ffn.proj_1.products.patience
         assert patience == (PATIENCE if prepack is None else 0)
-
-    def test_prepack_is_true_false_or_none(self):
-        model = OpenELM(CONFIG, seed=1)
-        with pytest.raises(TypeError, match="prepack must be True, False or None, got 'always'"):
-            accelerate(model, prepack="always")
-        assert not is_accelerated(model)
 
 
 def test_free_memory_is_the_least_that_is_known(monkeypatch):

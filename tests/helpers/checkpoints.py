@@ -1,11 +1,14 @@
-"""A small model's configuration, and equality of models, for the checkpoint tests."""
+"""A small model's configuration, and equality of models and weights."""
 
 import copy
 
 import torch
+from torch import nn
 
+from elmkernels.acceleration.projections import Linear
 from elmkernels.openelm import OpenELM, OpenELMConfig
 from elmkernels.testing.parity import compare
+from elmkernels.weights.prepacked import held_of
 
 CONFIG = OpenELMConfig(
     num_transformer_layers=3,
@@ -57,3 +60,32 @@ def assert_same(a: OpenELM, b: OpenELM) -> None:
     assert state.keys() == other.keys()
     for name, weight in state.items():
         assert same_bits(weight, other[name]), name
+
+
+IDS = torch.arange(2 * 12).view(2, 12) * 7 % CONFIG.vocab_size
+
+
+def made(untied: bool = False, dtype: torch.dtype = torch.float32) -> OpenELM:
+    given = CONFIG.to_hf_dict() | {"share_input_output_layers": not untied}
+    return OpenELM.from_config(OpenELMConfig.from_hf_dict(given), seed=1, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS)
+
+
+def linears(model: nn.Module) -> list[Linear]:
+    return [m for m in model.modules() if isinstance(m, Linear)]
+
+
+def held(model: nn.Module) -> int:
+    """How many projections hold their weight prepacked alone."""
+    return sum(held_of(m) is not None for m in linears(model))
+
+
+def same(found: dict, expected: dict) -> bool:
+    """Whether two state dicts have the same bits."""
+    return found.keys() == expected.keys() and all(
+        same_bits(v, expected[k]) for k, v in found.items()
+    )
