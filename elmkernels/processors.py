@@ -70,7 +70,7 @@ GROUPED: dict[tuple[str, int, torch.dtype], Row] = {
 
 # The most rows of a product with a plain weight that `linear`'s kernel multiplies inside vLLM; what
 # has more rows is vLLM's own, prepacked: {kind, dtype}. No row: all is vLLM's. Four runs on a busy
-# machine, whose figures were not kept.
+# machine, whose figures were not kept; what the engine gains: benchmarks/results/vllm-270m-cpu.
 SERVED: dict[tuple[str, torch.dtype], Row] = {
     (BF16, torch.bfloat16): Row(64, f"{_ZEN4}, busy: OpenELM-270M, 1 to 64 rows, against oneDNN's"),
 }

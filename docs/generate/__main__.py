@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import api, figures, kernels, margins, serving, support, traffic
+from . import api, decoding, figures, kernels, margins, serving, support, traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES: dict[str, Callable[[], str]] = {"docs/api.md": api.page, "docs/support.md": support.page}
@@ -19,7 +19,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "results": figures.six_results,
         "paper": lambda: figures.paper_in_short(figures.PAPER[0]),
     },
-    "docs/benchmarks.md": figures.TABLES,
+    "docs/benchmarks.md": figures.TABLES | decoding.TABLES,
     "docs/gpu.md": {
         "executed": kernels.executed,
         "least": traffic.least,
