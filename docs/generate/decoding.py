@@ -1,5 +1,5 @@
-"""The tables of docs/benchmarks.md about decoding alone: class by class beside llama.cpp, and passes
-over several tokens; from benchmarks/results.
+"""The tables of docs/benchmarks.md about decoding alone: class by class beside llama.cpp, and
+passes of several tokens; from benchmarks/results.
 """
 
 import json
