@@ -284,6 +284,24 @@ def paper_in_short(name: str) -> str:
     return "\n".join(lines)
 
 
+def speculation(name: str) -> str:
+    rows = []
+    for task, found in results(name)["tasks"].items():
+        plain = found["plain"]["tokens_per_second"]
+        for draft, f in found.items():
+            if draft != "plain":
+                kept = "-" if f["acceptance"] is None else f"{f['acceptance']:.0%}"
+                low, high = (times(f[f"times_plain_{part}"]) for part in ("p20", "p80"))
+                mine = (
+                    f"{speed(f['tokens_per_second'])} ({times(f['times_plain'])}, {low} to {high})"
+                )
+                equal = "yes" if f["tokens_equal"] else "no"
+                passes = f"{f['tokens_per_pass']:.2f}"
+                rows.append([task, draft, speed(plain), mine, kept, passes, equal])
+    head = ["text", "draft", "plain", "with it", "guesses kept", "tokens a pass", "tokens equal"]
+    return table(head, rows)
+
+
 PAPER = "paper-1_1b-cpu", "paper-270m-cpu"
 TABLES: dict[str, Callable[[], str]] = {
     "paper": lambda: paper(*PAPER),
@@ -294,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "main-job": lambda: main_job("openelm-270m-cpu"),
     "attention": lambda: attention("attention-cpu"),
     "ops": lambda: ops("ops-cpu"),
+    "speculation": lambda: speculation("speculation-cpu"),
 }
 
 
